@@ -1,0 +1,48 @@
+"""earlybird: draw the ticket early, shrink at once, train only the small network, and show the bill.
+
+import earlybird as eb
+
+bird = eb.EarlyBird(keep=0.5).attach(model, optimizer, example_inputs=x, steps_per_epoch=len(loader))
+...  # your loop; the ticket is drawn and the model shrinks inside optimizer.step()
+print(bird.bill())
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Loaded on first use, so that `earlybird --help` answers before torch is imported.
+_HOMES = {
+    "EarlyBird": "earlybird.tickets.early_bird",
+    "Search": "earlybird.tickets.early_bird",
+    "Ticket": "earlybird.tickets.ticket",
+    "draw": "earlybird.tickets.draw",
+    "shrink": "earlybird.tickets.shrink",
+    "Change": "earlybird.tickets.shrink",
+    "Step": "earlybird.step",
+    "Ledger": "earlybird.ledger",
+    "Bill": "earlybird.cost.bill",
+}
+__all__ = ["Bill", "Change", "EarlyBird", "Ledger", "Search", "Step", "Ticket", "__version__", "draw", "shrink"]
+
+if TYPE_CHECKING:
+    from earlybird.cost.bill import Bill
+    from earlybird.ledger import Ledger
+    from earlybird.step import Step
+    from earlybird.tickets.draw import draw
+    from earlybird.tickets.early_bird import EarlyBird, Search
+    from earlybird.tickets.shrink import Change, shrink
+    from earlybird.tickets.ticket import Ticket
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'earlybird' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,330 @@
+"""The command line: ``earlybird train | compare | resume | report | export | methods | data``.
+
+Every key of a recipe is also a flag of ``train`` and ``compare``; the flags are made from the one definition,
+`earlybird.train.recipe`. That definition needs torch, so it is loaded only when one of these two commands is typed, and
+``earlybird --help`` answers at once.
+
+Exit codes: 0 done, 2 wrong input, 3 interrupted and resumable, 1 our own failure (with a traceback).
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from earlybird.errors import EarlybirdError, InputError, Interrupted
+
+if TYPE_CHECKING:
+    from earlybird.train.recipe import Key, Recipe
+    from earlybird.train.run import Result
+
+# Base of every parsing error, whether this typer brings its own click or uses the separate package
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar; only the result.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
+RecipeFile = Annotated[
+    Path | None, typer.Argument(metavar="[RECIPE]", help="Recipe (TOML); flags win over it.", show_default=False)
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: Words after ``earlybird``; those of the process by default.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    command = typer.main.get_command(_application(next((word for word in words if not word.startswith("-")), "")))
+    try:
+        code = command.main(args=words, prog_name="earlybird", standalone_mode=False)
+    except EarlybirdError as error:
+        return _complain(str(error), error.exit_code)
+    except UsageError as error:
+        return _complain(_usage(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _SIGINT
+    if code == _SIGINT:
+        return _complain("interrupted", Interrupted.exit_code)
+    return code if isinstance(code, int) else 0
+
+
+_SIGINT = 130  # what typer returns for Ctrl-C
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _usage(error: Exception) -> str:
+    """Turn a parsing error into found; needed; hint on one line."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "earlybird"
+    near = getattr(error, "possibilities", None)
+    unknown = getattr(error, "option_name", None)
+    if near is not None and unknown:
+        found = f"no flag {unknown}"
+        guess = f"; did you mean {' or '.join(sorted(near))}?" if near else ""
+    else:
+        found, guess = error.format_message().rstrip("."), ""  # type: ignore[attr-defined]
+    return f"{found}{guess}; '{command} --help' lists what there is"
+
+
+def _application(command: str) -> typer.Typer:
+    application = typer.Typer(
+        name="earlybird",
+        help="Train the small network from the first epochs on, and prove with a bill what it saved.",
+        epilog="Start with: earlybird train --data digits     Then: earlybird train --help",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    application.callback()(_options)
+    commands: list[Callable[..., None]] = [train, compare, resume, report, export, methods, data]
+    for function in commands:
+        takes_keys = function in (train, compare) and function.__name__ == command
+        application.command()(_with_recipe_keys(function) if takes_keys else function)
+    return application
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from earlybird import __version__
+
+        print(f"earlybird {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+def train(recipe: RecipeFile = None, quiet: Quiet = False, **keys: Any) -> None:
+    """Train a network as an early ticket (or dense), and print the bill.
+
+    The whole network trains only until the ticket is drawn; then model and optimizer shrink and the small one goes on.
+
+    Examples:
+
+    earlybird train                                                   the bundled digits, as they come
+
+    earlybird train --model vgg16 --data cifar10 --keep 0.5 --epochs 20
+
+    earlybird train recipes/resnet20-cifar10.toml --keep 0.7          any key of a recipe is also a flag
+
+    earlybird train --model mypackage.nets:build --data ./my_images   own model factory, one folder a class
+
+    earlybird train --data digits --dense                             the baseline
+    """
+    from earlybird.train.run import train as train_run
+
+    settings = _recipe(recipe, keys)
+    _print_result(train_run(settings, quiet=quiet))
+
+
+def _print_result(result: Result) -> None:
+    print(f"\n{result.bill}\n")
+    ticket = "" if result.drawn_at is None else f", ticket drawn at step {result.drawn_at:,} of {result.steps:,}"
+    print(f"accuracy {result.accuracy:.2%} after {result.epochs} epochs{ticket}")
+    print(f"run: {result.folder}   next: earlybird report {result.folder}")
+
+
+def _recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
+    from earlybird.train.recipe import Recipe
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    return Recipe.from_values(given) if path is None else Recipe.from_toml(path, given)
+
+
+def _with_recipe_keys(function: Callable[..., None]) -> Callable[..., None]:
+    """Return ``function`` with one flag for every key of a recipe in place of its ``**keys``."""
+    from earlybird.train.recipe import keys
+
+    own = [
+        item
+        for item in inspect.signature(function, eval_str=True).parameters.values()
+        if item.kind is not item.VAR_KEYWORD
+    ]
+    taken = {item.name for item in own}
+    flags = [_flag(key) for key in keys() if key.name not in taken]
+
+    def command(**values: Any) -> None:
+        function(**values)
+
+    parameters = [*own, *flags]
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {item.name: item.annotation for item in parameters}
+    return command
+
+
+def _flag(key: Key) -> inspect.Parameter:
+    """Make the flag of one key; what it takes is read and checked by the recipe, as in a file."""
+    name = "--" + key.name.replace("_", "-")
+    panel = "Keys of the method" if key.method else "Keys of the recipe"
+    default = "" if key.default in (None, "", ()) else f" [dim]\\[{_shown(key.default)}][/dim]"
+    kind: type
+    if key.type is bool:
+        name, kind, metavar = f"{name}/--no-{name[2:]}", bool, None
+        default = ""
+    else:
+        kind, metavar = str, _metavar(key.type)
+    option = typer.Option(name, metavar=metavar, help=key.help + default, show_default=False, rich_help_panel=panel)
+    return inspect.Parameter(
+        key.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _metavar(hint: Any) -> str:
+    """Say in one word what a key takes: ``NUMBER``, ``STEP``, ``sgd|adamw``."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "|".join(map(str, parts))
+    if origin in (typing.Union, types.UnionType):
+        return "|".join(dict.fromkeys(_metavar(part) for part in parts if part is not type(None)))
+    if origin is tuple:
+        return f"{_metavar(parts[0])},..."
+    return {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "true|false"}.get(
+        hint, getattr(hint, "__name__", "TEXT").upper()
+    )
+
+
+def compare(
+    recipe: RecipeFile = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each contender; seeds 0, 1, 2, ...", min=1)] = 1,
+    quiet: Quiet = False,
+    **keys: Any,
+) -> None:
+    """Train dense and ticket in turn, on the same seeds, and say who won, by how much, and with what spread.
+
+    Every run has a process of its own. Type the same command again to go on after a stop.
+
+    Examples:
+
+    earlybird compare --data digits
+
+    earlybird compare recipes/resnet20-cifar10.toml --seeds 3 --out runs/resnet20
+    """
+    from earlybird.train.compare import compare as compare_runs
+
+    print(compare_runs(_recipe(recipe, keys), seeds=seeds, quiet=quiet))
+
+
+def resume(run: RunFolder, quiet: Quiet = False) -> None:
+    """Go on with a run after any stop; the final weights are those of an undisturbed run, to the last bit.
+
+    Example:
+
+    earlybird resume runs/vgg16-cifar10-keep0.5-seed0
+    """
+    from earlybird.train.run import resume as resume_run
+
+    _print_result(resume_run(run, quiet=quiet))
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of a comparison.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="HTML file; default: report.html in the folder, or here if there are several."
+        ),
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page: bill, accuracy against time, mask distances, channels, environment.
+
+    Examples:
+
+    earlybird report runs/compare-digits
+
+    earlybird report runs/dense runs/ticket --out both.html
+    """
+    from earlybird.report import write
+
+    print(f"report: {write(runs, out or (runs[0] if len(runs) == 1 else Path()) / 'report.html')}")
+
+
+def export(
+    run: RunFolder,
+    onnx: Annotated[
+        Path | None, typer.Option(help="Write ONNX, checked against PyTorch; needs the extra 'onnx'.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Write weights and ticket as one safetensors file for earlybird.export.load.")
+    ] = None,
+) -> None:
+    """Take the trained small network out of a run.
+
+    Examples:
+
+    earlybird export runs/vgg16-cifar10-keep0.5-seed0 --onnx model.onnx
+
+    earlybird export runs/vgg16-cifar10-keep0.5-seed0 --weights model.safetensors
+    """
+    from earlybird import export as exporting
+
+    if onnx is None and weights is None:
+        raise InputError("nothing to export", hint="add --onnx model.onnx or --weights model.safetensors")
+    if weights is not None:
+        print(f"weights: {exporting.export_weights(run, weights)}")
+    if onnx is not None:
+        path, difference = exporting.export_onnx(run, onnx)
+        print(f"onnx: {path} (largest difference to PyTorch {difference:.1e})")
+
+
+def methods() -> None:
+    """List the methods: what each one saves, on this device, and where it was published."""
+    from earlybird.methods import METHODS
+
+    for info in METHODS.values():
+        _entry(info.name, info.saves, f"{info.citation} {info.link}")
+    # /dev is asked instead of torch, which takes seconds to load
+    gpu = Path("/dev/nvidiactl").exists()
+    print(
+        "\nThis device: "
+        + (
+            "CUDA; small networks may gain little, because they leave the device idle"
+            if gpu
+            else f"CPU, {os.cpu_count()} cores"
+        )
+        + "; 'earlybird compare' measures what a method saves here."
+    )
+
+
+def data() -> None:
+    """List the data sets that --data knows by name, with licence and source."""
+    from earlybird.data.catalogue import CATALOGUE
+
+    for info in CATALOGUE.values():
+        _entry(info.name, info.description, f"{info.citation} Licence: {info.licence}")
+    print("\nAlso: a folder with one folder of images a class (train/ and test/ are respected), or an .npz file.")
+    print("Files are looked for under EARLYBIRD_DATA and in the user's cache, then downloaded.")
+
+
+def _entry(name: str, first: str, second: str) -> None:
+    width = max(60, min(shutil.get_terminal_size().columns, 110))
+    print(name)
+    for text in (first, second):
+        print(textwrap.fill(text, width, initial_indent="    ", subsequent_indent="    "))

@@ -1,0 +1,374 @@
+"""Count what a model does for one sample: multiply-accumulates, parameters, bytes kept and numbers moved.
+
+The forward pass runs once, on one sample, and every operation that PyTorch really executes is seen below autograd
+(`TorchDispatchMode`), so functional calls, attention and shared layers count like modules do. One MAC is one
+multiplication with its addition (FLOPs = 2 MACs).
+
+    forward F = sum over convolutions and matrix products of their MACs
+    backward = F for each operand that needs a gradient: 2F, less the input gradient of the first layer
+
+Not counted: BatchNorm, activations, pooling and the optimizer's arithmetic (under 2 % in the convolutional nets here),
+recomputation by gradient checkpointing, and operations hidden in a user's own kernel. The model runs in eval mode, so
+branches that exist in training only (auxiliary heads) are not seen.
+
+Checked against published counts in ``tests/cost/test_count.py`` (VGG-16, ResNet-18 and 50, MobileNetV2).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from earlybird.errors import InputError
+
+__all__ = ["LayerCost", "ModelCost", "batch_size", "count", "first_sample", "unwrapped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """Cost of the operations that one module executes itself, not in its children.
+
+    Attributes:
+        macs: Forward MACs per sample.
+        backward_macs: Backward MACs per sample.
+        input_elements: Activation numbers read per sample in the forward pass.
+        output_elements: Activation numbers written per sample in the forward pass.
+        weight_elements: Weight numbers read once per batch.
+        backward_elements: Activation and gradient numbers moved per sample in the backward pass.
+    """
+
+    macs: int = 0
+    backward_macs: int = 0
+    input_elements: int = 0
+    output_elements: int = 0
+    weight_elements: int = 0
+    backward_elements: int = 0
+
+    def __add__(self, other: LayerCost) -> LayerCost:
+        return LayerCost(**{key.name: getattr(self, key.name) + getattr(other, key.name) for key in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCost:
+    """Cost of one model on one sample.
+
+    Attributes:
+        forward_macs: MACs of the forward pass, per sample.
+        backward_macs: MACs of the backward pass, per sample.
+        parameters: Number of parameters.
+        parameter_bytes: Their size.
+        activation_bytes: Bytes that autograd keeps for the backward pass, per sample, in the dtype of the count.
+        forward_elements: Activation numbers read and written by the forward pass, per sample: each tensor moved once.
+        backward_elements: The same for the backward pass: saved inputs read again, output gradients read, input
+            gradients written.
+        weight_elements: Weight numbers of the counted operations, read once per batch and pass.
+        layers: Cost by module name, in the order of execution; ``""`` is the model itself.
+        batch: Samples in ``example_inputs``; one of them was run.
+    """
+
+    forward_macs: int
+    backward_macs: int
+    parameters: int
+    parameter_bytes: int
+    activation_bytes: int
+    forward_elements: int
+    backward_elements: int
+    weight_elements: int
+    layers: Mapping[str, LayerCost] = field(default_factory=dict)
+    batch: int = 1
+
+    @property
+    def training_macs(self) -> int:
+        """MACs of one training step, per sample: forward and backward."""
+        return self.forward_macs + self.backward_macs
+
+    @property
+    def update_bytes(self) -> int:
+        """Bytes an optimizer step moves: 32-bit master weight and momentum of each parameter, read and written."""
+        return 4 * 4 * self.parameters
+
+    def moved_bytes(self, samples: int, batches: int, bits: int, *, training: bool) -> int:
+        """Bytes moved for ``samples`` in ``batches`` batches, each tensor once a pass, numbers of ``bits`` bits.
+
+        Training adds to the forward pass: saved inputs and weights read again, both kinds of gradients written.
+        """
+        per_sample, per_batch = self.forward_elements, self.weight_elements
+        if training:
+            per_sample += self.backward_elements
+            per_batch *= 3
+        return (samples * per_sample + batches * per_batch) * bits // 8
+
+    def to_json(self) -> dict[str, int]:
+        """Return the totals (not the layers) as plain numbers."""
+        return {key.name: getattr(self, key.name) for key in fields(self) if key.name != "layers"}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, int]) -> ModelCost:
+        """Rebuild the totals that `to_json` wrote."""
+        totals: dict[str, Any] = {key: int(value) for key, value in state.items()}
+        return cls(**totals)
+
+
+def count(model: nn.Module, example_inputs: Any) -> ModelCost:
+    """Count one sample's forward and backward pass of ``model``.
+
+    Args:
+        model: Any module. It is left as found: modes, buffers, gradients and random generators.
+        example_inputs: What ``model`` is called with: a tensor ``(N, ...)``, a tuple or list of positional arguments,
+            or a mapping of keyword arguments. Only the first of the N samples is run.
+
+    Returns:
+        The counts, per sample.
+
+    Raises:
+        InputError: The model does not run on one sample of ``example_inputs``.
+    """
+    model = unwrapped(model)
+    args, kwargs = _as_call(first_sample(example_inputs))
+    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    counter = _Counter(model, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()})
+    saved: dict[int, int] = {}
+
+    def note_saved(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with ExitStack() as stack:
+        stack.enter_context(_left_as_found(model))
+        stack.enter_context(_plain_execution(model))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(note_saved, lambda tensor: tensor))
+        stack.enter_context(counter)
+        try:
+            # the output is bound so that no saved tensor's memory is given to a later one before the sum is taken
+            output = model(*args, **kwargs)
+        except Exception as error:
+            raise InputError(
+                f"the model does not run on one sample of example_inputs: {type(error).__name__}: {error}",
+                needed="a tensor (N, ...), a tuple of positional or a dict of keyword arguments",
+                hint="pass example_inputs=x with a batch as the training loop uses it",
+            ) from error
+        activation_bytes = sum(saved.values())
+        del output
+    parameters = list(model.parameters())
+    total = sum(counter.layers.values(), LayerCost())
+    return ModelCost(
+        forward_macs=total.macs,
+        backward_macs=total.backward_macs,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        activation_bytes=activation_bytes,
+        forward_elements=total.input_elements + total.output_elements,
+        backward_elements=total.backward_elements,
+        weight_elements=total.weight_elements,
+        layers=counter.layers,
+        batch=batch_size(example_inputs),
+    )
+
+
+def batch_size(inputs: Any) -> int:
+    """Return the first dimension of the first tensor in ``inputs`` (tensor, sequence, mapping); 1 if there is none."""
+    if isinstance(inputs, Tensor):
+        return inputs.shape[0] if inputs.ndim else 1
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim:
+            return value.shape[0]
+    return 1
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the user's module inside DDP and torch.compile, whose own machinery must not run for a count."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def first_sample(inputs: Any) -> Any:
+    """Return ``inputs`` (tensor, sequence or mapping) with every tensor of N rows cut to its first row, detached."""
+    return _sliced(inputs, batch_size(inputs))
+
+
+def _sliced(inputs: Any, batch: int) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.detach()[:1] if inputs.ndim and inputs.shape[0] == batch else inputs.detach()
+    if isinstance(inputs, Mapping):
+        return {key: _sliced(value, batch) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(_sliced(value, batch) for value in inputs)
+    return inputs
+
+
+# Each formula takes the operation's arguments and its (first) output, and returns MACs and the two operands that are
+# multiplied, activation first, so that the backward pass of each can be charged.
+
+
+def _convolution(args: Sequence[Any], output: Tensor) -> tuple[int, Tensor, Tensor]:
+    image, weight, transposed = args[0], args[1], args[6]
+    # a transposed convolution multiplies the whole kernel at each position of its input instead of its output
+    positions = math.prod((image if transposed else output).shape[2:])
+    return output.shape[0] * positions * weight.numel(), image, weight
+
+
+def _matrix_product(args: Sequence[Any], output: Tensor) -> tuple[int, Tensor, Tensor]:
+    left, right = args[0], args[1]
+    return output.numel() * left.shape[-1], left, right
+
+
+def _added_matrix_product(args: Sequence[Any], output: Tensor) -> tuple[int, Tensor, Tensor]:
+    return _matrix_product(args[1:], output)
+
+
+def _attention(args: Sequence[Any], output: Tensor) -> tuple[int, Tensor, Tensor]:
+    query, key, value = args[:3]  # (..., L, E), (..., S, E), (..., S, V)
+    pairs = query.shape[:-1].numel() * key.shape[-2]
+    return pairs * (query.shape[-1] + value.shape[-1]), query, key
+
+
+def _recurrent(args: Sequence[Any], output: Tensor) -> tuple[int, Tensor, Tensor]:
+    # one layer, one direction; its two matrices (4H, I) and (4H, H) are charged as one operand
+    sequence, weight_input, weight_hidden = args[:3]
+    return sequence.shape[:-1].numel() * (weight_input.numel() + weight_hidden.numel()), sequence, weight_input
+
+
+def _cudnn_recurrent(args: Sequence[Any], output: Tensor) -> tuple[int, Tensor, Tensor]:
+    # all layers and directions at once: the list holds their matrices and bias vectors
+    sequence, matrices = args[0], [weight for weight in args[1] if weight.ndim == 2]
+    return sequence.shape[:-1].numel() * sum(matrix.numel() for matrix in matrices), sequence, matrices[0]
+
+
+_FORMULAS: dict[str, Callable[[Sequence[Any], Tensor], tuple[int, Tensor, Tensor]]] = {
+    "aten::convolution": _convolution,
+    "aten::mm": _matrix_product,
+    "aten::bmm": _matrix_product,
+    "aten::mv": _matrix_product,
+    "aten::_scaled_mm": _matrix_product,
+    "aten::addmm": _added_matrix_product,
+    "aten::baddbmm": _added_matrix_product,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten::_scaled_dot_product_flash_attention": _attention,
+    "aten::_scaled_dot_product_efficient_attention": _attention,
+    "aten::_scaled_dot_product_cudnn_attention": _attention,
+    "aten::_scaled_dot_product_fused_attention_overrideable": _attention,
+    "aten::mkldnn_rnn_layer": _recurrent,
+    "aten::_cudnn_rnn": _cudnn_recurrent,
+}
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Charges each operation to the module that is executing: the innermost one entered and not yet left."""
+
+    def __init__(self, model: nn.Module, weights: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layers: dict[str, LayerCost] = {}
+        self._weights = weights  # addresses of parameters and of everything computed from parameters alone
+        self._alive: list[Tensor] = []  # computed weights, held so that their addresses stay theirs
+        self._stack = [""]
+        self._handles = []
+        for name, module in model.named_modules():
+            self._handles += [
+                module.register_forward_pre_hook(lambda *_, name=name: self._stack.append(name)),
+                module.register_forward_hook(lambda *_: self._left(), always_call=True),
+            ]
+
+    def _left(self) -> None:
+        self._stack.pop()
+
+    def __exit__(self, *exception: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        tensors = list(_tensors((*args, *(kwargs or {}).values())))
+        outputs = list(_tensors(result if isinstance(result, (tuple, list)) else (result,)))
+        if tensors and all(self._is_weight(tensor) for tensor in tensors):
+            self._alive += outputs
+            self._weights |= {tensor.untyped_storage().data_ptr() for tensor in outputs}
+        formula = _FORMULAS.get(operation.name().partition(".")[0])
+        if formula is not None and outputs:
+            macs, *operands = formula(args, outputs[0])
+            self._charge(macs, operands, [t for t in tensors if t.ndim > 1], outputs[0])
+        return result
+
+    def _charge(self, macs: int, operands: Sequence[Tensor], read: Sequence[Tensor], output: Tensor) -> None:
+        activations = [tensor for tensor in read if not self._is_weight(tensor)]
+        inputs = sum(tensor.numel() for tensor in activations)
+        gradients = sum(tensor.numel() for tensor in activations if tensor.requires_grad)
+        learns = any(tensor.requires_grad for tensor in operands)
+        name = self._stack[-1]
+        self.layers[name] = self.layers.get(name, LayerCost()) + LayerCost(
+            macs=macs,
+            backward_macs=macs * sum(tensor.requires_grad for tensor in operands),
+            input_elements=inputs,
+            output_elements=output.numel(),
+            weight_elements=sum(tensor.numel() for tensor in read if self._is_weight(tensor)),
+            backward_elements=inputs + output.numel() + gradients if learns else 0,
+        )
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._weights
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors in ``values`` and in the lists and tuples among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` in eval mode; afterwards restore its modes, buffers and the random generators."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone(), buffer._version) for buffer in model.buffers()]
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, before, version in buffers:
+                if buffer._version != version:
+                    buffer.copy_(before)
+
+
+@contextmanager
+def _plain_execution(model: nn.Module) -> Iterator[None]:
+    """Run eagerly, with autograd, outside autocast, whatever the caller has switched on."""
+    first = next(model.parameters(), None)
+    device = "cpu" if first is None else first.device.type
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device, enabled=False))
+        if "torch._dynamo" in sys.modules:  # imported by whoever compiles; importing it here would take a second
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield

@@ -1,0 +1,162 @@
+"""Modelled energy: counted operations and moved bytes times a published price each.
+
+Prices: M. Horowitz, "Computing's Energy Problem (and What We Can Do About It)", ISSCC 2014, pp. 10-14, figure 1.1.9
+(45 nm, 0.9 V), https://doi.org/10.1109/ISSCC.2014.6757323, as given by two independent transcriptions that agree.
+
+    compute joules = MACs * (multiplication + addition at the arithmetic's width)
+    movement joules = bits moved / 64 * (1300 .. 2600 pJ, one 64-bit DRAM access)
+
+The two are reported apart, and movement as a range. Every tensor is taken to cross the chip's edge once each time it
+is read or written, as if nothing stayed in a cache between two layers and nothing was fetched twice within one. Prices
+of 45 nm are old: ratios mean something, absolute joules do not, and none of them is measured. bfloat16 is priced as
+fp16, which the table has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from earlybird.cost.count import ModelCost
+from earlybird.errors import InputError
+
+__all__ = ["CITATION", "MAC_PICOJOULES", "PRICES", "Energy", "Price", "energy", "joules"]
+
+CITATION = "Horowitz, ISSCC 2014, 45 nm"
+
+
+@dataclass(frozen=True)
+class Price:
+    """Energy of one operation.
+
+    Attributes:
+        low: Picojoules.
+        high: Picojoules; equal to ``low`` unless the source gives a range.
+        source: Where the figure is from, and how far to trust it.
+    """
+
+    low: float
+    high: float
+    source: str
+
+
+def _prices(source: str, table: dict[str, float]) -> dict[str, Price]:
+    return {key: Price(value, value, source) for key, value in table.items()}
+
+
+_HOROWITZ = f"{CITATION}, from transcriptions"
+_HAN = "Han et al., 2015 version of the Horowitz table, unverified; per 32-bit access"
+_SHIFT_ADD = "ShiftAddNet (You et al., NeurIPS 2020), ASIC, unverified"
+_FPGA = "ShiftAddNet (You et al., NeurIPS 2020), table 1, FPGA ZC706, unverified"
+
+PRICES: dict[str, Price] = {
+    **_prices(
+        _HOROWITZ,
+        {
+            "int8_add": 0.03,
+            "int32_add": 0.1,
+            "int8_mult": 0.2,
+            "int32_mult": 3.1,
+            "fp16_add": 0.4,
+            "fp32_add": 0.9,
+            "fp16_mult": 1.1,
+            "fp32_mult": 3.7,
+            "sram_8KB_64bit": 10.0,
+            "sram_32KB_64bit": 20.0,
+            "sram_1MB_64bit": 100.0,
+            "cpu_instruction": 70.0,
+        },
+    ),
+    "dram_64bit": Price(1300.0, 2600.0, _HOROWITZ),
+    # the table has no 16-bit integers: additions are taken as linear in the bits, multiplications as quadratic
+    **_prices("estimated from the 8-bit entries of the Horowitz table", {"int16_add": 0.05, "int16_mult": 0.8}),
+    **_prices(_HAN, {"sram_32KB_32bit": 5.0, "dram_32bit": 640.0}),
+    **_prices(_SHIFT_ADD, {"shift_fix32": 0.13, "shift_fix16": 0.057, "shift_fix8": 0.024}),
+    **_prices(
+        _FPGA,
+        {
+            "fpga_mult_fp32": 18.8,
+            "fpga_mult_fix32": 19.6,
+            "fpga_mult_fix8": 0.2,
+            "fpga_add_fp32": 0.4,
+            "fpga_add_fix32": 0.1,
+            "fpga_add_fix8": 0.1,
+            "fpga_shift_fix32": 0.1,
+            "fpga_shift_fix8": 0.025,
+        },
+    ),
+}
+"""Prices by operation; keys end with the access width where one access moves many bits."""
+
+MAC_PICOJOULES: dict[str, float] = {
+    **{
+        kind: PRICES[f"{kind}_mult"].low + PRICES[f"{kind}_add"].low
+        for kind in ("fp32", "fp16", "int32", "int16", "int8")
+    },
+    "int8_into_int32": PRICES["int8_mult"].low + PRICES["int32_add"].low,
+}
+"""Picojoules of one multiply-accumulate by arithmetic; ``int8_into_int32`` adds into a 32-bit accumulator."""
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Modelled energy of some work.
+
+    Attributes:
+        compute_joules: Arithmetic.
+        movement_joules_low: Data movement at the cheap end of the DRAM price.
+        movement_joules_high: Data movement at the dear end.
+    """
+
+    compute_joules: float
+    movement_joules_low: float
+    movement_joules_high: float
+
+    @property
+    def low(self) -> float:
+        """Compute plus movement, joules, cheap DRAM."""
+        return self.compute_joules + self.movement_joules_low
+
+    @property
+    def high(self) -> float:
+        """Compute plus movement, joules, dear DRAM."""
+        return self.compute_joules + self.movement_joules_high
+
+    def __add__(self, other: Energy) -> Energy:
+        return Energy(
+            self.compute_joules + other.compute_joules,
+            self.movement_joules_low + other.movement_joules_low,
+            self.movement_joules_high + other.movement_joules_high,
+        )
+
+
+def joules(macs: float, moved_bytes: float, bits: int = 32) -> Energy:
+    """Price floating-point work of ``macs`` MACs at ``bits`` (32 or 16) that moves ``moved_bytes`` bytes.
+
+    Raises:
+        InputError: ``bits`` is a width for which there is no floating-point price.
+    """
+    kind = f"fp{bits}"
+    if kind not in MAC_PICOJOULES:
+        raise InputError(f"no price for {bits}-bit floating point", needed="32 or 16")
+    dram = PRICES["dram_64bit"]
+    accesses = moved_bytes * 8 / 64
+    return Energy(macs * MAC_PICOJOULES[kind] * 1e-12, accesses * dram.low * 1e-12, accesses * dram.high * 1e-12)
+
+
+def energy(
+    cost: ModelCost, images: int, bits: int = 32, *, batches: int, updates: int | None = None, training: bool = True
+) -> Energy:
+    """Model the energy of running ``images`` samples through a model.
+
+    Args:
+        cost: What `earlybird.cost.count.count` found.
+        images: Samples.
+        bits: Width of the arithmetic, 32 or 16.
+        batches: Batches they came in; weights are moved once per batch and pass.
+        updates: Optimizer steps; ``batches`` by default when training, none otherwise.
+        training: Forward and backward, or forward only.
+    """
+    if updates is None:
+        updates = batches if training else 0
+    macs = images * (cost.training_macs if training else cost.forward_macs)
+    return joules(macs, cost.moved_bytes(images, batches, bits, training=training) + updates * cost.update_bytes, bits)

@@ -1,0 +1,193 @@
+"""Batches of augmented images, reproducible from (seed, epoch, batch) alone.
+
+Nothing is carried from one batch to the next: the order of an epoch is drawn from (seed, epoch), the augmentation of a
+batch from (seed, epoch, batch). A stopped run therefore goes on at any batch without replaying the ones before, and
+several ranks agree on every batch without talking to each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from earlybird.data.augment import Augment, Choices, blank, choose, normalise, take
+from earlybird.data.dataset import check_images
+from earlybird.errors import InputError
+
+# what a generator is for, mixed into its seed, so that no two streams of random numbers are the same
+_ORDER, _AUGMENTATION, _SAMPLE = 0, 1, 2
+
+
+class Loader:
+    """Batches of one part of a data set.
+
+    Evaluation batches come from a loader with ``shuffle=False, drop_last=False`` and the default augmentation.
+
+    Args:
+        images: uint8 (N, C, H, W). They are moved to ``device`` once if they take less than half of what is free
+            there, otherwise batch by batch.
+        labels: int64 (N,).
+        batch_size: Images in a batch, over all ranks together.
+        mean: Of each channel, 0-1 scale.
+        std: Of each channel, 0-1 scale.
+        augment: Crop, flip and cutout.
+        shuffle: Draw a new order for every epoch; else the images come in the order given.
+        drop_last: Leave out the last batch of an epoch when it is not full.
+        seed: Everything random follows from it.
+        device: Where the batches are made and augmented.
+        dtype: Of the inputs; may be set later.
+        channels_last: Memory format of the inputs; may be set later.
+        rank: This process, from 0 to ``world_size - 1``.
+        world_size: Processes that share each batch: rank r gets the images r, r + world_size, ... of it. All together
+            they get what one process would get, also in augmentation. A rank's share of a last, short batch may be
+            empty.
+
+    Raises:
+        InputError: An argument does not fit the images or is out of range.
+        DataError: Images or labels have the wrong type or shape.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: Augment = Augment(),  # noqa: B008 - frozen
+        shuffle: bool = True,
+        drop_last: bool = True,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        check_images(images, labels, "loader")
+        if batch_size < 1:
+            raise InputError(f"batch size {batch_size}", needed="at least 1")
+        if drop_last and len(images) < batch_size:
+            raise InputError(
+                f"batch size {batch_size} with {len(images)} images gives no full batch",
+                hint=f"take a batch size of at most {len(images)}",
+            )
+        if not 0 <= rank < world_size:
+            raise InputError(f"rank {rank} of {world_size}", needed="0 <= rank < world_size")
+        if drop_last and batch_size % world_size:
+            raise InputError(
+                f"batch size {batch_size} over {world_size} processes", needed=f"a multiple of {world_size}"
+            )
+        if not len(mean) == len(std) == images.shape[1]:
+            raise InputError(
+                f"{len(mean)} means and {len(std)} standard deviations", needed=f"{images.shape[1]}, one a channel"
+            )
+        if seed < 0:
+            raise InputError(f"seed {seed}", needed="0 or more")
+        self.device = torch.device(device)
+        self.images = _place(images, self.device)
+        self.labels = labels.to(self.images.device)
+        self.batch_size = batch_size
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.augment = augment
+        self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
+        self.dtype, self.channels_last = dtype, channels_last
+        self.rank, self.world_size = rank, world_size
+        self._next_epoch = 0
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch, the same for every rank."""
+        full, rest = divmod(len(self.images), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Walk through the next epoch: 0 the first time, then 1, 2, ..."""
+        epoch = self._next_epoch
+        self._next_epoch += 1
+        return self.epoch(epoch)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return an iterator over the batches of one epoch.
+
+        Args:
+            epoch: From 0.
+            start: First batch, from 0; ``len(self)`` gives none.
+
+        Returns:
+            Inputs (B, C, H, W) in the loader's type, memory format and device, and labels int64 (B,).
+
+        Raises:
+            InputError: ``epoch`` or ``start`` is out of range.
+        """
+        if epoch < 0 or not 0 <= start <= len(self):
+            raise InputError(
+                f"batch {start} of epoch {epoch}", needed=f"an epoch from 0 and a batch from 0 to {len(self)}"
+            )
+        return self._walk(epoch, start)
+
+    def sample(self, count: int, seed: int) -> Tensor:
+        """Return ``count`` different, augmented inputs chosen by ``seed`` alone, e.g. for calibration.
+
+        Args:
+            count: At most as many as there are images are returned.
+            seed: From 0; the same for all ranks gives all ranks the same inputs.
+
+        Returns:
+            (B, C, H, W) in the loader's type, memory format and device.
+        """
+        generator = _generator(_SAMPLE, seed)
+        index = torch.randperm(len(self.images), generator=generator)[:count]
+        return self._inputs(index, self._choose(len(index), generator))
+
+    def _walk(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        count = len(self.images)
+        order = torch.randperm(count, generator=_generator(_ORDER, self.seed, epoch)) if self.shuffle else None
+        share = slice(self.rank, None, self.world_size)
+        for batch in range(start, len(self)):
+            low, high = batch * self.batch_size, min((batch + 1) * self.batch_size, count)
+            # all ranks draw for the whole batch and keep their share
+            generator = _generator(_AUGMENTATION, self.seed, epoch, batch)
+            choices = self._choose(high - low, generator).part(share)
+            index: Tensor | slice
+            if order is not None:
+                index = order[low:high][share]
+            elif self.augment != Augment():
+                index = torch.arange(low, high)[share]
+            else:
+                index = slice(low + self.rank, high, self.world_size)
+            yield self._inputs(index, choices), self._labels(index)
+
+    def _choose(self, count: int, generator: torch.Generator) -> Choices:
+        height, width = self.images.shape[2:]
+        return choose(self.augment, count, height, width, generator)
+
+    def _inputs(self, index: Tensor | slice, choices: Choices) -> Tensor:
+        # a slice is a view: evaluation reads the images where they are
+        pixels = self.images[index] if isinstance(index, slice) else take(self.images, index, choices)
+        if pixels.device != self.device:
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        inputs = normalise(pixels, self.mean, self.std, self.dtype, self.channels_last)
+        if choices.corners is not None:
+            blank(inputs, choices.corners, self.augment.cutout)
+        return inputs
+
+    def _labels(self, index: Tensor | slice) -> Tensor:
+        labels = self.labels[index if isinstance(index, slice) else index.to(self.labels.device)]
+        # a slice is a view, and callers may change what they are given
+        return labels.clone() if labels.device == self.device else labels.to(self.device, non_blocking=True)
+
+
+def _generator(*entropy: int) -> torch.Generator:
+    """Return a CPU generator seeded by all of ``entropy``; NumPy promises that the mixing stays the same."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(seed)
+
+
+def _place(images: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(device)[0] // 2:
+        return images.cpu().contiguous()
+    return images.to(device).contiguous()

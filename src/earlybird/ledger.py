@@ -1,0 +1,572 @@
+"""The ledger: what a run spends, by phase, while it runs.
+
+Seconds are those of one monotonic clock, handed from phase to phase without a gap, so the phases add up to the time
+between the first `Ledger.enter` and the last `Ledger.stop`, pauses left out. Samples are counted where they enter
+the model, steps where the optimizer has made one; MACs and bytes moved follow from them and from a count of the
+model (`earlybird.cost.count`), which is made anew after a shrink.
+
+    ledger = Ledger()
+    ledger.watch(model, optimizer)     # two hooks; any loop, accumulation and evaluation in between included
+    ledger.enter("train")
+    ...
+    print(ledger.bill())
+
+A forward pass in training mode with autograd on is charged as training (forward and backward); any other as forward
+only. A forward pass in eval mode moves the clock from 'search' or 'train' to 'evaluate', and the next one in training
+mode moves it back; what the loop does in between (loading the next batch, say) belongs to 'evaluate'.
+
+The device is waited for where one phase hands over to the next, not at every step, so on an accelerator the seconds of
+a phase are exact and those of a single step are the host's. Cost: some 5 us per step on a CPU (2026-11).
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from earlybird.cost.bill import Bill, Counted, Estimated, Measured, Modelled, Spending
+from earlybird.cost.count import ModelCost, batch_size, count, first_sample, unwrapped
+from earlybird.cost.energy import CITATION, Energy, joules
+from earlybird.cost.meters import PeakMemory, energy_meter
+from earlybird.errors import InputError
+
+__all__ = ["PHASES", "Ledger", "PhaseRecord", "Work"]
+
+PHASES = ("setup", "search", "draw", "train", "evaluate", "lost")
+"""The phases, in the order of the bill; 'lost' is time of a killed process that no checkpoint has (`Ledger.charge`)."""
+
+_LOOP_PHASES = ("search", "train")
+_METER_EVERY_S = 60.0  # the fastest energy counter wraps after some 20 minutes
+
+
+@dataclass
+class Work:
+    """What went through the model at one width of arithmetic.
+
+    Attributes:
+        train_images: Samples of training passes (forward and backward), of all processes.
+        train_batches: Batches they came in.
+        forward_images: Samples of forward passes only.
+        forward_batches: Batches they came in.
+        updates: Optimizer steps.
+        macs: Multiply-accumulates of all that.
+        moved_bytes: Bytes moved, each tensor once per pass.
+    """
+
+    train_images: int = 0
+    train_batches: int = 0
+    forward_images: int = 0
+    forward_batches: int = 0
+    updates: int = 0
+    macs: int = 0
+    moved_bytes: int = 0
+
+    def priced(self, cost: ModelCost, bits: int) -> Work:
+        """Return the same passes with the MACs and bytes of ``cost``."""
+        macs = self.train_images * cost.training_macs + self.forward_images * cost.forward_macs
+        moved = cost.moved_bytes(self.train_images, self.train_batches, bits, training=True)
+        moved += cost.moved_bytes(self.forward_images, self.forward_batches, bits, training=False)
+        passes = {**asdict(self), "macs": macs, "moved_bytes": moved + self.updates * cost.update_bytes}
+        return Work(**passes)
+
+    def add(self, other: Work) -> None:
+        """Add ``other``, field by field."""
+        for key in fields(self):
+            setattr(self, key.name, getattr(self, key.name) + getattr(other, key.name))
+
+
+@dataclass
+class PhaseRecord:
+    """What one phase has spent.
+
+    Attributes:
+        seconds: Wall time.
+        steps: Optimizer steps (a batch seen by several optimizers is one).
+        work: What went through the model, by bits of arithmetic.
+        peak_bytes: Peak memory, or None where it was not measured.
+        joules: Measured energy, or None where there is no meter.
+    """
+
+    seconds: float = 0.0
+    steps: int = 0
+    work: dict[int, Work] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    joules: float | None = None
+
+    @property
+    def images(self) -> int:
+        """Samples that went through the model, in whatever kind of pass."""
+        return sum(work.train_images + work.forward_images for work in self.work.values())
+
+    @property
+    def train_images(self) -> int:
+        """Samples of training passes."""
+        return sum(work.train_images for work in self.work.values())
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates at whatever width."""
+        return sum(work.macs for work in self.work.values())
+
+    @property
+    def bit_macs(self) -> float:
+        """MACs weighted with (bits / 32) squared: 1 for fp32, 0.25 for bf16."""
+        return sum(work.macs * (bits / 32) ** 2 for bits, work in self.work.items())
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes moved, each tensor once per pass."""
+        return sum(work.moved_bytes for work in self.work.values())
+
+    @property
+    def energy(self) -> Energy:
+        """Modelled energy of the work."""
+        total = Energy(0.0, 0.0, 0.0)
+        for bits, work in self.work.items():
+            total += joules(work.macs, work.moved_bytes, bits)
+        return total
+
+    def priced(self, cost: ModelCost) -> PhaseRecord:
+        """Return the same passes, in the same time, with the MACs and bytes of ``cost``."""
+        work = {bits: item.priced(cost, bits) for bits, item in self.work.items()}
+        return PhaseRecord(self.seconds, self.steps, work, self.peak_bytes, self.joules)
+
+    def add(self, other: PhaseRecord) -> None:
+        """Add ``other``; the higher peak stays."""
+        self.seconds += other.seconds
+        self.steps += other.steps
+        for bits, work in other.work.items():
+            self.work.setdefault(bits, Work()).add(work)
+        self.peak_bytes = _fold(max, self.peak_bytes, other.peak_bytes)
+        self.joules = _fold(lambda a, b: a + b, self.joules, other.joules)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain numbers; `from_json` reads them."""
+        return {**asdict(self), "work": {str(bits): asdict(work) for bits, work in self.work.items()}}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> PhaseRecord:
+        """Rebuild what `to_json` wrote."""
+        work = {int(bits): Work(**item) for bits, item in state["work"].items()}
+        return cls(**{**state, "work": work})
+
+
+class Ledger:
+    """Record of a run's time, work, memory and energy, by phase.
+
+    Args:
+        device: Where the model runs; decides which meters are read.
+        world_size: Processes that train together and see equally many samples; counts are for all of them, seconds,
+            memory and joules for this one.
+        clock: Monotonic clock, seconds.
+
+    Attributes:
+        cost: Count of the model as it is now, or None before the first.
+        dense_cost: Count of the model as it was first seen, or None.
+        last_step_seconds: Time from the optimizer step before to the last one, in the phases 'search' and 'train' only.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device | str = "cpu",
+        world_size: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.device = torch.device(device)
+        self.cost: ModelCost | None = None
+        self.dense_cost: ModelCost | None = None
+        self.last_step_seconds = 0.0
+        self._world_size = world_size
+        self._clock = clock
+        self._records: dict[str, PhaseRecord] = {}
+        self._bits = 32
+        self._declared: str | None = None  # phase as entered
+        self._current: str | None = None  # phase of the clock: the declared one, or for a while 'evaluate'
+        self._since: float | None = None  # None: the clock stands
+        self._pending = Work()  # passes of the current phase, width and model that are not priced yet
+        self._step_seconds = 0.0
+        self._open: str | None = None  # phase in which the training pass that awaits its optimizer step was made
+        self._counting = False
+        self._uncounted = ""  # why there is no count
+        self._shrunk = False
+        self._dense_evaluation = (0.0, 0)  # seconds and images of evaluation before the first shrink
+        self._model: nn.Module | None = None  # without the wrappers of DDP and torch.compile
+        self._sample: Any = None
+        self._handles: list[Any] = []
+        self._peak = PeakMemory(self.device)
+        self._energy = energy_meter(self.device)
+        self._joules_before = 0.0
+        self._energy_read_at = 0.0
+
+    # ---- phases ----
+
+    def enter(self, phase: str) -> None:
+        """Start the clock, or hand it over: from now on everything belongs to ``phase``.
+
+        Raises:
+            InputError: ``phase`` is not one of `PHASES`.
+        """
+        self._switch(phase)
+        self._declared = phase
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Charge a block to ``phase`` and go back to the phase before (or stand still again) after it."""
+        declared, current, running = self._declared, self._current, self._since is not None
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            if running and current is not None:
+                self._switch(current)
+            else:
+                self.pause()
+                self._current = current
+            self._declared = declared
+
+    def pause(self) -> None:
+        """Stop the clock and the counters until `resume` or `enter`."""
+        self._close()
+        self._since = None
+
+    def resume(self) -> None:
+        """Let the clock run on in the phase in which it was paused."""
+        if self._since is None and self._current is not None:
+            self._switch(self._current)
+
+    def stop(self) -> None:
+        """Stop the clock and remove the hooks; the records stay."""
+        self.pause()
+        self.unwatch()
+
+    def charge(self, phase: str, seconds: float) -> None:
+        """Add ``seconds`` that this ledger's clock has not seen, such as time lost between a checkpoint and a kill."""
+        self._record(phase).seconds += seconds
+
+    @property
+    def phase(self) -> str | None:
+        """The phase to which the clock belongs now, or None before the first `enter`."""
+        return self._current
+
+    @property
+    def phases(self) -> dict[str, PhaseRecord]:
+        """The records up to this moment, in the order of `PHASES`."""
+        self._settle()
+        self._price()
+        return {name: self._records[name] for name in PHASES if name in self._records}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all phases up to this moment."""
+        self._settle()
+        return sum(record.seconds for record in self._records.values())
+
+    @property
+    def bits(self) -> int:
+        """Width of the arithmetic of what follows, 32 or 16; assign it when the precision changes."""
+        return self._bits
+
+    @bits.setter
+    def bits(self, value: int) -> None:
+        if value not in (16, 32):
+            raise InputError(f"arithmetic of {value!r} bits", needed="32 or 16")
+        self._price()
+        self._bits = value
+
+    # ---- the model ----
+
+    def watch(
+        self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] | None = None, example_inputs: Any = None
+    ) -> None:
+        """Count samples and steps from now on, by hooks on ``model`` and ``optimizer``; hooks set before are removed.
+
+        The hooks work under `torch.compile`, before or after it (dynamo leaves them out of its graphs).
+
+        Args:
+            model: The model that the loop calls.
+            optimizer: Its optimizer, or several. A batch that several of them step for is one step.
+            example_inputs: A batch to count the model on; by default the first one that passes through it.
+
+        Raises:
+            InputError: The model does not run on ``example_inputs``.
+        """
+        self.unwatch()
+        self._model = unwrapped(model)
+        if example_inputs is not None:
+            self._count(self._model, example_inputs)
+        # dynamo would otherwise trace into the hooks and compile anew whenever a counter has changed
+        on_forward = torch.compiler.disable(self._on_forward)  # type: ignore[no-untyped-call]
+        on_step = torch.compiler.disable(self._on_step)  # type: ignore[no-untyped-call]
+        self._handles.append(model.register_forward_pre_hook(on_forward, with_kwargs=True))
+        optimizers = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
+        for one in optimizers:
+            self._handles.append(one.register_step_post_hook(on_step))
+
+    def unwatch(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._model = None
+
+    def passes(self, images: int, *, batches: int = 1, training: bool = False) -> None:
+        """Count samples that go through the model without its hooks (a caller that runs ``model.forward`` itself).
+
+        Args:
+            images: Samples, of this process.
+            batches: Batches they come in.
+            training: Forward and backward, or forward only.
+        """
+        kind = "train" if training else "forward"
+        for name, amount in ((f"{kind}_images", images), (f"{kind}_batches", batches)):
+            setattr(self._pending, name, getattr(self._pending, name) + amount * self._world_size)
+
+    def recount(self, model: nn.Module | None = None, example_inputs: Any = None) -> ModelCost | None:
+        """Count the model again after its shape has changed; what came before keeps its price.
+
+        Args:
+            model: The model; the watched one by default.
+            example_inputs: A batch; by default a sample of the one that the last count was made on.
+
+        Returns:
+            The new count, or None where nothing is known to run the model on: it is then counted on the next batch.
+        """
+        self._settle()
+        self._price()
+        if not self._shrunk:
+            self._shrunk = True
+            evaluation = self._records.get("evaluate", PhaseRecord())
+            self._dense_evaluation = (evaluation.seconds, evaluation.images)
+        model = self._model if model is None else model
+        inputs = self._sample if example_inputs is None else example_inputs
+        if model is None or inputs is None:
+            self.cost = None
+        else:
+            self._count(model, inputs)
+        return self.cost
+
+    def _count(self, model: nn.Module, inputs: Any) -> None:
+        self._counting = True  # the count runs the model, and with it our own hook
+        try:
+            self.cost = count(model, inputs)
+        finally:
+            self._counting = False
+        self._sample = first_sample(inputs)
+        if self.dense_cost is None and not self._shrunk:
+            self.dense_cost = self.cost
+
+    def _on_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._since is None or self._counting or self._model is None:
+            return
+        inputs = args if args else kwargs
+        if self.cost is None and not self._uncounted:
+            self._count_or_explain(self._model, inputs)
+        samples = batch_size(inputs) * self._world_size
+        training = self._model.training
+        if training and self._current == "evaluate" and self._declared in _LOOP_PHASES:
+            self._switch(self._declared)
+        elif not training and self._current in _LOOP_PHASES:
+            self._switch("evaluate")
+        if training and torch.is_grad_enabled():
+            self._pending.train_images += samples
+            self._pending.train_batches += self._world_size
+            self._open = self._current
+        else:
+            self._pending.forward_images += samples
+            self._pending.forward_batches += self._world_size
+
+    def _count_or_explain(self, model: nn.Module, inputs: Any) -> None:
+        """Count on the first batch that comes along; a model that cannot be counted must not stop its training."""
+        try:
+            self._count(model, inputs)
+        except InputError as error:
+            self._uncounted = str(error)
+            warnings.warn(f"MACs are not counted: {error}", stacklevel=2)
+
+    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._since is None:
+            return
+        self._settle()
+        self._pending.updates += self._world_size
+        if self._open is None:
+            return
+        self._records[self._open].steps += 1
+        self._open = None
+        self.last_step_seconds, self._step_seconds = self._step_seconds, 0.0
+        if self._energy is not None and self._since - self._energy_read_at > _METER_EVERY_S:
+            self._energy_read_at = self._since
+            self._energy.read()
+
+    # ---- the clock ----
+
+    def _record(self, phase: str) -> PhaseRecord:
+        if phase not in PHASES:
+            raise InputError(f"unknown phase {phase!r}", needed=f"one of {', '.join(PHASES)}")
+        return self._records.setdefault(phase, PhaseRecord())
+
+    def _switch(self, phase: str) -> None:
+        """Hand the clock over to ``phase``, or start it."""
+        self._record(phase)
+        if self._since is not None and phase == self._current:
+            return
+        self._close()
+        self._current = phase
+        self._peak.reset()
+        self._joules_before = self._energy.read() if self._energy else 0.0
+        if self._since is None:
+            self._since = self._clock()
+
+    def _close(self) -> None:
+        """Bring the current phase's record up to date, meters included; the clock runs on in it."""
+        if self._since is None or self._current is None:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._settle()
+        self._price()
+        record = self._records[self._current]
+        record.peak_bytes = _fold(max, record.peak_bytes, self._peak.read())
+        if self._energy is not None:
+            now = self._energy.read()
+            record.joules = (record.joules or 0.0) + now - self._joules_before
+            self._joules_before = now
+
+    def _settle(self) -> None:
+        """Add the time since the last call to the current phase."""
+        if self._since is None or self._current is None:
+            return
+        now = self._clock()
+        elapsed, self._since = now - self._since, now
+        self._records[self._current].seconds += elapsed
+        if self._current in _LOOP_PHASES:
+            self._step_seconds += elapsed
+
+    def _price(self) -> None:
+        """Move the pending passes into the current record, at the current model's and width's price."""
+        if self._current is None or self._pending == Work():
+            return
+        work = self._pending if self.cost is None else self._pending.priced(self.cost, self._bits)
+        self._records[self._current].work.setdefault(self._bits, Work()).add(work)
+        self._pending = Work()
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything recorded so far as plain numbers and text (JSON-able)."""
+        self._close()
+        return {
+            "phases": {name: record.to_json() for name, record in self.phases.items()},
+            "bits": self._bits,
+            "cost": None if self.cost is None else self.cost.to_json(),
+            "dense_cost": None if self.dense_cost is None else self.dense_cost.to_json(),
+            "shrunk": self._shrunk,
+            "dense_evaluation": list(self._dense_evaluation),
+            "uncounted": self._uncounted,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Add the records of ``state`` to this ledger's, so that the time a resuming process has spent so far stays.
+
+        Phase, clock and hooks stay as they are, as does a count that was already made of the model as it is now.
+        """
+        for name, record in state["phases"].items():
+            self._record(name).add(PhaseRecord.from_json(record))
+        self.bits = state["bits"]
+        if self.cost is None and state["cost"] is not None:
+            self.cost = ModelCost.from_json(state["cost"])
+        if state["dense_cost"] is not None:
+            self.dense_cost = ModelCost.from_json(state["dense_cost"])
+        self._shrunk = state["shrunk"]
+        seconds, images = state["dense_evaluation"]
+        self._dense_evaluation = (float(seconds), int(images))
+        self._uncounted = state["uncounted"]
+
+    # ---- the bill ----
+
+    def bill(self, dense: Bill | None = None, *, dense_estimate: bool = True) -> Bill:
+        """Return what was spent so far, against a dense run.
+
+        Args:
+            dense: The bill of a dense run that was measured.
+            dense_estimate: Without ``dense``, estimate it from this run's own search phase (nothing to compare with
+                before a ticket is drawn).
+        """
+        self._close()
+        if dense is None and dense_estimate:
+            dense = self._dense_estimate()
+        return Bill(
+            phases={name: self._spending(record) for name, record in self.phases.items()},
+            device=str(self.device),
+            parameters=None if self.cost is None else self.cost.parameters,
+            dense=dense,
+        )
+
+    def _spending(self, record: PhaseRecord, *, basis: str = "") -> Spending:
+        known = not record.images or not self._uncounted
+        energy = record.energy
+        return Spending(
+            seconds=Estimated(record.seconds, "s", basis) if basis else Measured(record.seconds, "s", "clock"),
+            steps=Counted(record.steps, "steps"),
+            images=Counted(record.images, "images"),
+            macs=Counted(record.macs, "MAC") if known else None,
+            bit_macs=Counted(record.bit_macs, "MAC") if known else None,
+            moved_bytes=Counted(record.moved_bytes, "B") if known else None,
+            peak_bytes=None if record.peak_bytes is None else Measured(record.peak_bytes, "B", self._peak.name),
+            joules=None
+            if record.joules is None or self._energy is None
+            else Measured(record.joules, "J", self._energy.name),
+            modelled_joules=Modelled(energy.low, energy.high, "J", CITATION) if known else None,
+        )
+
+    def _dense_estimate(self) -> Bill | None:
+        """Bill of a dense run over the same samples: time from this run's search, work from the first count."""
+        search = self._records.get("search")
+        if not self._shrunk or self.dense_cost is None or search is None or not search.train_images:
+            return None
+        training = PhaseRecord(seconds=search.seconds, peak_bytes=search.peak_bytes)
+        loop = [self._records[name] for name in _LOOP_PHASES if name in self._records]
+        for record in loop:
+            training.steps += record.steps
+            for bits, work in record.work.items():
+                training.work.setdefault(bits, Work()).add(work)
+        training.seconds *= training.train_images / search.train_images
+        per_step = search.seconds / max(1, search.steps)
+        spent = {
+            "setup": self._records.get("setup"),
+            "train": training,
+            "evaluate": self._dense_evaluate(),
+        }
+        return Bill(
+            phases={
+                name: self._spending(
+                    record.priced(self.dense_cost), basis=f"the search phase's own {1e3 * per_step:.4g} ms a step"
+                )
+                for name, record in spent.items()
+                if record is not None
+            },
+            device=str(self.device),
+            parameters=self.dense_cost.parameters,
+        )
+
+    def _dense_evaluate(self) -> PhaseRecord | None:
+        record = self._records.get("evaluate")
+        if record is None:
+            return None
+        seconds, images = self._dense_evaluation
+        # no evaluation before the draw: take the shrunk model's time, which favours dense
+        dense_seconds = seconds / images * record.images if images else record.seconds
+        return PhaseRecord(dense_seconds, record.steps, record.work, record.peak_bytes)
+
+
+def _fold(operation: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+    """Combine two numbers of which either may be unknown."""
+    return b if a is None else a if b is None else operation(a, b)

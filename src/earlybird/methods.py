@@ -1,0 +1,47 @@
+"""The methods there are: one plain table, readable without loading torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One published method.
+
+    Attributes:
+        name: As on the command line.
+        path: ``module:class`` of its hyper-parameters.
+        factor: The factor of the training bill that it attacks.
+        citation: Authors, title, venue.
+        link: Where the paper is.
+        saves: What it saves, and in which column of the bill.
+        limits: When it does not pay.
+    """
+
+    name: str
+    path: str
+    factor: str
+    citation: str
+    link: str
+    saves: str
+    limits: str
+
+
+METHODS: dict[str, MethodInfo] = {
+    method.name: method
+    for method in (
+        MethodInfo(
+            name="early_bird",
+            path="earlybird.tickets.early_bird:EarlyBird",
+            factor="weights",
+            citation=(
+                "You, Li, Xu, Fu, Wang, Chen, Baraniuk, Wang, Lin: Drawing Early-Bird Tickets: Toward More Efficient "
+                "Training of Deep Networks, ICLR 2020"
+            ),
+            link="https://arxiv.org/abs/1909.11957",
+            saves="measured seconds and bytes, counted MACs, modelled joules of every step after the draw, and of inference",
+            limits="training that ends soon after the draw, and layers already so narrow that the device idles",
+        ),
+    )
+}

@@ -1,0 +1,250 @@
+"""Figures of the report as plain plotly dictionaries; colours are names of CSS variables, which the page fills in.
+
+Every function returns ``{"data": [...], "layout": {...}}``. A colour ``"var(--name)"`` is resolved in the browser, so
+that one file serves light and dark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Figure = dict[str, Any]
+
+FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif'
+
+
+def phase_bars(totals: Mapping[str, Mapping[str, float]], *, title: str, unit: str, texts: Sequence[str]) -> Figure:
+    """Stacked horizontal bars, one bar a contender, one colour a phase.
+
+    Args:
+        totals: Contender to phase to value, already in ``unit``.
+        title: What the axis shows.
+        unit: Its unit.
+        texts: The number to print at the end of each bar, in the order of ``totals``.
+    """
+    labels = list(totals)
+    phases = [phase for phase in PHASES if any(phase in values for values in totals.values())]
+    bars: list[dict[str, Any]] = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": phase,
+            "y": labels,
+            "x": [totals[label].get(phase, 0.0) for label in labels],
+            "marker": {"color": f"var(--phase-{phase})", "line": {"width": 0}},
+            "hovertemplate": f"%{{y}}, {phase}: %{{x:.4g}} {unit}<extra></extra>",
+        }
+        for phase in phases
+    ]
+    sums = [sum(totals[label].values()) for label in labels]
+    largest = max(sums, default=0.0) or 1.0
+    bars.append(
+        {
+            "type": "scatter",
+            "mode": "text",
+            "x": sums,
+            "y": labels,
+            "text": [f" {text}" for text in texts],
+            "textposition": "middle right",
+            "textfont": {"color": "var(--ink)", "size": 13},
+            "hoverinfo": "skip",
+            "cliponaxis": False,
+        }
+    )
+    layout = _layout(height=74 + 40 * len(labels), margin={"l": 8, "r": 8, "t": 4, "b": 40})
+    layout["barmode"] = "stack"
+    layout["bargap"] = 0.42
+    layout["xaxis"] |= {"title": {"text": f"{title} ({unit})", "font": {"size": 12}}, "range": [0, largest * 1.34]}
+    layout["yaxis"] |= {"autorange": "reversed", "automargin": True, "showgrid": False, "ticksuffix": "  "}
+    return {"data": bars, "layout": layout}
+
+
+PHASES = ("setup", "search", "draw", "train", "evaluate", "lost")
+
+
+def accuracy_curves(
+    curves: Sequence[tuple[str, str, Sequence[tuple[float, float]], tuple[float, float] | None]],
+) -> Figure:
+    """Accuracy against seconds, one line a run.
+
+    Args:
+        curves: For each run its label, its colour, its points ``(seconds, accuracy 0 to 1)`` and the point at which its
+            ticket was drawn, if it was.
+    """
+    longest = max((points[-1][0] for _, _, points, _ in curves if points), default=0.0)
+    scale, unit = (3600.0, "h") if longest > 2 * 3600 else (60.0, "min") if longest > 180 else (1.0, "s")
+    data: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    for label, colour, points, _ in curves:
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": label,
+                "legendgroup": label,
+                "x": [seconds / scale for seconds, _ in points],
+                "y": [100 * accuracy for _, accuracy in points],
+                "line": {"color": colour, "width": 2.2},
+                "marker": {"size": 5, "color": colour},
+                "hovertemplate": f"{label}: %{{y:.2f}} % after %{{x:.3g}} {unit}<extra></extra>",
+            }
+        )
+    draws = [(label, colour, draw) for label, colour, _, draw in curves if draw is not None]
+    for label, colour, (seconds, accuracy) in draws:
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": f"{label}: ticket drawn",
+                "x": [seconds / scale],
+                "y": [100 * accuracy],
+                "marker": {
+                    "symbol": "diamond",
+                    "size": 12,
+                    "color": "var(--card)",
+                    "line": {"color": colour, "width": 2.2},
+                },
+                "hovertemplate": f"{label}: ticket drawn after %{{x:.3g}} {unit}<extra></extra>",
+            }
+        )
+        seen.add(label)
+    layout = _layout(height=380, margin={"l": 8, "r": 12, "t": 10, "b": 44})
+    layout["xaxis"] |= {"title": {"text": f"seconds of the run, measured ({unit})", "font": {"size": 12}}}
+    layout["xaxis"]["rangemode"] = "tozero"
+    if unit == "s":
+        layout["xaxis"]["title"]["text"] = "seconds of the run, measured"
+    layout["yaxis"] |= {"ticksuffix": " %", "automargin": True}
+    return {"data": data, "layout": layout}
+
+
+def distance_matrix(
+    steps: Sequence[int],
+    epochs: Sequence[float] | None,
+    matrix: Sequence[Sequence[float]],
+    drawn: tuple[int, int] | None,
+) -> Figure:
+    """Mask distance of every look against every look: dark where two masks agree.
+
+    Args:
+        steps: Optimizer step of each look, ``(n,)``.
+        epochs: Epoch of each look, ``(n,)``, or None.
+        matrix: Normalised Hamming distances, ``(n, n)``, 0 to 1.
+        drawn: First and last look (indices) of the window that drew the ticket.
+    """
+    names = [f"{epoch:g}" for epoch in epochs] if epochs is not None else [str(step) for step in steps]
+    unit = "epoch" if epochs is not None else "step"
+    count = len(names)
+    ticks = list(range(0, count, max(1, -(-count // 6))))
+    axis = {
+        "tickvals": ticks,
+        "ticktext": [names[index] for index in ticks],
+        "showgrid": False,
+        "zeroline": False,
+        "range": [-0.5, count - 0.5],
+        "constrain": "domain",
+    }
+    highest = max((value for row in matrix for value in row), default=0.0)
+    heat = {
+        "type": "heatmap",
+        "z": matrix,
+        "zmin": 0,
+        "zmax": max(highest, 0.02),
+        "xgap": 1 if count <= 40 else 0,
+        "ygap": 1 if count <= 40 else 0,
+        "colorscale": [[share / 4, f"var(--heat-{share})"] for share in range(5)],
+        "customdata": [[[names[row], names[column]] for column in range(count)] for row in range(count)],
+        "hovertemplate": (
+            f"{unit} %{{customdata[0]}} against {unit} %{{customdata[1]}}: "
+            "%{z:.3f} of the channels differ<extra></extra>"
+        ),
+        "colorbar": {
+            "thickness": 10,
+            "outlinewidth": 0,
+            "len": 0.9,
+            "tickfont": {"color": "var(--soft)", "size": 11},
+            "title": {"text": "distance", "font": {"color": "var(--soft)", "size": 12}},
+        },
+    }
+    layout = _layout(height=400, margin={"l": 8, "r": 0, "t": 8, "b": 44})
+    layout["xaxis"] |= {**axis, "title": {"text": f"look at {unit}", "font": {"size": 12}}}
+    layout["yaxis"] |= {**axis, "range": [count - 0.5, -0.5], "scaleanchor": "x", "automargin": True}
+    if drawn is not None:
+        first, last = drawn[0] - 0.5, drawn[1] + 0.5
+        layout["shapes"] = [
+            {
+                "type": "rect",
+                "x0": first,
+                "x1": last,
+                "y0": first,
+                "y1": last,
+                "line": {"color": "var(--mark)", "width": 2.5},
+            }
+        ]
+    return {"data": [heat], "layout": layout, "square": True}
+
+
+def channel_bars(layers: Mapping[str, tuple[int, int]], *, colour: str = "var(--after)") -> Figure:
+    """Channels of every layer before (wide, pale) and after the shrink (narrow, strong).
+
+    Args:
+        layers: Layer name to ``(before, after)``.
+        colour: Colour of the bars after the shrink.
+    """
+    names = list(layers)
+    before = [layers[name][0] for name in names]
+    after = [layers[name][1] for name in names]
+    share = [100 * now / old for now, old in zip(after, before)]
+    common = {"type": "bar", "x": names}
+    data = [
+        {
+            **common,
+            "name": "before",
+            "y": before,
+            "marker": {"color": "var(--before)"},
+            "width": 0.86,
+            "hovertemplate": "%{x}: %{y} channels before<extra></extra>",
+        },
+        {
+            **common,
+            "name": "after",
+            "y": after,
+            "marker": {"color": colour},
+            "width": 0.5 if len(names) <= 40 else 0.86,
+            "customdata": share,
+            "hovertemplate": "%{x}: %{y} channels after, %{customdata:.0f} % of before<extra></extra>",
+        },
+    ]
+    layout = _layout(height=330, margin={"l": 8, "r": 8, "t": 8, "b": 24})
+    layout["barmode"] = "overlay"
+    layout["xaxis"] |= {"type": "category", "tickangle": -60, "showgrid": False, "automargin": True}
+    layout["xaxis"]["showticklabels"] = len(names) <= 40
+    layout["xaxis"]["tickfont"] = {"size": 11, "color": "var(--soft)"}
+    layout["yaxis"] |= {"title": {"text": "channels", "font": {"size": 12}}, "automargin": True}
+    return {"data": data, "layout": layout}
+
+
+def _layout(*, height: int, margin: dict[str, int]) -> dict[str, Any]:
+    axis = {
+        "gridcolor": "var(--grid)",
+        "zerolinecolor": "var(--line)",
+        "linecolor": "var(--line)",
+        "tickfont": {"color": "var(--soft)", "size": 12},
+        "fixedrange": True,  # a finger on a chart scrolls the page
+    }
+    return {
+        "height": height,
+        "margin": margin,
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": FONT, "color": "var(--soft)", "size": 13},
+        "hoverlabel": {
+            "bgcolor": "var(--card)",
+            "bordercolor": "var(--line)",
+            "font": {"color": "var(--ink)", "family": FONT},
+        },
+        "showlegend": False,
+        "dragmode": False,
+        "xaxis": dict(axis),
+        "yaxis": dict(axis),
+    }

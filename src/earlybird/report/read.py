@@ -1,0 +1,173 @@
+"""Read run folders and comparison folders into plain records, as far as the runs have come."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from earlybird.cost.bill import Bill
+from earlybird.errors import InputError
+from earlybird.tickets.ticket import Ticket
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What one run folder holds; whatever the run has not written yet is empty or None.
+
+    Attributes:
+        path: The run folder.
+        recipe: The recipe's keys.
+        recipe_text: The recipe as written.
+        metrics: Rows of ``metrics.jsonl``, in order.
+        bill: What was spent.
+        ticket: The drawn ticket.
+        history, change, tune, environment: The JSON files of those names.
+    """
+
+    path: Path
+    recipe: dict[str, Any]
+    recipe_text: str
+    metrics: list[dict[str, Any]]
+    bill: Bill | None
+    ticket: Ticket | None
+    history: dict[str, Any]
+    change: dict[str, Any]
+    tune: dict[str, Any]
+    environment: dict[str, Any]
+
+    @property
+    def dense(self) -> bool:
+        """Whether the whole network was trained to the end."""
+        return bool(self.recipe.get("dense"))
+
+    @property
+    def label(self) -> str:
+        """What the recipe calls for: ``dense`` or ``ticket, keep 0.5``."""
+        if self.dense:
+            return "dense"
+        keep = self.recipe.get("keep", "default")
+        keep = keep[0] if isinstance(keep, list) else keep
+        return f"ticket, keep {keep:g}" if isinstance(keep, (int, float)) else "ticket"
+
+    @property
+    def drawn_at(self) -> int | None:
+        """Optimizer step after which the ticket was drawn."""
+        return None if self.ticket is None else self.ticket.provenance.get("step")
+
+    @cached_property
+    def accuracy(self) -> list[tuple[float, float]]:
+        """``(seconds, accuracy)`` of every evaluation, seconds since the run began, accuracy 0 to 1."""
+        rows = [row for row in self.metrics if row.get("accuracy") is not None and row.get("seconds") is not None]
+        return [(float(row["seconds"]), float(row["accuracy"])) for row in rows]
+
+    @property
+    def final_accuracy(self) -> float | None:
+        """Test accuracy of the last evaluation, 0 to 1."""
+        return self.accuracy[-1][1] if self.accuracy else None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Runs that differ in nothing but their seed."""
+
+    label: str
+    runs: tuple[RunRecord, ...]
+
+    @property
+    def dense(self) -> bool:
+        """Whether this is the baseline."""
+        return self.runs[0].dense
+
+    @property
+    def bills(self) -> list[Bill]:
+        """The bills of all runs that have one."""
+        return [run.bill for run in self.runs if run.bill is not None]
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Final accuracy of all runs that have one, 0 to 1."""
+        return [run.final_accuracy for run in self.runs if run.final_accuracy is not None]
+
+
+def read(paths: Sequence[Path]) -> list[Contender]:
+    """Read run folders, and folders of run folders such as a comparison; dense comes first.
+
+    Raises:
+        InputError: A folder holds no run, or one of its files is damaged.
+    """
+    folders: dict[Path, None] = {}
+    for path in paths:
+        for folder in _run_folders(path):
+            folders[folder.resolve()] = None
+    groups: dict[str, list[RunRecord]] = {}
+    for folder in folders:
+        run = _read_run(folder)
+        same = {key: value for key, value in run.recipe.items() if key not in ("seed", "out")}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+    labels = [runs[0].label for runs in groups.values()]
+    contenders = [
+        Contender(label if labels.count(label) == 1 else f"{label} ({runs[0].path.name})", tuple(runs))
+        for label, runs in zip(labels, groups.values())
+    ]
+    return sorted(contenders, key=lambda contender: not contender.dense)
+
+
+def _run_folders(path: Path) -> list[Path]:
+    hint = "name a folder that 'earlybird train' or 'earlybird compare' wrote"
+    if not path.is_dir():
+        raise InputError(f"no folder {path}", hint=hint)
+    if (path / "recipe.toml").is_file() and not (path / "comparison.json").is_file():
+        return [path]
+    found = sorted(recipe.parent for recipe in path.glob("*/recipe.toml"))
+    if not found:
+        raise InputError(f"{path} holds no run (there is no recipe.toml in it, nor one level below)", hint=hint)
+    return found
+
+
+def _read_run(path: Path) -> RunRecord:
+    text = (path / "recipe.toml").read_text(encoding="utf-8")
+    try:
+        recipe = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path / 'recipe.toml'} is damaged ({error})") from error
+    bill, ticket = _json(path / "bill.json"), path / "ticket.safetensors"
+    return RunRecord(
+        path=path,
+        recipe=recipe,
+        recipe_text=text,
+        metrics=_rows(path / "metrics.jsonl"),
+        bill=Bill.from_json(bill) if bill else None,
+        ticket=Ticket.load(ticket) if ticket.is_file() else None,
+        history=_json(path / "history.json"),
+        change=_json(path / "change.json"),
+        tune=_json(path / "tune.json"),
+        environment=_json(path / "environment.json"),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error})") from error
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}", needed="an object")
+    return value or {}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break  # a kill cut the last row short
+    return rows

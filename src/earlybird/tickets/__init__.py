@@ -1,0 +1,1 @@
+"""Which weights? Tickets: the type, drawing them, and shrinking a model to one."""

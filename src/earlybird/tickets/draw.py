@@ -1,0 +1,218 @@
+"""Draw a ticket: rank all channels of a network against each other and keep the best.
+
+You et al., Drawing Early-Bird Tickets, ICLR 2020, arXiv 1909.11957
+(reference code: github.com/RICE-EIC/Early-Bird-Tickets):
+``mask = score > threshold`` with one threshold for the whole network, the ``int(N * (1 - keep))``-th smallest score.
+
+Deviations, each with the published behaviour as an option:
+
+- exactly ``round(keep * N)`` channels stay, ties broken by order; ``strict=True`` is the published comparison, which
+  keeps one less and, where all scores are equal (an untrained network), none;
+- at least one channel stays in each layer, also with ``strict=True``;
+- with ``example_inputs`` the coupling of channels is known: channels of a residual sum stay whole, as published
+  (there by hand, layer by layer), or go as one group;
+- ``macs_share`` bounds what the ticket costs: each score is divided by a power of what its channel costs, the smallest
+  power that fits the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from earlybird.errors import InputError
+from earlybird.tickets.coupling import Group, find_groups
+from earlybird.tickets.scores import score_channels
+from earlybird.tickets.ticket import Ticket
+
+Coupled = Literal["whole", "group"]
+
+
+def draw(
+    model: nn.Module,
+    keep: float = 0.5,
+    *,
+    score: str = "bn_scale",
+    scores: Mapping[str, Tensor] | None = None,
+    example_inputs: Any = None,
+    coupled: Coupled = "whole",
+    macs_share: float | None = None,
+    round_to: int = 1,
+    strict: bool = False,
+) -> Ticket:
+    """Draw a ticket over the channels of every batch norm. Pure: the model is not changed.
+
+    Args:
+        model: Any module with batch norms (or, for ``score='magnitude'``, convolutions and linear layers).
+        keep: Share of the ranked channels that stay, in (0, 1].
+        score: ``'bn_scale'`` (published), ``'taylor'`` (needs gradients) or ``'magnitude'``.
+        scores: Layer name to scores ``(channels,)``, instead of ``score``; larger stays.
+        example_inputs: Lets the coupling of channels be traced (see `earlybird.shrink`). Without it, each layer's mask
+            stands for itself, and `earlybird.shrink` cuts what the masks of coupled layers agree on.
+        coupled: What happens to channels of a residual sum when the coupling is known: ``'whole'`` leaves them all
+            (``keep`` then counts among the others), ``'group'`` ranks each as one channel.
+        macs_share: Upper bound on the ticket's forward MACs as a share of the dense model's; needs ``example_inputs``.
+        round_to: Widths of coupled groups are rounded to multiples of this (to the nearest; never to zero).
+        strict: Compare with the published ``score > threshold``.
+
+    Returns:
+        The ticket; its provenance holds score, keep ratio and options.
+
+    Raises:
+        InputError: ``keep`` outside (0, 1], no layer to rank, scores that do not fit, or a bound that cannot be met.
+    """
+    if not (isinstance(keep, (int, float)) and 0 < keep <= 1):
+        raise InputError(f"keep is {keep!r}", needed="a share greater than 0 and at most 1")
+    if coupled not in ("whole", "group"):
+        raise InputError(f"coupled is {coupled!r}", needed="'whole' or 'group'")
+    values = dict(scores) if scores is not None else score_channels(model, score)
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"scores of layer '{name}' are not finite", needed="finite scores")
+    if example_inputs is None:
+        if macs_share is not None:
+            raise InputError("macs_share needs the model's graph", hint="pass example_inputs")
+        masks = _rank({name: value.detach().float().cpu() for name, value in values.items()}, keep, strict, round_to)
+    else:
+        groups = find_groups(model, example_inputs)
+        masks = draw_coupled(
+            values, groups, keep, coupled=coupled, macs_share=macs_share, round_to=round_to, strict=strict
+        )
+    provenance = {"score": score if scores is None else "given", "keep": keep, "coupled": coupled, "strict": strict}
+    if macs_share is not None:
+        provenance["macs_share"] = macs_share
+    return Ticket(masks, provenance=provenance)
+
+
+def draw_coupled(
+    scores: Mapping[str, Tensor],
+    groups: list[Group],
+    keep: float,
+    *,
+    coupled: Coupled = "whole",
+    macs_share: float | None = None,
+    round_to: int = 1,
+    strict: bool = False,
+) -> dict[str, Tensor]:
+    """Rank channels in their coupled groups and return a mask for each scored layer.
+
+    Args:
+        scores: Layer name to scores ``(channels,)``.
+        groups: From `earlybird.tickets.coupling.find_groups`.
+        keep: Share of the free channels that stay.
+        coupled: See `draw`.
+        macs_share: See `draw`.
+        round_to: See `draw`.
+        strict: See `draw`.
+
+    Returns:
+        Layer name to boolean mask ``(channels,)``; layers in no free group stay whole.
+    """
+    cpu = {name: value.detach().float().cpu() for name, value in scores.items()}
+    free: dict[str, Group] = {}
+    pooled: dict[str, Tensor] = {}
+    for group in groups:
+        members = [m for m in group.members if m.name in cpu and m.side != "in"]
+        if not members or group.output or (coupled == "whole" and group.residual):
+            continue
+        total, votes = torch.zeros(group.size), torch.zeros(group.size)
+        for member in members:
+            total.index_add_(0, member.root, cpu[member.name][member.local])
+            votes.index_add_(0, member.root, torch.ones(len(member.root)))
+        name = group.producers[0]
+        free[name], pooled[name] = group, total / votes.clamp_min(1)
+    masks = {name: torch.ones(value.numel(), dtype=torch.bool) for name, value in cpu.items()}
+    if not free:
+        return masks
+    prices = {name: max(group.macs_per_channel, 1.0) for name, group in free.items()}
+    chosen = _rank(pooled, keep, strict, round_to)
+    if macs_share is not None:
+        chosen = _within(macs_share, pooled, prices, groups, free, keep, strict, round_to)
+    for name, group in free.items():
+        for member in group.members:
+            if member.name in masks and member.side != "in":
+                masks[member.name][member.local] = chosen[name][member.root]
+    return masks
+
+
+def macs_share_of(chosen: Mapping[str, Tensor], groups: list[Group]) -> float:
+    """Return the forward MACs of a ticket as a share of the dense model's: a layer costs written times read channels.
+
+    Args:
+        chosen: First producer of a group to the mask over the group's channels; groups left out stay whole.
+        groups: All groups of the model.
+    """
+    written: dict[str, float] = {}
+    read: dict[str, float] = {}
+    dense: dict[str, float] = {}
+    for group in groups:
+        mask = chosen.get(group.producers[0]) if group.producers else None
+        for member in group.members:
+            share = 1.0 if mask is None else float(mask[member.root].float().mean())
+            if member.name in group.macs_of:
+                dense[member.name] = group.macs_of[member.name]
+                side = read if member.side == "in" else written
+                # a concatenation feeds one layer from several groups: shares add up by the channels they cover
+                weight = 1.0 if member.side != "in" else group.covers[member.name]
+                side[member.name] = side.get(member.name, 0.0) + share * weight
+    total = sum(dense.values())
+    left = sum(macs * written.get(name, 1.0) * min(read.get(name, 1.0), 1.0) for name, macs in dense.items())
+    return left / total if total else 1.0
+
+
+def _within(
+    bound: float,
+    pooled: Mapping[str, Tensor],
+    prices: Mapping[str, float],
+    groups: list[Group],
+    free: Mapping[str, Group],
+    keep: float,
+    strict: bool,
+    round_to: int,
+) -> dict[str, Tensor]:
+    """Find the smallest power of the price that brings the ticket under the bound, by bisection."""
+    if not 0 < bound <= 1:
+        raise InputError(f"macs_share is {bound!r}", needed="a share greater than 0 and at most 1")
+
+    def pick(power: float) -> dict[str, Tensor]:
+        return _rank({n: v / prices[n] ** power for n, v in pooled.items()}, keep, strict, round_to)
+
+    low, high = 0.0, 4.0
+    if macs_share_of(pick(low), groups) <= bound:
+        return pick(low)
+    if macs_share_of(pick(high), groups) > bound:
+        least = macs_share_of(pick(high), groups)
+        raise InputError(
+            f"macs_share={bound} cannot be met with keep={keep}", needed=f"at least {least:.3f} for this model",
+            hint="raise macs_share or lower keep",
+        )  # fmt: skip
+    for _ in range(24):
+        middle = (low + high) / 2
+        if macs_share_of(pick(middle), groups) > bound:
+            low = middle
+        else:
+            high = middle
+    return pick(high)
+
+
+def _rank(scores: Mapping[str, Tensor], keep: float, strict: bool, round_to: int) -> dict[str, Tensor]:
+    """Rank all channels together; every layer keeps its best channel whatever the rank."""
+    everything = torch.cat(list(scores.values()))
+    total = everything.numel()
+    if strict:
+        dropped = int(total * (1 - keep))
+        flat = everything > everything.sort().values[dropped] if dropped else torch.ones(total, dtype=torch.bool)
+    else:
+        flat = torch.zeros(total, dtype=torch.bool)
+        flat[everything.argsort(descending=True, stable=True)[: max(round(keep * total), 1)]] = True
+    masks: dict[str, Tensor] = {}
+    for (name, score), mask in zip(scores.items(), flat.split([value.numel() for value in scores.values()])):
+        count = max(int(mask.sum()), 1)
+        if round_to > 1:
+            count = min(max(round(count / round_to), 1) * round_to, score.numel())
+        masks[name] = torch.zeros(score.numel(), dtype=torch.bool)
+        masks[name][score.argsort(descending=True, stable=True)[:count]] = True
+    return masks

@@ -1,0 +1,515 @@
+"""Early-Bird: train dense just until the ticket stops changing, then shrink and train only the small network.
+
+You et al., Drawing Early-Bird Tickets: Toward More Efficient Training of Deep Networks, ICLR 2020, arXiv 1909.11957;
+reference code github.com/RICE-EIC/Early-Bird-Tickets.
+
+Every ``look_every`` a mask ``m_t`` is drawn from the channel scores and pushed into a queue of ``window`` masks. The
+ticket is drawn as soon as the newest mask agrees with all others in the queue:
+
+    max over i in queue of  ||m_t - m_i||_1 / N  <=  tolerance
+
+What it saves: seconds, MACs, bytes and energy of every step after the draw, and of inference, because the shrink is
+real. It does *not* pay when training ends soon after the draw, when layers are already so narrow that the device is
+idle, or when ``keep`` is so large that little goes.
+
+Deviations, each with the published behaviour under ``EarlyBird(**EarlyBird.PRESETS['published'])``: the default scores
+channels by a running mean of the first-order Taylor term instead of ``|gamma|`` (in short runs masks of ``|gamma|``
+keep changing), looks several times an epoch, and has a deadline.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from earlybird.errors import InputError
+from earlybird.ledger import Ledger
+from earlybird.step import Step
+from earlybird.tickets.coupling import Group, find_groups
+from earlybird.tickets.draw import Coupled, draw_coupled
+from earlybird.tickets.refit import dense_outputs, estimate_batch_norms, least_squares
+from earlybird.tickets.scores import SCORES, batch_norms, score_channels
+from earlybird.tickets.shrink import Change, shrink
+from earlybird.tickets.ticket import Ticket
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyBird:
+    """Hyper-parameters of the search for an early-bird ticket; `attach` starts it.
+
+    Raises:
+        InputError: A value is out of its range; the message names it.
+    """
+
+    keep: float | tuple[float, ...] = _option(
+        0.5,
+        "Share of the channels that stay, in (0, 1]; of several, the first one is trained, the others are only drawn.",
+    )
+    score: Literal["taylor", "bn_scale", "magnitude"] = _option("taylor", "What a channel is worth.")
+    score_memory: float = _option(0.98, "Decay a step of the running mean of Taylor scores, in [0, 1).")
+    macs_share: float | None = _option(
+        None, "Upper bound on the ticket's MACs as a share of dense; the ranking then knows what a channel costs."
+    )
+    look_every: Step = _option(Step.parse("0.125ep"), "How often a mask is drawn and compared.")
+    skip: Step = _option(Step.parse("0.25ep"), "Warm-up: looks before this point are left out.")
+    window: int = _option(5, "How many masks must agree, the newest included.")
+    tolerance: float = _option(0.1, "Largest mask distance that counts as agreement, 0 to 1.")
+    deadline: Step | None = _option(
+        Step.parse("1ep"), "When to draw the best ticket so far, agreed or not; 'none' waits."
+    )
+    sparsity: float = _option(0.0, "L1 subgradient added to batch-norm scales during the search.")
+    sparsity_after: bool = _option(False, "Keep the L1 term on after the draw.")
+    coupled: Coupled = _option(
+        "group", "Channels of residual sums: 'whole' never cuts them, 'group' cuts them together."
+    )
+    weights: Literal["continue", "reinitialise"] = _option("continue", "Go on with the dense weights, or start anew.")
+    optimizer_state: Literal["keep", "reset"] = _option("keep", "Go on with the optimizer's state, or start empty.")
+    refit: Literal["none", "batch_norm", "least_squares"] = _option("batch_norm", "What is mended right after the cut.")
+    round_to: int | None = _option(None, "Multiple that widths are rounded to; 'none' takes what suits the device.")
+    strict: bool = _option(False, "Compare scores with the published 'score > threshold'.")
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {},
+        "published": {
+            "score": "bn_scale", "look_every": Step.parse("1ep"), "skip": Step.parse("0it"), "window": 5,
+            "tolerance": 0.1, "deadline": None, "sparsity": 1e-4, "sparsity_after": True, "coupled": "whole",
+            "weights": "continue", "optimizer_state": "reset", "refit": "none", "round_to": 1, "strict": True,
+        },
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        ratios = self.keep if isinstance(self.keep, tuple) else (self.keep,)
+        if not ratios or not all(isinstance(k, (int, float)) and 0 < k <= 1 for k in ratios):
+            raise InputError(f"keep is {self.keep!r}", needed="a share greater than 0 and at most 1")
+        if len(set(ratios)) != len(ratios):
+            raise InputError(f"keep names a ratio twice: {self.keep!r}")
+        for name in ("look_every", "skip", "deadline"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, Step.parse(value))
+        if self.look_every == Step():
+            raise InputError("look_every is zero", needed="a positive step such as '0.25ep' or '50it'")
+        for name, allowed in (
+            ("score", SCORES), ("coupled", ("whole", "group")), ("weights", ("continue", "reinitialise")),
+            ("optimizer_state", ("keep", "reset")), ("refit", ("none", "batch_norm", "least_squares")),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
+        for name, low, high in (
+            ("score_memory", 0.0, 1.0), ("tolerance", 0.0, 1.0), ("sparsity", 0.0, math.inf), ("window", 2, math.inf),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not low <= value <= high:
+                raise InputError(f"{name} is {value!r}", needed=f"a number between {low} and {high}")
+        if self.macs_share is not None and not 0 < self.macs_share <= 1:
+            raise InputError(f"macs_share is {self.macs_share!r}", needed="a share greater than 0 and at most 1")
+        if self.round_to is not None and self.round_to < 1:
+            raise InputError(f"round_to is {self.round_to!r}", needed="a whole number of at least 1")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> EarlyBird:
+        """Return the preset called ``name`` (see ``PRESETS``), with ``changes`` on top."""
+        if name not in cls.PRESETS:
+            raise InputError(f"unknown preset '{name}'", needed=f"one of {', '.join(cls.PRESETS)}")
+        return cls(**{**cls.PRESETS[name], **changes})
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """All keep ratios that are watched; the first one is trained."""
+        return self.keep if isinstance(self.keep, tuple) else (self.keep,)
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        example_inputs: Any = None,
+        steps_per_epoch: int | None = None,
+        calibration: Callable[[], Iterable[Any]] | None = None,
+        ledger: Ledger | None = None,
+        seed: int = 0,
+    ) -> Search:
+        """Start the search; from here on an ordinary training loop does the rest.
+
+        Args:
+            model: The module that is trained (not its DDP wrapper).
+            optimizer: The optimizer over its parameters; the draw happens inside its ``step()``.
+            example_inputs: A tensor, tuple or dict the model runs on; a batch of one is enough. Default: the first
+                training batch.
+            steps_per_epoch: Optimizer steps in an epoch; needed when a step is given in epochs.
+            calibration: Returns batches of training inputs for the refit, the same ones at each call. Default: the
+                inputs of the step at which the ticket is drawn.
+            ledger: Where to record; by default an own one, which `Search.bill` reads.
+            seed: For weights that are drawn anew.
+
+        Returns:
+            The running search.
+
+        Raises:
+            InputError: The model has nothing to rank, or the optimizer does not hold its parameters.
+        """
+        return Search(self, model, optimizer, example_inputs, steps_per_epoch, calibration, ledger, seed)
+
+
+class Search:
+    """A running search, made by `EarlyBird.attach`; all its state is in `state_dict`.
+
+    Attributes:
+        settings: The hyper-parameters.
+        drawn: Whether the ticket has been drawn and the model shrunk.
+        ticket: The drawn ticket, or None.
+        tickets: Keep ratio to ticket, for every ratio that has been drawn.
+        change: What the shrink changed, or None.
+        drawn_at: Optimizer step after which the ticket was drawn, or None.
+        history: One entry a look and ratio: ``{'step', 'epoch', 'keep', 'distances', 'kept'}``; ``distances`` are
+            those of the newest mask to the others in the window, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        settings: EarlyBird,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        example_inputs: Any,
+        steps_per_epoch: int | None,
+        calibration: Callable[[], Iterable[Any]] | None,
+        ledger: Ledger | None,
+        seed: int,
+    ) -> None:
+        self.settings = settings
+        self.ticket: Ticket | None = None
+        self.tickets: dict[float, Ticket] = {}
+        self.change: Change | None = None
+        self.drawn_at: int | None = None
+        self.history: list[dict[str, Any]] = []
+        self._model, self._optimizer = model, optimizer
+        self._example_inputs, self._calibration, self._seed = example_inputs, calibration, seed
+        self._steps_per_epoch = steps_per_epoch
+        self._look_every = max(settings.look_every.in_iterations(steps_per_epoch), 1)
+        self._skip = settings.skip.in_iterations(steps_per_epoch)
+        self._deadline = None if settings.deadline is None else max(settings.deadline.in_iterations(steps_per_epoch), 1)
+        self._steps = 0
+        self._masks: dict[float, list[Tensor]] = {ratio: [] for ratio in settings.ratios}
+        self._looked_at: list[int] = []
+        self._groups: list[Group] | None = None
+        self._last_inputs: Any = None
+        # The names and sizes of the dense layers: what a saved mask vector is read with.
+        self._sizes = {name: value.numel() for name, value in self._scores_now(dry=True).items()}
+        self._norms = list(batch_norms(model).values()) if settings.score != "magnitude" or settings.sparsity else []
+        self._taylor = [torch.zeros_like(norm.weight) for norm in self._norms] if settings.score == "taylor" else []
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in held for parameter in model.parameters()):
+            raise InputError("the optimizer holds no parameter of the model", hint="pass the optimizer that trains it")
+        self._own_ledger = ledger is None
+        self._ledger = Ledger() if ledger is None else ledger
+        if self._own_ledger:
+            self._ledger.watch(model, optimizer, example_inputs)
+        self._ledger.enter("search")
+        self._handles: list[Any] = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            model.register_forward_pre_hook(torch.compiler.disable(self._remember_inputs), with_kwargs=True),
+        ]
+        if self._skip == 0 and settings.score != "taylor":  # the published first look is at the untrained network
+            self._look()
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the ticket has been drawn and the model shrunk."""
+        return self.ticket is not None
+
+    def bill(self) -> Any:
+        """Return what was spent so far, as a `Bill`."""
+        return self._ledger.bill()
+
+    def status(self) -> dict[str, float | str]:
+        """Return what a progress bar may show: the last look's largest mask distance, or that the ticket is drawn."""
+        if self.drawn:
+            return {"ticket": f"drawn at step {self.drawn_at}"}
+        distances: list[float] = next(
+            (entry["distances"] for entry in reversed(self.history) if entry["keep"] == self.settings.ratios[0]), []
+        )
+        return {"distance": max(distances)} if distances else {}
+
+    def distance_matrix(self, keep: float | None = None) -> tuple[list[int], Tensor]:
+        """Return the distances of all looks to all looks: steps, and a matrix of shape (looks, looks), 0 to 1."""
+        masks = self._masks[self.settings.ratios[0] if keep is None else keep]
+        if not masks:
+            return [], torch.zeros(0, 0)
+        stacked = torch.stack(masks).float()
+        return list(self._looked_at), torch.cdist(stacked, stacked, p=1) / stacked.shape[1]
+
+    def detach(self) -> None:
+        """Take all hooks off model and optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._own_ledger:
+            self._ledger.unwatch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as a nested dict of tensors, numbers, strings and lists."""
+        return {
+            "steps": self._steps,
+            "drawn_at": self.drawn_at,
+            "history": self.history,
+            "looked_at": self._looked_at,
+            "masks": {str(ratio): torch.stack(masks) for ratio, masks in self._masks.items() if masks},
+            "taylor": {} if self.drawn else {str(i): value.clone() for i, value in enumerate(self._taylor)},
+            "tickets": {
+                str(ratio): {
+                    "mask": torch.cat(list(ticket.masks.values())), "provenance": dict(ticket.provenance),
+                } for ratio, ticket in self.tickets.items()
+            },
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state. When its ticket was drawn, the (still dense) model and optimizer are shrunk to it.
+
+        Load the weights and the optimizer's state after this, into the shapes that it leaves.
+
+        Raises:
+            InputError: The state belongs to another model or other keep ratios.
+        """
+        if {float(ratio) for ratio in state["masks"]} - set(self.settings.ratios):
+            raise InputError(
+                f"the saved search watched keep={list(state['masks'])}", needed=f"keep={self.settings.keep}"
+            )
+        self._steps = int(state["steps"])
+        self.history = [dict(entry) for entry in state["history"]]
+        self._looked_at = [int(step) for step in state["looked_at"]]
+        self._masks = {
+            ratio: list(state["masks"].get(str(ratio), torch.zeros(0, 0)).bool()) for ratio in self.settings.ratios
+        }
+        for key, value in state["taylor"].items():
+            self._taylor[int(key)].copy_(value)
+        self.tickets = {}
+        for key, saved in state["tickets"].items():
+            if saved["mask"].numel() != sum(self._sizes.values()):
+                raise InputError("the saved ticket belongs to another model", needed="the model it was drawn from")
+            parts = saved["mask"].bool().split(list(self._sizes.values()))
+            self.tickets[float(key)] = Ticket(dict(zip(self._sizes, parts)), provenance=saved["provenance"])
+        primary = self.tickets.get(self.settings.ratios[0])
+        if primary is not None and not self.drawn:
+            self.drawn_at = int(state["drawn_at"])
+            self.change = shrink(self._model, primary, self._inputs(), optimizer=self._optimizer)
+            self._finish(primary)
+
+    def _scores_now(self, *, dry: bool = False) -> dict[str, Tensor]:
+        """Return the current scores; ``dry`` only asks for names and sizes, before there is any gradient."""
+        if self.settings.score != "taylor":
+            return score_channels(self._model, self.settings.score)
+        names = batch_norms(self._model)
+        if dry:
+            return {name: norm.weight.detach() for name, norm in names.items()}
+        # Layers differ in the size of their gradients by orders of magnitude: each is taken over its own norm.
+        tiny = torch.finfo(torch.float32).tiny
+        return {name: s.float() / s.float().norm().clamp_min(tiny) for name, s in zip(names, self._taylor)}
+
+    def _remember_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training and not self.drawn:
+            self._last_inputs = dict(kwargs) if kwargs and not args else tuple(args)
+
+    def _inputs(self) -> Any:
+        found = self._last_inputs if self._example_inputs is None else self._example_inputs
+        if found is None:
+            raise InputError("no inputs to follow the model's graph with", hint="pass example_inputs=x to attach")
+        return found
+
+    def _before_step(self) -> None:
+        after = self.drawn
+        if after and not self.settings.sparsity_after:
+            return
+        norms = [norm for norm in self._norms if norm.weight.grad is not None]
+        if not norms:
+            return
+        with torch.no_grad():
+            gammas = [norm.weight.detach() for norm in norms]
+            gradients: list[Tensor] = [norm.weight.grad for norm in norms]  # type: ignore[misc]
+            if self._taylor and not after:
+                change = torch._foreach_mul(gammas, gradients)
+                shifts = [
+                    norm.bias.detach() * norm.bias.grad if norm.bias is not None and norm.bias.grad is not None
+                    else torch.zeros_like(norm.weight) for norm in norms
+                ]  # fmt: skip
+                torch._foreach_add_(change, shifts)
+                torch._foreach_abs_(change)
+                running = (
+                    [self._taylor[self._norms.index(norm)] for norm in norms]
+                    if len(norms) < len(self._norms)
+                    else self._taylor
+                )
+                torch._foreach_lerp_(
+                    running, [c.to(r.dtype) for c, r in zip(change, running)], 1 - self.settings.score_memory
+                )
+            if self.settings.sparsity:
+                torch._foreach_add_(gradients, torch._foreach_sign(gammas), alpha=self.settings.sparsity)
+
+    def _after_step(self) -> None:
+        self._steps += 1
+        if self.drawn:
+            return
+        if self._steps >= max(self._skip, 1) and self._steps % self._look_every == 0:
+            self._look()
+        if not self.drawn and self._deadline is not None and self._steps >= self._deadline:
+            self._draw_at_deadline()
+
+    def _look(self) -> None:
+        """Draw one mask a ratio and compare it with the last ones; draw the ticket when they agree."""
+        scores = _mean_over_ranks(self._scores_now())
+        self._looked_at.append(self._steps)
+        for ratio in self.settings.ratios:
+            masks = self._draw_masks(scores, ratio)
+            flat = torch.cat(list(masks.values()))
+            queue = self._masks[ratio][-(self.settings.window - 1) :]
+            distances = [float((flat ^ other).float().mean()) for other in queue]
+            self._masks[ratio].append(flat)
+            epoch = self._steps / self._steps_per_epoch if self._steps_per_epoch else None
+            entry = {
+                "step": self._steps,
+                "epoch": epoch,
+                "keep": ratio,
+                "distances": distances,
+                "kept": int(flat.sum()),
+            }
+            self.history.append(entry)
+            full = len(distances) == self.settings.window - 1
+            if ratio not in self.tickets and full and max(distances) <= self.settings.tolerance:
+                self.tickets[ratio] = self._ticket(flat, ratio, "agreement")
+        primary = self.tickets.get(self.settings.ratios[0])
+        if primary is not None:
+            self._draw(primary)
+
+    def _draw_masks(self, scores: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
+        if self._groups is None:
+            self._groups = find_groups(self._model, _first_sample(self._inputs()))
+        s = self.settings
+        return draw_coupled(
+            scores, self._groups, ratio, coupled=s.coupled, macs_share=s.macs_share, strict=s.strict,
+            round_to=self._round_to(),
+        )  # fmt: skip
+
+    def _round_to(self) -> int:
+        if self.settings.round_to is not None:
+            return self.settings.round_to
+        # Vector units and tensor cores work on blocks of 8 or 16 channels; in narrow nets rounding would eat layers.
+        widest = max(self._sizes.values())
+        return 16 if widest >= 128 else 8 if widest >= 64 else 1
+
+    def _ticket(self, flat: Tensor, ratio: float, reason: str) -> Ticket:
+        masks = dict(zip(self._sizes, flat.split(list(self._sizes.values()))))
+        settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
+        return Ticket(
+            masks,
+            provenance={
+                "method": "early_bird", "keep": ratio, "step": self._steps, "reason": reason,
+                "settings": {k: str(v) if isinstance(v, Step) else v for k, v in settings.items()},
+            },
+        )  # fmt: skip
+
+    def _draw_at_deadline(self) -> None:
+        if not self._looked_at:
+            self._look()
+        for ratio in self.settings.ratios:
+            if ratio in self.tickets:
+                continue
+            entries = [entry for entry in self.history if entry["keep"] == ratio]
+            # the look whose mask agreed best with those before it; the latest of equals
+            worst = [max(entry["distances"], default=1.0) for entry in entries]
+            best = max(range(len(worst)), key=lambda i: (-worst[i], i))
+            self.tickets[ratio] = self._ticket(self._masks[ratio][best], ratio, "deadline")
+            warnings.warn(
+                f"no agreement by the deadline ({self.settings.deadline}): keep={ratio} draws the mask of step "
+                f"{self._looked_at[best]}, distance {worst[best]:.3f} (tolerance {self.settings.tolerance})",
+                stacklevel=2,
+            )
+        self._draw(self.tickets[self.settings.ratios[0]])
+
+    def _draw(self, ticket: Ticket) -> None:
+        """Shrink model and optimizer to the ticket, and mend what the settings ask for."""
+        settings = self.settings
+        with self._ledger.during("draw"):
+            batches = (
+                []
+                if settings.refit == "none"
+                else list(self._calibration() if self._calibration else [self._last_inputs])
+            )
+            batches = [batch for batch in batches if batch is not None]
+            solve = settings.refit == "least_squares" and settings.weights == "continue" and batches
+            targets = dense_outputs(self._model, _join(batches)) if solve else {}
+            self.change = shrink(
+                self._model, ticket, _first_sample(self._inputs()), optimizer=self._optimizer, groups=self._groups
+            )
+            if settings.weights == "reinitialise":
+                _reinitialise(self._model, self._seed)
+            changed = bool(self.change.layers or self.change.silenced)  # an identity ticket leaves nothing to mend
+            if solve and changed:
+                least_squares(self._model, _join(batches), targets, self.change.kept)
+            if settings.refit != "none" and changed:
+                estimate_batch_norms(self._model, batches)
+            if settings.optimizer_state == "reset" or settings.weights == "reinitialise":
+                self._optimizer.state.clear()
+            self._ledger.recount(self._model, self._inputs())
+        self.drawn_at = self._steps
+        self._finish(ticket)
+        self._ledger.enter("train")
+
+    def _finish(self, ticket: Ticket) -> None:
+        self.ticket = ticket
+        self._taylor, self._last_inputs, self._groups = [], None, None
+        if not self.settings.sparsity_after:
+            self._norms = []
+
+
+def _mean_over_ranks(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Average scores over all processes of a distributed run, so that every rank draws the same ticket."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return scores
+    flat = torch.cat([score.float() for score in scores.values()])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    return dict(zip(scores, flat.split([score.numel() for score in scores.values()])))
+
+
+def _first_sample(inputs: Any) -> Any:
+    """Cut inputs down to a batch of one, which is all that following the graph needs."""
+    if isinstance(inputs, Tensor):
+        return inputs[:1].detach()
+    if isinstance(inputs, dict):
+        return {key: _first_sample(value) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(_first_sample(value) for value in inputs)
+    return inputs
+
+
+def _join(batches: list[Any]) -> Any:
+    """Lay batches of plain tensors together; of anything else, take the first."""
+    tensors = [b[0] if isinstance(b, tuple) and len(b) == 1 else b for b in batches]
+    if all(isinstance(tensor, Tensor) for tensor in tensors):
+        return torch.cat(tensors)[:512]
+    return batches[0]
+
+
+def _reinitialise(model: nn.Module, seed: int) -> None:
+    """Draw all weights anew with each module's own ``reset_parameters``; the global generators stay untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, module in model.named_modules():
+            own = list(module.parameters(recurse=False))
+            if own and not callable(getattr(module, "reset_parameters", None)):
+                raise InputError(
+                    f"layer '{name}' ({type(module).__name__}) has no reset_parameters()",
+                    needed="one for weights='reinitialise'", hint="add it, or use weights='continue'",
+                )  # fmt: skip
+            if own:
+                module.reset_parameters()

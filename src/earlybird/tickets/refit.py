@@ -1,0 +1,190 @@
+"""What happens right after the cut: bring the small network's function back to the dense one's.
+
+- `batch_norm`: running means and variances are estimated anew, since every layer sees other inputs than before.
+- `least_squares`: each convolution and linear layer is solved for the dense layer's outputs, from the inputs it now
+  gets (reconstruction as in ThiNet, Luo et al., arXiv 1707.06342, and He et al., arXiv 1707.06168, there for one
+  layer at a time): ``W = argmin ||A W - Y||^2 + lambda ||W - W_cut||^2``, with A the patches that the small layer
+  reads, Y the dense layer's outputs at the channels that stay, and lambda 0.1 % of A's mean squared norm.
+
+Neither touches gradients, optimizer state or modes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from earlybird.tickets.coupling import as_arguments
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+# Rows of A per unknown of a layer: enough that the solution is not noise, few enough that it takes seconds.
+_ROWS_PER_UNKNOWN = 16
+_RIDGE = 1e-3
+
+
+def estimate_batch_norms(model: nn.Module, batches: Sequence[Any]) -> None:
+    """Set running mean and variance of every batch norm to the plain average over ``batches`` (training statistics).
+
+    Args:
+        model: Left in the mode it is in; everything but the running statistics stays.
+        batches: Inputs as the model takes them in training.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms or not batches:
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    saved = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
+    try:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        with torch.no_grad(), _silent_forward(model) as forward:
+            for batch in batches:
+                forward(batch)
+    finally:
+        for norm, (momentum, tracked) in zip(norms, saved):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(tracked)  # type: ignore[union-attr]
+        for module, mode in modes:
+            module.training = mode
+
+
+def dense_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    """Run the dense model in eval mode and return what each layer that `least_squares` can solve puts out.
+
+    Args:
+        model: The model before the cut; left as found.
+        inputs: One batch.
+
+    Returns:
+        Layer name to outputs of the first images, ``(images, channels, ...)``; as many images as the solution needs.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, output: Tensor) -> None:
+        found[name] = output[: _images_needed(module, output)].detach().clone()
+
+    with _hooks(model, lambda name, module, inputs, output: keep(name, module, output)), torch.no_grad():
+        _evaluate(model, inputs)
+    return found
+
+
+def least_squares(model: nn.Module, inputs: Any, targets: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+    """Solve each layer of the shrunk model for the dense layer's outputs, in the order in which they run.
+
+    Args:
+        model: The model after the cut; weights are overwritten in place.
+        inputs: The batch that `dense_outputs` was called with.
+        targets: What it returned.
+        kept: Layer name to the output channels of the dense layer that stayed, shape (n,); layers without kept all.
+    """
+
+    def solve(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if name not in targets:
+            return
+        target = targets[name]
+        if name in kept:
+            dim = target.dim() - 1 if isinstance(module, nn.Linear) else 1
+            target = target.index_select(dim, kept[name].to(target.device))
+        _solve(module, args[0][: target.shape[0]].detach(), target)
+
+    handles = [
+        module.register_forward_pre_hook(lambda m, args, name=name: solve(name, m, args))
+        for name, module in model.named_modules()
+        if _solvable(module)
+    ]
+    try:
+        with torch.no_grad():
+            _evaluate(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _solve(module: nn.Module, value: Tensor, target: Tensor) -> None:
+    weight: Tensor = module.weight.data
+    bias: Tensor | None = module.bias.data if module.bias is not None else None
+    if isinstance(module, nn.Conv2d):
+        patches = functional.unfold(
+            value.float(), module.kernel_size, module.dilation, module.padding, module.stride  # type: ignore[arg-type]
+        )  # fmt: skip  # (images, unknowns, positions)
+        rows = patches.transpose(1, 2).flatten(0, 1)  # (rows, unknowns)
+        wanted = target.float().flatten(2).transpose(1, 2).flatten(0, 1)  # (rows, out)
+    else:
+        rows, wanted = value.float().flatten(0, -2), target.float().flatten(0, -2)
+    now = weight.float().flatten(1).T  # (unknowns, out)
+    if bias is not None:
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        now = torch.cat([now, bias.float()[None]], dim=0)
+    gram = rows.T @ rows
+    ridge = _RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    gram.diagonal().add_(ridge)
+    solution, failed = torch.linalg.solve_ex(gram, rows.T @ wanted + ridge * now)
+    if int(failed) or not torch.isfinite(solution).all():
+        return  # a singular system keeps the cut weights
+    if bias is not None:
+        bias.copy_(solution[-1])
+        solution = solution[:-1]
+    weight.copy_(solution.T.reshape(weight.shape))
+
+
+def _solvable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (
+        isinstance(module, nn.Conv2d)
+        and module.groups == 1
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+    )
+
+
+def _images_needed(module: nn.Module, output: Tensor) -> int:
+    if isinstance(module, nn.Conv2d):
+        unknowns = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+        positions = output[0, 0].numel()
+    else:
+        unknowns, positions = int(module.in_features), max(output[0].numel() // output.shape[-1], 1)  # type: ignore[arg-type]
+    return min(-(-_ROWS_PER_UNKNOWN * unknowns // positions), output.shape[0])
+
+
+@contextlib.contextmanager
+def _hooks(model: nn.Module, call: Any) -> Iterator[None]:
+    handles = [
+        module.register_forward_hook(lambda m, i, o, name=name: call(name, m, i, o))
+        for name, module in model.named_modules()
+        if _solvable(module)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _evaluate(model: nn.Module, inputs: Any) -> None:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with _silent_forward(model) as forward:
+            forward(inputs)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _silent_forward(model: nn.Module) -> Iterator[Any]:
+    """Run the model below its own hooks, which belong to the user's loop and to the ledger."""
+
+    def forward(inputs: Any) -> Any:
+        args, kwargs = as_arguments(inputs)
+        return model.forward(*args, **kwargs)
+
+    with torch.random.fork_rng(devices=[]):
+        yield forward

@@ -1,0 +1,101 @@
+"""Scores: how much is each output channel worth? Pure functions from a model to one tensor a layer.
+
+- ``bn_scale``: the absolute batch-norm scale, as network slimming and Early-Bird use it (Liu et al., arXiv 1708.06519;
+  You et al., arXiv 1909.11957).
+- ``taylor``: the first-order estimate of what the loss would change if scale and shift became zero,
+  ``|gamma * dL/dgamma + beta * dL/dbeta|`` (Molchanov et al., arXiv 1906.10771, eq. 8, taken at the batch norm).
+- ``magnitude``: the root mean square of a filter's weights (Li et al., arXiv 1608.08710, there the L1 norm); the one
+  score that needs no batch norm.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from earlybird.errors import InputError
+
+SCORES = ("bn_scale", "taylor", "magnitude")
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def _has_scale(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    return isinstance(module, _BatchNorm) and isinstance(module.weight, nn.Parameter)
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return every batch norm with a learned scale, by name, in order of definition.
+
+    Raises:
+        InputError: There is none.
+    """
+    found = {name: module for name, module in model.named_modules() if _has_scale(module)}
+    if not found:
+        raise InputError(
+            f"{type(model).__name__} has no batch norm with a learned scale",
+            needed="batch norms for the scores 'bn_scale' and 'taylor'",
+            hint="use score='magnitude', which ranks the filters of convolutions and linear layers",
+        )
+    return found
+
+
+def bn_scale(model: nn.Module) -> dict[str, Tensor]:
+    """Return ``|gamma|`` of every batch norm: name to ``(channels,)``."""
+    return {name: norm.weight.detach().abs() for name, norm in batch_norms(model).items()}
+
+
+def taylor(model: nn.Module) -> dict[str, Tensor]:
+    """Return ``|gamma * dgamma + beta * dbeta|`` of every batch norm from the gradients at hand: name to scores.
+
+    Raises:
+        InputError: A batch norm has no gradient: call it between ``backward`` and ``zero_grad``.
+    """
+    scores: dict[str, Tensor] = {}
+    for name, norm in batch_norms(model).items():
+        if norm.weight.grad is None:
+            raise InputError(
+                f"batch norm '{name}' has no gradient", needed="gradients for score='taylor'",
+                hint="call loss.backward() before, or use score='bn_scale'",
+            )  # fmt: skip
+        change = norm.weight.detach() * norm.weight.grad
+        if norm.bias is not None and norm.bias.grad is not None:
+            change = change + norm.bias.detach() * norm.bias.grad
+        scores[name] = change.abs()
+    return scores
+
+
+def magnitude(model: nn.Module) -> dict[str, Tensor]:
+    """Return the root mean square of each filter, over the layer's mean: name to ``(out_channels,)``.
+
+    Convolutions and linear layers count, in order of definition; the last one is taken for the classifier and left
+    out, since its outputs are not free to go. Depthwise convolutions follow the layer that feeds them.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        or (isinstance(module, nn.modules.conv._ConvNd) and (module.groups == 1 or module.groups < module.in_channels))
+    }
+    if len(layers) < 2:
+        raise InputError(f"{type(model).__name__} has no hidden convolution or linear layer to rank")
+    scores: dict[str, Tensor] = {}
+    for name, module in list(layers.items())[:-1]:
+        weight: Tensor = module.weight.detach()
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            if module.groups > 1:
+                raise InputError(f"layer '{name}' is a grouped transposed convolution, which 'magnitude' cannot rank")
+            weight = weight.transpose(0, 1)
+        norm = weight.flatten(1).float().pow(2).mean(1).sqrt()
+        scores[name] = norm / norm.mean().clamp_min(torch.finfo(norm.dtype).tiny)
+    return scores
+
+
+def score_channels(model: nn.Module, score: str) -> dict[str, Tensor]:
+    """Return the scores called ``score`` (one of `SCORES`): layer name to ``(channels,)``."""
+    functions = {"bn_scale": bn_scale, "taylor": taylor, "magnitude": magnitude}
+    if score not in functions:
+        raise InputError(f"unknown score '{score}'", needed=f"one of {', '.join(SCORES)}")
+    return functions[score](model)

@@ -1,0 +1,143 @@
+"""The ticket: which units of a network stay.
+
+A ticket names boolean masks over *units* (output channels here; heads, neurons or single weights for other methods),
+says what kind each mask is, and where it came from. It is immutable, small (a bit a channel in spirit, a byte on disk),
+and, with the original model definition, enough to rebuild the shrunk network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from earlybird.errors import InputError
+from earlybird.files import read_tensors, write_tensors
+
+FORMAT = "earlybird-ticket-1"
+
+
+class Ticket:
+    """Named boolean masks over units; ``True`` stays.
+
+    Args:
+        masks: Layer name (as in ``model.named_modules()``) to mask, shape ``(units,)``. Copied to the CPU.
+        kinds: Layer name to the kind of its units; ``'channel'`` where not given.
+        provenance: How the ticket was drawn (method, keep ratio, step, ...); anything JSON can hold.
+
+    Raises:
+        InputError: A mask is not one-dimensional and boolean, or is empty.
+    """
+
+    __slots__ = ("_kinds", "_masks", "_provenance")
+
+    def __init__(
+        self,
+        masks: Mapping[str, Tensor],
+        kinds: Mapping[str, str] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        copied: dict[str, Tensor] = {}
+        for name, mask in masks.items():
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 1 or mask.numel() == 0:
+                found = (
+                    f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+                )
+                raise InputError(f"mask of '{name}' is {found}", needed="a boolean tensor of shape (units,)")
+            copied[name] = mask.detach().cpu().clone()
+        if not copied:
+            raise InputError("a ticket without any mask", needed="at least one named mask")
+        unknown = set(kinds or ()) - set(copied)
+        if unknown:
+            raise InputError(f"kinds name layers without a mask: {', '.join(sorted(unknown))}")
+        self._masks = MappingProxyType(copied)
+        self._kinds = MappingProxyType({name: (kinds or {}).get(name, "channel") for name in copied})
+        # a round trip through JSON, so that what is read back equals what was put in
+        self._provenance = MappingProxyType(json.loads(json.dumps(dict(provenance or {}))))
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Layer name to boolean mask of shape ``(units,)``; not to be written to."""
+        return self._masks
+
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """Layer name to the kind of its units."""
+        return self._kinds
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Where the ticket came from."""
+        return self._provenance
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Layer name to ``(kept, all)`` units."""
+        return {name: (int(mask.sum()), mask.numel()) for name, mask in self._masks.items()}
+
+    @property
+    def keep(self) -> float:
+        """Share of all units that stays, 0 to 1."""
+        kept, total = map(sum, zip(*self.widths.values()))
+        return kept / total
+
+    def distance(self, other: Ticket) -> float:
+        """Return the normalised Hamming distance: the share of units on which the two tickets differ, 0 to 1.
+
+        Source: You et al., Drawing Early-Bird Tickets, arXiv 1909.11957, section 3.
+
+        Raises:
+            InputError: The tickets are not over the same units.
+        """
+        mine, theirs = ({n: m.numel() for n, m in ticket.masks.items()} for ticket in (self, other))
+        if mine != theirs:
+            different = sorted(set(mine.items()) ^ set(theirs.items()))[0][0]
+            raise InputError(f"tickets over different units, first at '{different}'", needed="tickets of one model")
+        differ = sum(int((mask ^ other.masks[name]).sum()) for name, mask in self._masks.items())
+        return differ / sum(mine.values())
+
+    def save(self, path: str | Path) -> Path:
+        """Write the ticket as safetensors, atomically; masks as uint8, the rest as metadata."""
+        metadata = {
+            "format": FORMAT,
+            "order": json.dumps(list(self._masks)),
+            "kinds": json.dumps(dict(self._kinds)),
+            "provenance": json.dumps(dict(self._provenance)),
+        }
+        return write_tensors(path, {name: mask.to(torch.uint8) for name, mask in self._masks.items()}, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Ticket:
+        """Read a ticket written by `save`.
+
+        Raises:
+            InputError: The file is missing, damaged, or something else than a ticket.
+        """
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != FORMAT:
+            raise InputError(
+                f"{path} is not a ticket (format {metadata.get('format')!r})", needed=f"a file of format {FORMAT}"
+            )
+        masks = {name: tensors[name].to(torch.bool) for name in json.loads(metadata["order"])}
+        return cls(masks, json.loads(metadata["kinds"]), json.loads(metadata["provenance"]))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Ticket):
+            return NotImplemented
+        return (
+            list(self._masks) == list(other._masks)
+            and self._kinds == other._kinds
+            and all(torch.equal(mask, other._masks[name]) for name, mask in self._masks.items())
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple((name, bytes(mask.to(torch.uint8).tolist())) for name, mask in self._masks.items()))
+
+    def __repr__(self) -> str:
+        kept, total = map(sum, zip(*self.widths.values()))
+        return f"Ticket({kept} of {total} units in {len(self._masks)} layers, keep={self.keep:.3f})"

@@ -1,0 +1,1 @@
+"""The training loop that earlybird ships: recipe, schedule, loop, checkpoints, tuning, comparison."""

@@ -1,0 +1,256 @@
+"""Checkpoints: two files a step, whole or absent, never pickle.
+
+``checkpoint-<step>.safetensors`` holds every tensor; ``checkpoint-<step>.json`` holds the tree they hang in, every
+number beside them, the recipe's hash and the SHA-256 of the tensor file. The JSON is written last and names the tensor
+file by its content, so a crash between the two leaves a pair that does not match and is not taken.
+
+Tensors come back with the strides they had: kernels are chosen by memory layout, and another layout would mean other
+last bits after a resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from earlybird.errors import CheckpointError, EarlybirdError
+from earlybird.files import read_tensors, write_json, write_tensors
+
+FORMAT = 1
+KEPT = 2
+
+
+def save(folder: Path, step: int, recipe: str, state: Mapping[str, Any]) -> Path:
+    """Write a checkpoint and delete all but the two newest.
+
+    Args:
+        folder: Run folder.
+        step: Optimizer steps done.
+        recipe: Hash of the recipe.
+        state: Nested dicts (text keys) and lists of tensors, numbers, text, True/False, None.
+
+    Returns:
+        The JSON file.
+
+    Raises:
+        EarlybirdError: The disk is full; older checkpoints are untouched.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _pack(state, "", tensors, set())
+    stem = f"checkpoint-{step:08d}"
+    data = write_tensors(folder / f"{stem}.safetensors", tensors, {"step": str(step), "recipe": recipe})
+    record = {"format": FORMAT, "step": step, "recipe": recipe, "sha256": _digest(data), "state": tree}
+    path = write_json(folder / f"{stem}.json", record)
+    for old in _records(folder)[KEPT:]:
+        old.unlink(missing_ok=True)  # first what makes it a checkpoint
+    kept = {path.stem for path in _records(folder)}
+    for data in folder.glob("checkpoint-*.safetensors"):
+        if data.stem not in kept:
+            data.unlink(missing_ok=True)
+    return path
+
+
+def load_newest(folder: Path, recipe: str, warn: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
+    """Read the newest checkpoint that is whole.
+
+    Args:
+        folder: Run folder.
+        recipe: Hash that the checkpoint must carry.
+        warn: Told about every checkpoint that is passed over.
+
+    Returns:
+        ``(step, state)``, or None where there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: A checkpoint belongs to another recipe, or none is whole.
+    """
+    paths = _records(folder)
+    for path in paths:
+        try:
+            return _read(path, recipe)
+        except _Damaged as error:
+            warn(f"{path} is damaged ({error}); falling back to the one before")
+    if paths:
+        raise CheckpointError(
+            f"every checkpoint in {folder} is damaged", hint="start again with 'earlybird train' and another --out"
+        )
+    return None
+
+
+class _Damaged(Exception):
+    """A checkpoint that cannot be read or does not match its own checksum."""
+
+
+def _read(path: Path, recipe: str) -> tuple[int, dict[str, Any]]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version, step, digest, tree = record["format"], record["step"], record["sha256"], record["state"]
+        theirs = record["recipe"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _Damaged(f"not a checkpoint record: {error}") from error
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {version}", needed=f"format {FORMAT}", hint="resume with the version that wrote it"
+        )
+    if theirs != recipe:
+        raise CheckpointError(
+            f"{path} belongs to another recipe ({theirs})",
+            needed=f"the recipe in {path.parent / 'recipe.toml'} ({recipe})",
+            hint="put the recipe back as it was, or train into another --out",
+        )
+    data = path.with_suffix(".safetensors")
+    try:
+        if _digest(data) != digest:
+            raise _Damaged(f"{data.name} does not match its checksum")
+        tensors, _ = read_tensors(data)
+        return step, _unpack(tree, tensors)
+    except (OSError, KeyError, EarlybirdError) as error:
+        raise _Damaged(str(error)) from error
+
+
+def _records(folder: Path) -> list[Path]:
+    """Return the JSON files of a folder's checkpoints, newest first."""
+    return sorted(folder.glob("checkpoint-*.json"), reverse=True)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor], storages: set[int]) -> Any:
+    """Move tensors out of a nested value into ``tensors``; what is left can be written as JSON."""
+    if isinstance(value, Tensor):
+        strides = value.stride() if value.stride() != _contiguous_stride(value) and _is_dense(value) else None
+        pointer = value.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory
+        tensors[name] = value.detach().clone() if pointer in storages else value
+        if value.numel():
+            storages.add(pointer)
+        return {"$tensor": name} if strides is None else {"$tensor": name, "stride": list(strides)}
+    if isinstance(value, Mapping):
+        if any(not isinstance(key, str) or key.startswith("$") for key in value):
+            raise TypeError(f"keys of '{name}' must be text that does not begin with '$'")
+        return {key: _pack(item, f"{name}/{key}" if name else key, tensors, storages) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_pack(item, f"{name}/{index}", tensors, storages) for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": repr(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"'{name}' is a {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if "$tensor" in value:
+            tensor = tensors[value["$tensor"]]
+            if "stride" not in value:
+                return tensor
+            return torch.empty_strided(tensor.shape, value["stride"], dtype=tensor.dtype).copy_(tensor)
+        if "$float" in value:
+            return float(value["$float"])
+        return {key: _unpack(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    return value
+
+
+def _contiguous_stride(tensor: Tensor) -> tuple[int, ...]:
+    return torch.empty(tensor.shape, device="meta").stride()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    # preserve_format keeps the strides of dense, non-overlapping tensors, and of no others
+    return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride() == tensor.stride()
+
+
+def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return parameters, buffers and optimizer state by name; tensors are not copied."""
+    state: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter in optimizer.state:
+            state[name] = dict(optimizer.state[parameter])
+    return {
+        "parameters": {name: parameter.detach() for name, parameter in model.named_parameters()},
+        "buffers": dict(model.named_buffers()),
+        "optimizer": state,
+    }
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Put back what `capture` returned, into a model of the same shapes; strides come back, too.
+
+    Raises:
+        CheckpointError: Names or shapes differ; nothing was changed.
+    """
+    own: dict[str, dict[str, Tensor]] = {
+        "parameters": dict(model.named_parameters()),
+        "buffers": dict(model.named_buffers()),
+    }
+    for kind, tensors in own.items():
+        if tensors.keys() != state[kind].keys():
+            names = ", ".join(sorted(tensors.keys() ^ state[kind].keys())[:3])
+            raise CheckpointError(f"{kind} of the model and of the checkpoint differ ({names}); has the model changed?")
+        for name, tensor in tensors.items():
+            if tensor.shape != state[kind][name].shape:
+                found, needed = tuple(state[kind][name].shape), tuple(tensor.shape)
+                raise CheckpointError(f"'{name}' has shape {found} in the checkpoint", needed=f"{needed}, as the model")
+    for kind, tensors in own.items():
+        for name, tensor in tensors.items():
+            tensor.data = state[kind][name].to(tensor.device)
+    optimizer.state.clear()
+    for name, entries in state["optimizer"].items():
+        parameter = own["parameters"][name]
+        optimizer.state[parameter] = {
+            key: _like_parameter(value, parameter) if isinstance(value, Tensor) else value
+            for key, value in entries.items()
+        }
+
+
+def _like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
+    # Scalars such as Adam's step count live on the CPU whatever the device.
+    return value.to(parameter.device) if value.dim() else value
+
+
+def generators(device: torch.device) -> dict[str, Tensor]:
+    """Return the state of every global random generator a model may draw from, as tensors of fixed size."""
+    version, words, gauss = random.getstate()
+    numpy = np.random.get_state(legacy=False)
+    assert isinstance(numpy, dict)
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.tensor(
+            [*numpy["state"]["key"].tolist(), numpy["state"]["pos"], numpy["has_gauss"]], dtype=torch.int64
+        ),
+        "numpy_gauss": torch.tensor([numpy["gauss"]], dtype=torch.float64),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_generators(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put back what `generators` returned."""
+    torch.set_rng_state(state["torch"].cpu())
+    version, *words = state["python"].tolist()
+    gauss = float(state["python_gauss"])
+    random.setstate((version, tuple(words), None if math.isnan(gauss) else gauss))
+    *key, position, has_gauss = state["numpy"].tolist()
+    numpy = {"key": np.array(key, dtype=np.uint32), "pos": position}
+    np.random.set_state(
+        {"bit_generator": "MT19937", "state": numpy, "has_gauss": has_gauss, "gauss": float(state["numpy_gauss"])}
+    )
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

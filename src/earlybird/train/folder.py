@@ -1,0 +1,162 @@
+"""The folder of a run: claimed by one run at a time, its rows never written twice.
+
+The lock is an advisory one on ``run.lock``; the system lifts it when the process ends, however it ends. The file's text
+is a heartbeat: the seconds the run had taken when it was last seen alive. After a SIGKILL it tells how much time was
+lost since the last checkpoint, which belongs on the bill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from earlybird.errors import EarlybirdError, InputError
+from earlybird.files import write_json, write_text
+
+_BEAT_EVERY_S = 0.5
+
+
+class RunFolder:
+    """A locked run folder; close it, or use it in a ``with`` statement.
+
+    Args:
+        path: Made if it is not there.
+        writer: False on all ranks but the first of a distributed run: nothing is locked or written.
+
+    Raises:
+        InputError: Another run uses the folder.
+    """
+
+    def __init__(self, path: Path, *, writer: bool = True) -> None:
+        self.path, self.writer = path, writer
+        self._lock: int | None = None
+        self._beaten = 0.0
+        if not writer:
+            return
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise InputError(f"cannot write to {path} ({error.strerror})", hint="choose another --out") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise InputError(
+                f"{path} is in use by another run", hint="wait until it ends, or choose another --out"
+            ) from error
+        for left in path.glob(".*.tmp"):  # of a write that a kill cut short
+            left.unlink(missing_ok=True)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lift the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def check_unused(self) -> None:
+        """Make sure that a new run would write over nothing.
+
+        Raises:
+            InputError: The folder holds a run, or anything else.
+        """
+        if not self.writer:
+            return
+        if (self.path / "recipe.toml").exists():
+            if (self.path / "result.json").exists():
+                raise InputError(f"{self.path} holds a finished run", hint="choose another --out")
+            raise InputError(
+                f"{self.path} holds an unfinished run",
+                hint=f"go on with 'earlybird resume {self.path}', or choose another --out",
+            )
+        others = sorted(entry.name for entry in self.path.iterdir() if entry.name != "run.lock")
+        if others:
+            raise InputError(
+                f"{self.path} is not empty (it holds {others[0]})", needed="a new folder", hint="choose another --out"
+            )
+
+    def beat(self, seconds: float) -> None:
+        """Leave word that the run has taken ``seconds`` so far and lives; costs nothing if called at every step."""
+        now = time.perf_counter()
+        if self._lock is not None and now - self._beaten > _BEAT_EVERY_S:
+            self._beaten = now
+            with contextlib.suppress(OSError):  # a full disk is found out by what matters more
+                os.pwrite(self._lock, f"{seconds:.3f}\n".encode().ljust(32), 0)
+
+    def last_beat(self) -> float:
+        """Return the seconds that the run had taken when it was last seen alive; 0 if never."""
+        try:
+            return float((self.path / "run.lock").read_text().split()[0])
+        except (OSError, ValueError, IndexError):
+            return 0.0
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write one of the folder's JSON files, atomically."""
+        if self.writer:
+            write_json(self.path / name, value)
+
+    def read_json(self, name: str) -> Any:
+        """Read one of the folder's JSON files, or return None where it is not there.
+
+        Raises:
+            InputError: The file is not JSON.
+        """
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise InputError(f"{self.path / name} is damaged ({error})", hint="delete it and resume") from error
+
+    def append_row(self, row: Mapping[str, Any]) -> None:
+        """Append a line to ``metrics.jsonl``.
+
+        Raises:
+            EarlybirdError: The disk is full.
+        """
+        if not self.writer:
+            return
+        try:
+            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise EarlybirdError(
+                f"no space left on the disk of {self.path}",
+                needed="the last checkpoint is whole",
+                hint=f"free some space and go on with 'earlybird resume {self.path}'",
+            ) from error
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of ``metrics.jsonl``; a last line that a kill cut short is left out."""
+        try:
+            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        rows = []
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def cut_rows(self, step: int) -> None:
+        """Drop the rows after ``step``: the run goes on from there and will write them again."""
+        if self.writer and (self.path / "metrics.jsonl").exists():
+            kept = [row for row in self.rows() if row["step"] <= step]
+            write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))

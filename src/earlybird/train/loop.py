@@ -1,0 +1,187 @@
+"""The loop: steps on an absolute clock, evaluations, checkpoints, and a stop that loses nothing.
+
+It knows no method. A method hangs on model and optimizer and acts inside ``optimizer.step()``; all that the loop does
+about it is to look afterwards whether the model has changed its shape (`Run.after_draw`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from earlybird.errors import DivergedError, Interrupted
+
+if TYPE_CHECKING:
+    from earlybird.train.run import Run
+
+CHECKPOINT_SHARE = 0.01
+"""Unless told otherwise, checkpoints take at most this share of the time."""
+_AGREE_EVERY = 10
+"""Optimizer steps between two looks at the loss on a device that would have to wait for it, and between ranks."""
+
+
+class StopSignal:
+    """Catches SIGINT and SIGTERM, so that the loop can save; the second one works as usual."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        signal.signal(number, self._before.get(signal.Signals(number), signal.SIG_DFL))
+
+
+def fit(run: Run, stop: StopSignal) -> None:
+    """Train ``run`` from where it stands to its last step.
+
+    Raises:
+        DivergedError: The loss is not finite any more. Nothing is saved.
+        Interrupted: A signal came; the state is saved.
+    """
+    recipe, spe = run.recipe, run.steps_per_epoch
+    evaluate_every = max(recipe.evaluate_every.in_iterations(spe), 1)
+    checkpoint_every = None if recipe.checkpoint_every is None else max(recipe.checkpoint_every.in_iterations(spe), 1)
+    waits = run.fabric.device.type != "cpu" or run.fabric.world_size > 1
+    saver = _Saver()
+    run.model.train()
+    while run.step < run.total:
+        epoch, done = divmod(run.step, spe)
+        batches = run.loader.epoch(epoch, start=done * recipe.accumulate)
+        for _ in range(done, spe):
+            loss = _step(run, batches)
+            run.step += 1
+            look = not waits or run.step % _AGREE_EVERY == 0 or run.step % spe == 0 or run.step == run.total
+            if look:
+                _check_loss(run, loss)
+            if run.needs_rebuild:
+                run.after_draw()
+            row = run.step % evaluate_every == 0 or run.step == run.total
+            if row:
+                run.add_row()
+            due = run.step % checkpoint_every == 0 if checkpoint_every else run.step % spe == 0 and saver.pays()
+            stopped, due = run.agree(bool(stop.name), due) if look else (False, due and not waits)
+            if due or stopped:
+                saver.save(run)
+            run.beat(loss)
+            if stopped and run.step < run.total:
+                raise Interrupted(
+                    f"stopped by {stop.name or 'a signal to another rank'} after step {run.step} of {run.total}",
+                    needed="everything is saved",
+                    hint=f"go on with: earlybird resume {run.folder.path}",
+                )
+
+
+def _step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+    """Take one optimizer step and return the sum of the losses of its batches, shape ()."""
+    recipe = run.recipe
+    rate = run.schedule(run.step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    total: Tensor | None = None
+    for batch in range(recipe.accumulate):
+        images, labels = next(batches)
+        with run.gradients_stay_local(batch < recipe.accumulate - 1):
+            with run.autocast():
+                logits = run.forward(images)
+            loss = functional.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+            run.fabric.backward(loss / recipe.accumulate if recipe.accumulate > 1 else loss)
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+    if recipe.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if recipe.ema is not None:
+        run.average()
+    run.loss_sum += total / recipe.accumulate
+    run.loss_steps += 1
+    return total
+
+
+def _check_loss(run: Run, loss: Tensor) -> None:
+    # The sum remembers every loss since the last row, so no step between two looks escapes.
+    value = float(run.loss_sum)
+    if math.isfinite(value):
+        return
+    newest = max(run.folder.path.glob("checkpoint-*.json"), default=None)
+    raise DivergedError(
+        f"the loss became {float(loss):g} at step {run.step} (epoch {run.step / run.steps_per_epoch:.2f})",
+        needed=f"last good checkpoint: {newest}" if newest else "no checkpoint had been written yet",
+        hint=f"lower lr (now {run.recipe.lr:g}), raise lr_warmup, or set clip_norm = 1",
+    )
+
+
+class _Saver:
+    """Saves checkpoints and knows what they cost."""
+
+    def __init__(self) -> None:
+        self._ended = time.perf_counter()
+        self._cost = 0.0
+
+    def pays(self) -> bool:
+        """Tell whether one more checkpoint would stay within its share of the time."""
+        return self._cost < CHECKPOINT_SHARE * (time.perf_counter() - self._ended)
+
+    def save(self, run: Run) -> None:
+        start = time.perf_counter()
+        run.save()
+        self._ended = time.perf_counter()
+        self._cost = self._ended - start
+
+
+def evaluate(run: Run) -> tuple[float, float]:
+    """Return loss and accuracy (0 to 1) on the test images, with the averaged weights where there are any."""
+    sums = torch.zeros(3, dtype=torch.float64, device=run.fabric.device)  # loss, right answers, images
+    with run.ledger.during("evaluate"), run.averaged_weights(), torch.no_grad():
+        run.model.eval()
+        try:
+            for images, labels in run.test.epoch(0):
+                with run.autocast():
+                    logits = run.model(images)
+                logits = logits.float()
+                sums[0] += functional.cross_entropy(logits, labels, reduction="sum").double()
+                sums[1] += (logits.argmax(1) == labels).sum()
+                sums[2] += len(labels)
+        finally:
+            run.model.train()
+        if run.fabric.world_size > 1:
+            torch.distributed.all_reduce(sums)
+    loss, right, images_seen = sums.tolist()
+    return loss / images_seen, right / images_seen
+
+
+@contextlib.contextmanager
+def swapped(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let each first tensor hold the second one's numbers for a while."""
+
+    def swap() -> None:
+        for one, other in pairs:
+            one.data, other.data = other.data, one.data
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()

@@ -1,0 +1,346 @@
+"""One flat list of settings for a run, as TOML file, as flags and as a checked value.
+
+The keys are the fields of `Recipe` and, beside them, the fields of the method's dataclass; the method is found by name
+in `earlybird.methods`, so this file knows none. Precedence, last wins: defaults, defaults of the data set, preset of
+the method, TOML file, flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import math
+import tomllib
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from earlybird.errors import InputError
+from earlybird.step import Step
+
+Auto = Literal["auto"]
+
+
+class Recipe(BaseModel):
+    """Everything a run depends on; frozen. Build it with `from_toml` or `from_values`, which fill in the defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    # what is trained
+    model: str = Field("small_cnn", min_length=1, description="zoo name or 'package.module:function'")
+    width: float = Field(1.0, gt=0, le=64, description="factor on the channels of a zoo model")
+    data: str = Field("digits", min_length=1, description="digits, mnist, fashion-mnist, cifar10, a folder or an .npz")
+    image_size: int | None = Field(None, ge=4, le=4096, description="side to which images are resized, in pixels")
+    crop: int = Field(0, ge=0, description="random crop after padding by this many pixels")
+    flip: bool = Field(False, description="random horizontal flip")
+    cutout: int = Field(0, ge=0, description="side of the square that is blanked out, in pixels")
+    # how long
+    epochs: int = Field(10, ge=1, description="passes over the training images, search included")
+    batch_size: int = Field(128, ge=1, description="images in a forward pass, over all processes")
+    accumulate: int = Field(1, ge=1, description="batches whose gradients make one optimizer step")
+    # optimizer and schedule
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (with momentum) or adamw")
+    lr: float = Field(0.1, gt=0, description="peak learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd; beta1 of adamw")
+    nesterov: bool = Field(True, description="Nesterov momentum (sgd)")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty (sgd) or decoupled decay (adamw), on all weights")
+    schedule: Literal["cosine", "step", "one_cycle", "constant"] = Field(
+        "one_cycle", description="learning rate over the whole run; the draw does not disturb it"
+    )
+    lr_warmup: Step | None = Field(None, description="linear rise from 0; default 15 % of a one_cycle run, else 0it")
+    milestones: tuple[Step, ...] = Field((), description="points at which schedule 'step' multiplies lr by lr_factor")
+    lr_factor: float = Field(0.1, gt=0, lt=1, description="what a milestone multiplies lr by")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    clip_norm: float | None = Field(None, gt=0, description="gradients are scaled down to this norm")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of an average of the weights, which is the result")
+    # the method
+    dense: bool = Field(False, description="train the whole model, without a method")
+    method: str = Field("early_bird", description="see 'earlybird methods'")
+    preset: str = Field("default", description="named settings of the method: default, published, fast")
+    settings: dict[str, Any] = Field(default_factory=dict, description="fields of the method; flat in files and flags")
+    # where and how it is computed
+    seed: int = Field(0, ge=0, lt=2**31, description="of weights, order of images, augmentation and dropout")
+    tune: bool = Field(True, description="choose what is 'auto' below by timed steps")
+    exact: bool = Field(False, description="fp32, contiguous, eager; nothing is tuned")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="bf16 computes in bf16 on fp32 weights")
+    channels_last: bool | Auto = Field("auto", description="memory order of images")
+    compile: bool | Auto = Field("auto", description="torch.compile")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: PyTorch's choice")
+    accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is a device")
+    devices: int | None = Field(None, ge=1, description="processes, one a device; more than one needs torchrun")
+    # what is written
+    evaluate_every: Step = Field(Step.parse("1ep"), description="test accuracy and a line in metrics.jsonl")
+    checkpoint_every: Step | None = Field(
+        None, description="default: each epoch, but never more than 1 % of the time since the last one"
+    )
+    tensorboard: bool = Field(False, description="also write TensorBoard events (extra 'tensorboard')")
+    out: str | None = Field(None, description="run folder; default: a new one under runs/")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs momentum above 0; set nesterov = false")
+        if self.schedule == "step" and not self.milestones:
+            raise ValueError("schedule 'step' needs milestones, such as ['80ep', '120ep']")
+        if self.schedule != "step" and self.milestones:
+            raise ValueError(f"milestones are for schedule 'step', not '{self.schedule}'")
+        if self.exact:
+            for key, exact in (("precision", "fp32"), ("channels_last", False), ("compile", False)):
+                if getattr(self, key) not in ("auto", exact):
+                    raise ValueError(f"exact and {key} = {getattr(self, key)!r} contradict each other")
+        return self
+
+    @classmethod
+    def from_toml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """Read a recipe file; ``overrides`` (see `from_values`) win over it.
+
+        Raises:
+            InputError: No such file, not TOML, an unknown key, a wrong type or range.
+        """
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"no recipe {path}", hint="check the path, or give --model and --data") from error
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InputError(f"{path} cannot be read as TOML ({error})") from error
+        return _build(values, overrides or {}, where=str(path))
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any] | None = None) -> Recipe:
+        """Make a recipe from keys and values.
+
+        Args:
+            values: Text is read the way flags are: ``'0.5'`` for a number, ``'0.3,0.5'`` for several, ``'none'`` for
+                nothing, ``'true'``, ``'3ep'``. Other types are taken as they are. Keys that are missing get the
+                default of the data set, or the general one.
+
+        Raises:
+            InputError: An unknown key (the nearest name is offered), a wrong type or range.
+        """
+        return _build({}, values or {}, where="recipe")
+
+    def replace(self, **changes: Any) -> Recipe:
+        """Return this recipe with some keys changed; everything else stays as it is."""
+        return _build({**self.values(), **changes}, {}, where="recipe")
+
+    def values(self) -> dict[str, Any]:
+        """Return every key, flat, with its value; steps are `Step`."""
+        own = {name: getattr(self, name) for name in type(self).model_fields if name != "settings"}
+        return {**own, **self.settings}
+
+    def to_toml(self) -> str:
+        """Return the recipe as a TOML document from which `from_toml` makes an equal one."""
+        return "".join(f"{key} = {_as_toml(value)}\n" for key, value in self.values().items())
+
+    def hash(self) -> str:
+        """Return 16 hexadecimal digits that stand for all keys on which the trained weights depend."""
+        values = {key: value for key, value in self.values().items() if key not in _NO_EFFECT}
+        if self.dense:
+            values = {key: value for key, value in values.items() if key not in {*self.settings, "method", "preset"}}
+        text = json.dumps({key: _as_toml(value) for key, value in values.items()}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def build_method(self) -> Any:
+        """Return the method with its settings, or None for a dense run."""
+        return None if self.dense else method_class(self.method)(**self.settings)
+
+    @property
+    def name(self) -> str:
+        """A short name for the run folder, such as ``vgg16-cifar10-keep0.5-seed0``."""
+        keep = self.settings.get("keep", "default")
+        keep = "-".join(f"{ratio:g}" for ratio in keep) if isinstance(keep, tuple) else keep
+        what = "dense" if self.dense else f"keep{keep}"
+        return "-".join([self.model.rpartition(":")[2], Path(self.data).stem, what, f"seed{self.seed}"])
+
+
+_NO_EFFECT = frozenset({"out", "tensorboard", "checkpoint_every", "evaluate_every"})
+
+# What differs from the general defaults, by data set.
+_BY_DATA: dict[str, dict[str, Any]] = {
+    "digits": {"model": "small_cnn", "epochs": 30, "batch_size": 64, "lr": 0.05},
+    "mnist": {"model": "small_cnn", "epochs": 5, "crop": 2},
+    "fashion-mnist": {"model": "small_cnn", "epochs": 10, "flip": True},
+    "cifar10": {"model": "resnet20", "epochs": 20, "crop": 4, "flip": True, "label_smoothing": 0.1},
+}
+_BY_OPTIMIZER: dict[str, dict[str, Any]] = {"adamw": {"lr": 2e-3, "weight_decay": 0.01, "nesterov": False}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key of a recipe.
+
+    Attributes:
+        name: As in the file; the flag is the same with dashes.
+        type: Type annotation.
+        default: General default, before the data set's.
+        help: One line.
+        method: The key belongs to the method.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    method: bool
+
+
+def keys(method: str = "early_bird") -> list[Key]:
+    """Return all keys of a recipe with ``method``, in the order of the file."""
+    own = [
+        Key(name, _OWN[name], field.get_default(call_default_factory=True), field.description or "", False)
+        for name, field in Recipe.model_fields.items()
+        if name != "settings"
+    ]
+    cls = method_class(method)
+    hints = typing.get_type_hints(cls)
+    theirs = [
+        Key(field.name, hints[field.name], _default(field), field.metadata.get("help", ""), True)
+        for field in dataclasses.fields(cls)
+    ]
+    return own + theirs
+
+
+def method_class(name: str) -> Any:
+    """Return the dataclass of the method called ``name``.
+
+    Raises:
+        InputError: There is no such method.
+    """
+    from earlybird.methods import METHODS
+
+    if name not in METHODS:
+        known = ", ".join(METHODS)
+        raise InputError(f"unknown method '{name}'", needed=f"one of {known}", hint=_nearest(name, METHODS))
+    module, _, attribute = METHODS[name].path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+_OWN = typing.get_type_hints(Recipe, include_extras=True)
+
+
+def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -> Recipe:
+    given = {**values, **flags}
+    method = given.get("method", Recipe.model_fields["method"].default)
+    by_name = {key.name: key for key in keys(method if isinstance(method, str) else "")}
+    for name in given:
+        if name not in by_name:
+            raise InputError(f"{where}: unknown key '{name}'", hint=_nearest(name, by_name))
+
+    typed: dict[str, Any] = {}
+    for name, value in given.items():
+        key = by_name[name]
+        typed[name] = _check(where, key, _from_text(value, key.type) if name in flags else _from_toml(value, key.type))
+    if typed.get("keep") in (1, (1,), (1.0,)):
+        # Keeping everything is the dense run; no search is needed to find that out.
+        del typed["keep"]
+        typed["dense"] = True
+
+    data = typed.get("data", Recipe.model_fields["data"].default)
+    filled = {**_BY_DATA.get(data, {}), **_BY_OPTIMIZER.get(typed.get("optimizer", ""), {}), **typed}
+    cls = method_class(method)
+    preset = _preset(cls, filled.get("preset", "default"))
+    # Presets come in under whatever was said explicitly.
+    settings = {
+        name: filled[name] if name in filled else _check(where, by_name[name], preset[name])
+        for name, key in by_name.items()
+        if key.method and (name in filled or name in preset)
+    }
+    defaults = {field.name: _default(field) for field in dataclasses.fields(cls)}
+    settings = {**defaults, **settings}
+    try:
+        cls(**settings)
+        return Recipe(**{k: v for k, v in filled.items() if not by_name[k].method}, settings=settings)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_say(error)}") from error
+
+
+def _check(where: str, key: Key, value: Any) -> Any:
+    field: Any = None if key.method else Recipe.model_fields[key.name]
+    hint = key.type if field is None else typing.Annotated[key.type, field]  # with the range
+    try:
+        checked = _adapter(hint).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise InputError(f"{where}: {key.name} = {value!r}", needed=_say(error)) from error
+    if any(isinstance(number, float) and not math.isfinite(number) for number in _flat(checked)):
+        raise InputError(f"{where}: {key.name} = {value!r}", needed="a finite number")
+    return checked
+
+
+def _from_toml(value: Any, hint: Any) -> Any:
+    if value == "none" and type(None) in typing.get_args(hint):
+        return None
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _from_text(value: Any, hint: Any) -> Any:
+    """Read what was typed as a flag: as text if the key takes it so, else as a TOML value, else as a list."""
+    value = _from_toml(value, hint)
+    if not isinstance(value, str):
+        return value
+    attempts: list[Callable[[], Any]] = [
+        lambda: value,
+        lambda: tomllib.loads(f"v = {value}")["v"],
+        lambda: tuple(tomllib.loads(f"v = [{value}]")["v"]),
+        lambda: tuple(part.strip() for part in value.split(",")),
+    ]
+    for attempt in attempts:
+        try:
+            read = _from_toml(attempt(), hint)
+            _adapter(hint).validate_python(read, strict=True)
+            return read
+        except (tomllib.TOMLDecodeError, ValidationError):
+            continue
+    return value
+
+
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint)
+
+
+def _preset(cls: Any, name: str) -> Mapping[str, Any]:
+    presets: Mapping[str, Mapping[str, Any]] = {"default": {}, **getattr(cls, "PRESETS", {})}
+    if name not in presets:
+        known = ", ".join(presets)
+        raise InputError(f"unknown preset '{name}'", needed=f"one of {known}", hint=_nearest(name, presets))
+    return presets[name]
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else ""
+
+
+def _say(error: ValidationError) -> str:
+    """Say in one line what pydantic found; branches of a union repeat themselves."""
+    parts = []
+    for item in error.errors(include_url=False):
+        message = item["msg"].removeprefix("Value error, ")
+        parts.append(message[:1].lower() + message[1:])
+    return ", or ".join(dict.fromkeys(parts)).removeprefix("input should be ")
+
+
+def _flat(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, (tuple, list)) else (value,)
+
+
+def _as_toml(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_as_toml(item) for item in value) + "]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    return json.dumps(str(value), ensure_ascii=False)

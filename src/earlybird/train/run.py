@@ -1,0 +1,741 @@
+"""A run: everything one training consists of, put together from a recipe, saved whole and resumed to the last bit.
+
+    result = train(Recipe.from_values({"data": "digits", "keep": 0.5}), Path("runs/first"))
+
+What a run needs to go on is one nested value (`Run.state_dict`): weights, buffers, optimizer state (momentum and the
+moving average of the weights among it), the method's state, the ledger, every random generator, and the step. Learning
+rate, order of images and augmentation are functions of seed and step, so nothing else has to be saved. A resumed run
+builds the dense model again, lets the method shrink it, and puts the weights into the shapes that this leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from earlybird.cost.bill import Bill
+from earlybird.data import Augment, DataSet, Loader, load
+from earlybird.errors import CheckpointError, DivergedError, InputError
+from earlybird.files import write_tensors, write_text
+from earlybird.ledger import Ledger
+from earlybird.models import build
+from earlybird.tickets.refit import estimate_batch_norms
+from earlybird.train import checkpoint
+from earlybird.train.folder import RunFolder
+from earlybird.train.launch import environment, launch, precision, shared_path
+from earlybird.train.loop import StopSignal, evaluate, fit, swapped
+from earlybird.train.progress import Display
+from earlybird.train.recipe import Recipe
+from earlybird.train.schedule import Schedule
+from earlybird.train.tune import Choice, tune
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+OnEvent = Callable[[str, Mapping[str, Any]], None]
+"""Called with 'tuned', 'step', 'drawn', 'row', 'checkpoint' or 'done', and what belongs to it."""
+
+CALIBRATION_IMAGES = 2048
+"""Training images from which batch-norm statistics are estimated anew, and layers are refitted."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out of a run.
+
+    Attributes:
+        folder: Run folder.
+        accuracy: On the test images, 0 to 1.
+        loss: On the test images, without label smoothing.
+        epochs: Of the recipe.
+        steps: Optimizer steps.
+        seconds: Measured wall time, set-up included.
+        parameters: Weights of the network at the end.
+        drawn_at: Optimizer step after which the ticket was drawn, or None.
+        bill: What it cost.
+        resumed: Whether it was put together from more than one process.
+    """
+
+    folder: Path
+    accuracy: float
+    loss: float
+    epochs: int
+    steps: int
+    seconds: float
+    parameters: int
+    drawn_at: int | None
+    bill: Bill
+    resumed: bool = False
+
+
+class Attached(Protocol):
+    """What the run asks of a method that has been attached to model and optimizer."""
+
+    drawn_at: int | None
+    ticket: Any
+    change: Any
+    history: list[dict[str, Any]]
+
+    @property
+    def drawn(self) -> bool: ...  # noqa: D102
+    def status(self) -> dict[str, float | str]: ...  # noqa: D102
+    def distance_matrix(self) -> tuple[list[int], Tensor]: ...  # noqa: D102
+    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...  # noqa: D102
+    def detach(self) -> None: ...  # noqa: D102
+
+
+def train(
+    recipe: Recipe, out: str | Path | None = None, *, quiet: bool = False, on_event: OnEvent | None = None
+) -> Result:
+    """Train what ``recipe`` says, into a new run folder.
+
+    Args:
+        recipe: See `Recipe.from_toml` and `Recipe.from_values`.
+        out: Run folder; by default the recipe's ``out``, else a new one under ``runs/``.
+        quiet: Show nothing but warnings.
+        on_event: Called as the run goes on.
+
+    Returns:
+        Accuracy, cost and where everything lies.
+
+    Raises:
+        InputError: The recipe does not fit data, model or device; the folder is taken.
+        DivergedError: The loss became infinite or NaN.
+        Interrupted: SIGINT or SIGTERM came; `resume` goes on.
+        EarlybirdError: The disk is full.
+    """
+    fabric = launch(recipe)
+    path = shared_path(fabric, lambda: Path(out or recipe.out or _free_folder(recipe)))
+    with RunFolder(path, writer=fabric.is_global_zero) as folder:
+        folder.check_unused()
+        if folder.writer:
+            write_text(path / "recipe.toml", recipe.to_toml())
+        return _execute(recipe, folder, fabric, quiet=quiet, on_event=on_event)
+
+
+def resume(out: str | Path, *, quiet: bool = False, on_event: OnEvent | None = None) -> Result:
+    """Go on with a run that was stopped, however it was stopped; the final weights are those of an undisturbed run.
+
+    Args:
+        out: Run folder.
+        quiet: Show nothing but warnings.
+        on_event: Called as the run goes on.
+
+    Returns:
+        As `train`; of a run that is finished already, its result.
+
+    Raises:
+        InputError: There is no run in the folder, or another process works on it.
+        CheckpointError: Checkpoints belong to another recipe, or none is whole.
+        DivergedError, Interrupted, EarlybirdError: As for `train`.
+    """
+    path = Path(out)
+    if not (path / "recipe.toml").is_file():
+        raise InputError(f"no run in {path} (no recipe.toml)", hint="name the folder that 'earlybird train' made")
+    recipe = Recipe.from_toml(path / "recipe.toml")
+    fabric = launch(recipe)
+    with RunFolder(path, writer=fabric.is_global_zero) as folder:
+        done = folder.read_json("result.json")
+        if done is not None:
+            return _read_result(folder, done)
+        return _execute(recipe, folder, fabric, quiet=quiet, on_event=on_event)
+
+
+def _execute(recipe: Recipe, folder: RunFolder, fabric: Fabric, *, quiet: bool, on_event: OnEvent | None) -> Result:
+    threads = torch.get_num_threads()
+    devices = [fabric.device] if fabric.device.type == "cuda" else []
+    ledger = Ledger(device=fabric.device, world_size=fabric.world_size)
+    ledger.enter("setup")
+    # Dropout and the like draw from the global generators. The run seeds and saves them, and gives them back.
+    outer = checkpoint.generators(fabric.device)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.callback(checkpoint.set_generators, outer, fabric.device)
+        stack.callback(torch.set_num_threads, threads)
+        stop = stack.enter_context(StopSignal())
+        run = Run(recipe, folder, fabric, ledger, quiet=quiet, on_event=on_event)
+        stack.callback(run.close)
+        stack.enter_context(_warnings_shown(lambda text: run.display.warn(text)))
+        run.restore()
+        fit(run, stop)
+        return run.finish()
+
+
+class Run:
+    """The state of one training, put together from a recipe.
+
+    Args:
+        recipe: What to do.
+        folder: Where everything is written; locked.
+        fabric: Launched.
+        ledger: In phase 'setup'.
+        quiet: Show nothing but warnings.
+        on_event: See `train`.
+
+    Attributes:
+        model: The module that is trained, unwrapped.
+        forward: What to call for a training step: the model, compiled or wrapped for several processes as need be.
+        step: Optimizer steps done.
+        total: Optimizer steps of the whole run.
+        steps_per_epoch: Of them.
+        search: The attached method, or None in a dense run.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        fabric: Fabric,
+        ledger: Ledger,
+        *,
+        quiet: bool,
+        on_event: OnEvent | None,
+    ) -> None:
+        self.recipe, self.folder, self.fabric, self.ledger = recipe, folder, fabric, ledger
+        self._on_event = on_event
+        self.display = Display(1, 1, quiet=True)
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
+        data = _load_data(recipe, fabric)
+        self.loader, self.test = _loaders(recipe, data, fabric)
+        self.steps_per_epoch = len(self.loader) // recipe.accumulate
+        if not self.steps_per_epoch:
+            raise InputError(
+                f"an epoch has {len(self.loader)} batches, fewer than accumulate = {recipe.accumulate}",
+                hint="lower batch_size or accumulate",
+            )
+        self.total = recipe.epochs * self.steps_per_epoch
+        self.schedule = Schedule.from_recipe(recipe, self.steps_per_epoch)
+        channels, size = data.train_images.shape[1:3]
+
+        def build_model() -> nn.Module:
+            return build(
+                recipe.model,
+                classes=len(data.classes),
+                in_channels=channels,
+                image_size=size,
+                width=recipe.width,
+                seed=recipe.seed,
+            )
+
+        self.model = build_model().to(fabric.device)
+        example = self.loader.sample(2, recipe.seed)
+        self.choice = self._choose(build_model)
+        torch.set_num_threads(self.choice.threads)
+        self.loader.channels_last = self.test.channels_last = self.choice.channels_last
+        ledger.bits = 16 if self.choice.precision == "bf16" else 32
+        self._precision = precision(self.choice, fabric.device)
+        self._layout()
+        self.optimizer = _optimizer(recipe, self.model)
+        ledger.watch(self.model, self.optimizer, example)
+        method = recipe.build_method()
+        self.search: Attached | None = None
+        if method is not None:
+            self.search = method.attach(
+                self.model,
+                self.optimizer,
+                example_inputs=example,
+                steps_per_epoch=self.steps_per_epoch,
+                calibration=self.calibration,
+                ledger=ledger,
+                seed=recipe.seed,
+            )
+        self._shape_drawn = False
+        self.forward: Callable[[Tensor], Tensor] = self._wrap()
+        self.step = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=fabric.device)
+        self.loss_steps = 0
+        self.accuracy, self.test_loss = 0.0, math.nan
+        self.resumed = False
+        self._row_begun = ledger.seconds
+        self._board = _tensorboard(folder) if recipe.tensorboard and folder.writer else None
+        self._quiet = quiet or not folder.writer
+        ledger.enter("setup")
+
+    # ---- putting together ----
+
+    def _choose(self, build_model: Callable[[], nn.Module]) -> Choice:
+        """Take the choice that was written down, else make one; the first rank's holds for all."""
+        written = self.folder.read_json("tune.json")
+        if written is not None:
+            choice = Choice(**written["choice"])
+            if choice.device != self.fabric.device.type:
+                raise InputError(
+                    f"{self.folder.path} was begun on {choice.device}, but this is {self.fabric.device.type}",
+                    hint="resume it where it was begun; another device computes other bits",
+                )
+            return choice
+        if self.fabric.is_global_zero:
+            images, labels = next(self.loader.epoch(0))
+            _, record = tune(self.recipe, build_model, images, labels, steps=self.total)
+            self.folder.write_json("tune.json", record)
+            self.emit("tuned", record)
+        self.fabric.barrier()
+        return Choice(**self.folder.read_json("tune.json")["choice"])
+
+    def _layout(self) -> None:
+        if self.choice.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _wrap(self) -> Callable[[Tensor], Tensor]:
+        model = self.model
+        if self.choice.compile:
+            torch.compiler.reset()
+            model = torch.compile(model)  # type: ignore[assignment]
+        # One process needs no wrapper, and Fabric's costs 40 us a call.
+        return self.fabric.setup_module(model) if self.fabric.world_size > 1 else model
+
+    @property
+    def needs_rebuild(self) -> bool:
+        """Whether the model has changed its shape since `after_draw` was last called."""
+        return self.search is not None and self.search.drawn and not self._shape_drawn
+
+    def after_draw(self) -> None:
+        """Wrap and compile the model anew, and write down what was drawn."""
+        assert self.search is not None
+        self._shape_drawn = True
+        self._layout()
+        self.forward = self._wrap()
+        if self.folder.writer:
+            self.search.ticket.save(self.folder.path / "ticket.safetensors")
+        self.folder.write_json("change.json", _plain(self.search.change))
+        self._write_history()
+        self.emit("drawn", {"step": self.step, **self.search.status()})
+        self.display.say(f"ticket drawn at step {self.search.drawn_at}: {str(self.search.change).splitlines()[0]}")
+
+    def calibration(self) -> Iterable[Tensor]:
+        """Return batches of augmented training inputs, the same ones at each call and on each rank."""
+        count = min(CALIBRATION_IMAGES, len(self.loader.images))
+        size = max(2, min(self.recipe.batch_size, 256))
+        inputs = self.loader.sample(count, self.recipe.seed)
+        return [part for part in torch.split(inputs, size) if len(part) > 1]
+
+    # ---- what the loop calls ----
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a forward pass: bf16 or nothing."""
+        return self._precision.forward_context()  # type: ignore[no-any-return]
+
+    def gradients_stay_local(self, yes: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a batch whose gradients need not be shared among processes yet."""
+        if not yes or self.fabric.world_size == 1:
+            return contextlib.nullcontext()
+        return self.fabric.no_backward_sync(self.forward)  # type: ignore[arg-type]
+
+    def agree(self, stop: bool, save: bool) -> tuple[bool, bool]:
+        """Return whether any rank wants to stop, and whether the first rank wants to save."""
+        if self.fabric.world_size == 1:
+            return stop, save
+        flags = torch.tensor([stop, save and self.fabric.is_global_zero], dtype=torch.int32, device=self.fabric.device)
+        torch.distributed.all_reduce(flags)
+        return bool(flags[0]), bool(flags[1])
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the averaged weights towards the weights.
+
+        The average lies in the optimizer's state beside the momentum, so that whatever slices the one slices the other.
+        Its decay grows to ``ema`` as ``(1 + step) / (10 + step)``, so that the first steps are forgotten.
+        """
+        assert self.recipe.ema is not None
+        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        averages: list[Tensor] = []
+        weights: list[Tensor] = []
+        for parameter in self._parameters():
+            state = self.optimizer.state[parameter]
+            if "ema" in state:
+                averages.append(state["ema"])
+                weights.append(parameter)
+            elif self.recipe.optimizer == "sgd" or state:
+                # AdamW sets itself up only in a state that is empty, so its first step comes first.
+                state["ema"] = parameter.detach().clone(memory_format=torch.preserve_format)
+        if averages:
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Let the model hold the averaged weights, with batch-norm statistics to match, for a while."""
+        state = self.optimizer.state
+        pairs: list[tuple[Tensor, Tensor]] = [
+            (parameter, state[parameter]["ema"])
+            for parameter in self._parameters()
+            if "ema" in state.get(parameter, {})
+        ]
+        if not pairs:
+            yield
+            return
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with swapped(pairs):
+            with self.autocast():
+                estimate_batch_norms(self.model, list(self.calibration()))
+            try:
+                yield
+            finally:
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+    def add_row(self) -> None:
+        """Evaluate, and write and show a row of ``metrics.jsonl``."""
+        images = self.loss_steps * self.recipe.accumulate * self.recipe.batch_size
+        elapsed = self.ledger.seconds - self._row_begun
+        self.test_loss, self.accuracy = evaluate(self)
+        train_loss = self._mean_loss()
+        row = {
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            "seconds": self.ledger.seconds,
+            "phase": self.ledger.phase,
+            "loss": train_loss,
+            "test_loss": _finite(self.test_loss),
+            "accuracy": self.accuracy,
+            "lr": self.schedule(self.step - 1),
+            "images_per_s": images / elapsed if elapsed > 0 else 0.0,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+        }
+        self.folder.append_row(row)
+        if self._board is not None:
+            for name in ("loss", "test_loss", "accuracy", "lr", "images_per_s", "parameters"):
+                if row[name] is not None:
+                    self._board.add_scalar(name, row[name], self.step)
+        self.display.row(row, self._status())
+        self.emit("row", row)
+        self.loss_sum.zero_()
+        self.loss_steps = 0
+        self._row_begun = self.ledger.seconds
+
+    def _mean_loss(self) -> float:
+        total = self.loss_sum.clone()
+        if self.fabric.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return float(total) / max(self.loss_steps * self.fabric.world_size, 1)
+
+    def beat(self, loss: Tensor) -> None:
+        """Say that a step is done: heartbeat, progress bar, event."""
+        self.folder.beat(self.ledger.seconds)
+        if self.display.due():
+            value = float(loss) / self.recipe.accumulate
+            self.display.step(self.step, value, self.recipe.batch_size * self.recipe.accumulate, self._status())
+        if self._on_event is not None:
+            self.emit("step", {"step": self.step})
+
+    def _status(self) -> dict[str, float | str]:
+        return {} if self.search is None else self.search.status()
+
+    def emit(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Tell ``on_event``."""
+        if self._on_event is not None:
+            self._on_event(kind, fields)
+
+    # ---- saving and going on ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the run needs to go on."""
+        return {
+            "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "world_size": self.fabric.world_size,
+            "loss": [float(self.loss_sum), self.loss_steps],
+            "last_row": [self.accuracy, self.test_loss],
+            "model": checkpoint.capture(self.model, self.optimizer),
+            "search": None if self.search is None else self.search.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "generators": self._gather_generators(),
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint of this step.
+
+        Raises:
+            DivergedError: A weight is not finite.
+            EarlybirdError: The disk is full.
+        """
+        state = self.state_dict()  # on every rank: the generators are gathered
+        if self.folder.writer:
+            self._check_weights(state["model"]["parameters"])
+            path = checkpoint.save(self.folder.path, self.step, self.recipe.hash(), state)
+            self.emit("checkpoint", {"step": self.step, "path": path})
+
+    def _check_weights(self, parameters: Mapping[str, Tensor]) -> None:
+        for name, parameter in parameters.items():
+            if not bool(torch.isfinite(parameter).all()):
+                newest = max(self.folder.path.glob("checkpoint-*.json"), default=None)
+                raise DivergedError(
+                    f"weights of '{name}' are not finite at step {self.step}",
+                    needed=f"last good checkpoint: {newest}" if newest else "no checkpoint had been written yet",
+                    hint=f"lower lr (now {self.recipe.lr:g}), raise lr_warmup, or set clip_norm = 1",
+                )
+
+    def _gather_generators(self) -> dict[str, Any]:
+        own = checkpoint.generators(self.fabric.device)
+        if self.fabric.world_size == 1:
+            return {"0": own}
+        ranks: dict[str, Any] = {str(rank): {} for rank in range(self.fabric.world_size)}
+        for name, state in own.items():
+            gathered = self.fabric.all_gather(state.to(self.fabric.device))
+            assert isinstance(gathered, Tensor)
+            for rank, states in ranks.items():
+                states[name] = gathered[int(rank)].cpu()
+        return ranks
+
+    def restore(self) -> None:
+        """Take over the newest whole checkpoint; without one, begin."""
+        notes: list[str] = []
+        found = checkpoint.load_newest(self.folder.path, self.recipe.hash(), notes.append)
+        if found is None:
+            self._seed()
+            self.folder.write_json("environment.json", environment(self.fabric))
+        else:
+            self.load_state_dict(found[1])
+            self.resumed = True
+        lost = self.folder.last_beat() - self.ledger.seconds if self.folder.writer else 0.0
+        self.folder.cut_rows(self.step)
+        self.display = Display(self.total, self.steps_per_epoch, self.step, quiet=self._quiet)
+        for note in notes:
+            self.display.warn(note)
+        if lost > 0:
+            # What was computed since the checkpoint and is computed again was paid for, too.
+            self.ledger.charge("lost", lost)
+        if self.resumed:
+            self.display.say(f"going on after step {self.step} of {self.total}")
+        else:
+            written = self.folder.read_json("tune.json") or {}
+            self.display.say(f"{self.recipe.name}: {written.get('reason', self.choice)}")
+        drawn = self.search is None or self.search.drawn
+        self._row_begun = self.ledger.seconds
+        self.ledger.enter("train" if drawn else "search")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned; the model is shrunk first if it was.
+
+        Raises:
+            CheckpointError: The state is of another number of processes, another model, or other data.
+        """
+        for name, now in (("world_size", self.fabric.world_size), ("steps_per_epoch", self.steps_per_epoch)):
+            if state[name] != now:
+                raise CheckpointError(
+                    f"the checkpoint has {name} = {state[name]}, this run {now}",
+                    hint="resume with as many processes, and with the data unchanged",
+                )
+        if self.search is not None:
+            self.search.load_state_dict(state["search"])
+        if self.needs_rebuild:
+            self._shape_drawn = True
+            self._layout()
+            self.ledger.recount(self.model)
+        checkpoint.restore(self.model, self.optimizer, state["model"])
+        self.forward = self._wrap()
+        self.ledger.load_state_dict(state["ledger"])
+        self.step = int(state["step"])
+        total, self.loss_steps = state["loss"]
+        self.loss_sum.fill_(total)
+        self.accuracy, self.test_loss = state["last_row"]
+        checkpoint.set_generators(state["generators"][str(self.fabric.global_rank)], self.fabric.device)
+
+    def _seed(self) -> None:
+        """Seed the global generators, on each rank otherwise: their dropout must differ."""
+        seed = self.recipe.seed + 1_000_003 * self.fabric.global_rank
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+
+    # ---- the end ----
+
+    def finish(self) -> Result:
+        """Write the final weights, the bill and the result."""
+        with self.averaged_weights():
+            tensors = dict(self.model.state_dict())
+            if self.folder.writer:
+                metadata = {"recipe": self.recipe.hash(), "step": str(self.step)}
+                write_tensors(self.folder.path / "model.safetensors", _unshared(tensors), metadata)
+        if self.search is not None:
+            self._write_history()
+            if not self.search.drawn:
+                self.display.warn("the run ended before a ticket was drawn; it was dense to the end")
+        self.ledger.stop()
+        bill = self.ledger.bill()
+        self.folder.write_json("bill.json", bill.to_json())
+        result = Result(
+            folder=self.folder.path,
+            accuracy=self.accuracy,
+            loss=self.test_loss,
+            epochs=self.recipe.epochs,
+            steps=self.step,
+            seconds=self.ledger.seconds,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            drawn_at=None if self.search is None else self.search.drawn_at,
+            bill=bill,
+            resumed=self.resumed,
+        )
+        fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+        fields = {name: value for name, value in fields.items() if name not in ("folder", "bill")}
+        # Written last: a folder with it is a finished run.
+        self.folder.write_json(
+            "result.json", {**fields, "loss": _finite(result.loss), "phase_seconds": _seconds(self.ledger)}
+        )
+        self.emit("done", fields)
+        return result
+
+    def _write_history(self) -> None:
+        assert self.search is not None
+        steps, matrix = self.search.distance_matrix()
+        self.folder.write_json(
+            "history.json",
+            {"history": self.search.history, "steps": steps, "matrix": matrix.double().round(decimals=6).tolist()},
+        )
+
+    def close(self) -> None:
+        """Take hooks, bar and writers away."""
+        self.display.close()
+        if self._board is not None:
+            self._board.close()
+        if self.search is not None:
+            self.search.detach()
+        self.ledger.unwatch()
+
+
+# ---- parts ----
+
+
+def _free_folder(recipe: Recipe) -> Path:
+    base = Path("runs") / recipe.name
+    path, number = base, 1
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
+def _load_data(recipe: Recipe, fabric: Fabric) -> DataSet:
+    if fabric.world_size > 1 and fabric.local_rank != 0:
+        fabric.barrier()  # the first rank of each machine downloads, the others find the files
+    data = load(recipe.data, image_size=recipe.image_size)
+    if fabric.world_size > 1 and fabric.local_rank == 0:
+        fabric.barrier()
+    return data
+
+
+def _loaders(recipe: Recipe, data: DataSet, fabric: Fabric) -> tuple[Loader, Loader]:
+    shared: dict[str, Any] = {
+        "mean": data.mean,
+        "std": data.std,
+        "device": fabric.device,
+        "rank": fabric.global_rank,
+        "world_size": fabric.world_size,
+    }
+    augment = Augment(crop=recipe.crop, flip=recipe.flip, cutout=recipe.cutout)
+    training = Loader(
+        data.train_images,
+        data.train_labels,
+        batch_size=recipe.batch_size,
+        augment=augment,
+        seed=recipe.seed,
+        **shared,
+    )
+    test = Loader(
+        data.test_images,
+        data.test_labels,
+        batch_size=min(512 * fabric.world_size, len(data.test_images)),
+        shuffle=False,
+        drop_last=False,
+        **shared,
+    )
+    return training, test
+
+
+def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=recipe.weight_decay,
+        )
+    betas = (recipe.momentum, 0.999)
+    return torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay)
+
+
+def _tensorboard(folder: RunFolder) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("tensorboard is not installed", hint="pip install 'earlybird[tensorboard]'") from error
+    return SummaryWriter(str(folder.path / "tensorboard"))
+
+
+@contextlib.contextmanager
+def _warnings_shown(warn: Callable[[str], None]) -> Iterator[None]:
+    """Send our own warnings to ``warn``, as one line; all others go where they always go."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if Path(__file__).parents[1] in Path(filename).parents:
+                warn(str(message))
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
+
+
+def _read_result(folder: RunFolder, done: Mapping[str, Any]) -> Result:
+    bill = folder.read_json("bill.json")
+    if bill is None:
+        raise InputError(f"{folder.path} has a result, but no bill.json", hint="delete result.json and resume")
+    known = {field.name for field in dataclasses.fields(Result)} - {"folder", "bill"}
+    fields = {name: value for name, value in done.items() if name in known}
+    fields["loss"] = float("nan") if fields["loss"] is None else fields["loss"]
+    return Result(folder=folder.path, bill=Bill.from_json(bill), **fields)
+
+
+def _seconds(ledger: Ledger) -> dict[str, float]:
+    return {name: record.seconds for name, record in ledger.phases.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Turn a dataclass of mappings, numbers and tensors of indices into JSON."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory, which safetensors refuses."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return result
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,240 @@
+"""Choose number format, memory layout and compilation by timed steps, and write down why.
+
+Every candidate runs real training steps (forward, loss, backward, optimizer) of the run's own model and batch. They
+take turns, so that a busy machine slows all of them alike; the first step of each is warm-up and is not counted; the
+fastest step of each stands for it. A candidate must beat plain fp32 by 3 %, so that noise alone changes nothing.
+`torch.compile` is tried only on runs that are long enough to pay for compiling twice (before and after the draw).
+
+The time it takes belongs to the bill, phase ``setup``. A resumed run reuses what was written; it never tunes again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from earlybird.train.recipe import Recipe
+
+MARGIN = 0.03
+"""By how much a candidate must be faster than plain fp32."""
+SHARE = 0.01
+"""Share of the estimated run that timing may take, once each candidate has had two steps."""
+DROPPED = 1.3
+"""A candidate this many times slower than the best is not timed further."""
+COMPILE_FROM_S = 1800.0
+"""Estimated length of the run from which compiling is tried."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How a run computes.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        precision: ``fp32``, or ``bf16`` for autocast over fp32 weights.
+        channels_last: Images in memory order NHWC.
+        compile: The forward pass goes through `torch.compile`.
+        threads: CPU threads; the last bits of sums depend on them.
+    """
+
+    device: str
+    precision: str = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    threads: int = 1
+
+    def __str__(self) -> str:
+        words = [self.precision, "channels_last" if self.channels_last else "contiguous"]
+        return " + ".join([*words, "compiled" if self.compile else "eager"])
+
+
+def untuned(recipe: Recipe, device: torch.device) -> Choice:
+    """Return what ``auto`` means without timing: plain on a CPU; bf16 and channels_last on CUDA that has bf16."""
+    fast = device.type == "cuda" and not recipe.exact and torch.cuda.is_bf16_supported()
+    return Choice(
+        device=device.type,
+        precision=("bf16" if fast else "fp32") if recipe.precision == "auto" else recipe.precision,
+        channels_last=fast if recipe.channels_last == "auto" else recipe.channels_last,
+        compile=False if recipe.compile == "auto" else recipe.compile,
+        threads=torch.get_num_threads(),
+    )
+
+
+def tune(
+    recipe: Recipe, build: Callable[[], nn.Module], images: Tensor, labels: Tensor, *, steps: int
+) -> tuple[Choice, dict[str, Any]]:
+    """Choose by timing.
+
+    Args:
+        recipe: Keys other than ``auto`` are taken as given.
+        build: Makes the model, afresh each time; it is moved to the images' device here.
+        images: One training batch, (n, channels, height, width), on the device of the run.
+        labels: (n,)
+        steps: Optimizer steps of the whole run.
+
+    Returns:
+        The choice and its record: candidates with seconds a step, the reason, seconds spent.
+    """
+    start = time.perf_counter()
+    device = images.device
+    base = untuned(recipe, device)
+    if recipe.exact or not recipe.tune:
+        return base, _record(base, [], "exact" if recipe.exact else "tune is off", start)
+    precisions = ["fp32", "bf16"] if recipe.precision == "auto" else [recipe.precision]
+    layouts = [False, True] if recipe.channels_last == "auto" else [bool(recipe.channels_last)]
+    candidates = [
+        _Candidate(dataclasses.replace(base, precision=precision, channels_last=layout, compile=base.compile))
+        for precision in precisions
+        for layout in layouts
+    ]
+    if len(candidates) == 1 and recipe.compile != "auto":
+        return candidates[0].choice, _record(candidates[0].choice, [], "every key was given", start)
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(recipe.seed)
+        best, reason = _race(candidates, build, images, labels, steps)
+        if recipe.compile == "auto":
+            length_s = best.seconds * steps
+            if length_s < COMPILE_FROM_S:
+                reason += f"; compile not tried: the run takes about {length_s:.0f} s, under {COMPILE_FROM_S:.0f} s"
+            else:
+                compiled = _Candidate(dataclasses.replace(best.choice, compile=True))
+                candidates.append(compiled)
+                best, why = _try_compile(compiled, best, build, images, labels, steps)
+                reason += f"; {why}"
+    return best.choice, _record(best.choice, candidates, reason, start)
+
+
+class _Candidate:
+    """One choice with the steps that were timed for it."""
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
+        self.times_s: list[float] = []
+        self.first_s = 0.0
+        self.failure = ""
+        self._step: Callable[[], None] | None = None
+
+    @property
+    def seconds(self) -> float:
+        return min(self.times_s, default=float("inf"))
+
+    def prepare(self, build: Callable[[], nn.Module], images: Tensor, labels: Tensor) -> None:
+        layout = torch.channels_last if self.choice.channels_last else torch.contiguous_format
+        # memory_format alone: Module.to takes it together with a device as well, but types do not say so
+        model = build().to(images.device).train()
+        model.to(memory_format=layout)  # type: ignore[call-overload]
+        images = images.contiguous(memory_format=layout)
+        forward = torch.compile(model) if self.choice.compile else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        bf16 = self.choice.precision == "bf16"
+
+        def step() -> None:
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+                loss = nn.functional.cross_entropy(forward(images).float(), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
+
+        self._step = step
+        self.first_s = self._time()
+
+    def time_once(self) -> None:
+        self.times_s.append(self._time())
+
+    def release(self) -> None:
+        self._step = None
+
+    def _time(self) -> float:
+        assert self._step is not None
+        start = time.perf_counter()
+        self._step()
+        return time.perf_counter() - start
+
+
+def _race(
+    candidates: list[_Candidate], build: Callable[[], nn.Module], images: Tensor, labels: Tensor, steps: int
+) -> tuple[_Candidate, str]:
+    for candidate in candidates:
+        candidate.prepare(build, images, labels)
+    start = time.perf_counter()
+    racing = list(candidates)
+    for turn in range(20):
+        for candidate in racing:
+            candidate.time_once()
+        best = min(candidate.seconds for candidate in candidates)
+        spent = time.perf_counter() - start
+        if turn >= 1 and spent > SHARE * best * steps:
+            break
+        for candidate in [c for c in racing if c.seconds > DROPPED * best]:
+            racing.remove(candidate)
+            candidate.release()
+    for candidate in candidates:
+        candidate.release()
+    plain, best_of_all = candidates[0], min(candidates, key=lambda candidate: candidate.seconds)
+    ratio = plain.seconds / best_of_all.seconds
+    if best_of_all is plain:
+        return plain, f"{plain.choice} is fastest: {_ms(plain)} a step"
+    if ratio < 1 + MARGIN:
+        return plain, f"{best_of_all.choice} gains only {ratio - 1:.1%} over {plain.choice} ({_ms(plain)} a step)"
+    return best_of_all, (
+        f"{best_of_all.choice} takes {_ms(best_of_all)} a step, {plain.choice} {_ms(plain)}: {ratio:.2f} times faster"
+    )
+
+
+def _try_compile(
+    compiled: _Candidate,
+    eager: _Candidate,
+    build: Callable[[], nn.Module],
+    images: Tensor,
+    labels: Tensor,
+    steps: int,
+) -> tuple[_Candidate, str]:
+    try:
+        compiled.prepare(build, images, labels)
+        for _ in range(3):
+            compiled.time_once()
+    except Exception as error:  # a missing compiler shows in many ways; the run goes on without
+        compiled.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        return eager, f"compile failed ({compiled.failure})"
+    finally:
+        compiled.release()
+    cost_s = compiled.first_s - compiled.seconds
+    gain_s = (eager.seconds - compiled.seconds) * steps
+    text = f"compiled takes {_ms(compiled)} a step after {cost_s:.0f} s of compiling"
+    if gain_s > 2 * cost_s:
+        return compiled, f"{text}, repaid {gain_s / (2 * cost_s):.1f} times over the run"
+    return eager, f"{text}, which the run would not repay"
+
+
+def _ms(candidate: _Candidate) -> str:
+    return f"{candidate.seconds * 1e3:.3g} ms"
+
+
+def _record(choice: Choice, candidates: list[_Candidate], reason: str, start: float) -> dict[str, Any]:
+    rows = [
+        {
+            "precision": candidate.choice.precision,
+            "channels_last": candidate.choice.channels_last,
+            "compile": candidate.choice.compile,
+            "step_s": candidate.seconds if candidate.times_s else None,
+            "steps_timed": len(candidate.times_s),
+            "first_step_s": candidate.first_s,
+            **({"failure": candidate.failure} if candidate.failure else {}),
+        }
+        for candidate in candidates
+    ]
+    return {
+        "choice": dataclasses.asdict(choice),
+        "reason": reason,
+        "candidates": rows,
+        "seconds": time.perf_counter() - start,
+    }

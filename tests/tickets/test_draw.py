@@ -1,0 +1,156 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import earlybird as eb
+from earlybird.errors import InputError
+from earlybird.tickets.coupling import find_groups
+from earlybird.tickets.draw import macs_share_of
+from tests.tickets.topologies import TOPOLOGIES, images, make
+
+
+def two_norms(first: list[float], second: list[float]) -> nn.Sequential:
+    a, b = len(first), len(second)
+    model = nn.Sequential(nn.Conv2d(3, a, 1), nn.BatchNorm2d(a), nn.Conv2d(a, b, 1), nn.BatchNorm2d(b))
+    model[1].weight.data = torch.tensor(first)
+    model[3].weight.data = torch.tensor(second)
+    return model
+
+
+def test_one_ranking_for_the_whole_network():
+    ticket = eb.draw(two_norms([0.1, -0.9, 0.2], [0.8, -0.3, 0.7]), keep=0.5)
+    assert {name: mask.tolist() for name, mask in ticket.masks.items()} == {
+        "1": [False, True, False],
+        "3": [True, False, True],
+    }
+
+
+def test_published_comparison_is_strict():
+    # N = 6, int(6 * 0.5) = 3, threshold = sorted[3] = 0.7: only what is larger stays
+    ticket = eb.draw(two_norms([0.1, 0.9, 0.2], [0.8, 0.3, 0.7]), keep=0.5, strict=True)
+    assert ticket.masks["1"].tolist() == [False, True, False]
+    assert ticket.masks["3"].tolist() == [True, False, False]
+
+
+def test_every_layer_keeps_its_best_channel():
+    for strict in (False, True):
+        ticket = eb.draw(two_norms([0.01, 0.03, 0.02], [0.8, 0.3, 0.7]), keep=0.5, strict=strict)
+        assert ticket.masks["1"].tolist() == [False, True, False]
+
+
+def test_draw_changes_nothing():
+    model = make("residual")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+    eb.draw(model, 0.5, example_inputs=images(), coupled="group")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert modes == [module.training for module in model.modules()]
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    first=st.lists(st.floats(0.001, 1), min_size=1, max_size=12),
+    second=st.lists(st.floats(0.001, 1), min_size=1, max_size=12),
+    keep=st.floats(0.01, 1.0),
+)
+def test_as_many_channels_stay_as_asked(first, second, keep):
+    ticket = eb.draw(two_norms(first, second), keep=keep)
+    kept = [kept for kept, _ in ticket.widths.values()]
+    asked = max(round(keep * (len(first) + len(second))), 1)
+    assert min(kept) >= 1
+    assert asked <= sum(kept) <= asked + 1  # one more where a layer had to be given its best channel
+
+
+@pytest.mark.parametrize("keep", [0, 1.5, -0.1, math.nan, "half"])
+def test_keep_out_of_range(keep):
+    with pytest.raises(InputError, match="keep is"):
+        eb.draw(make("plain"), keep)
+
+
+def test_without_batch_norm_the_error_names_the_score_that_works():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(InputError, match="magnitude"):
+        eb.draw(model, 0.5)
+    ticket = eb.draw(model, 0.5, score="magnitude")
+    assert ticket.widths == {"0": (4, 8)}
+
+
+def test_taylor_is_the_first_order_term():
+    model = two_norms([1.0, 2.0], [3.0])
+    model[1].bias.data = torch.tensor([0.5, -1.0])
+    model[1].weight.grad, model[1].bias.grad = torch.tensor([2.0, -1.0]), torch.tensor([4.0, 3.0])
+    model[3].weight.grad, model[3].bias.grad = torch.tensor([1.0]), torch.tensor([0.0])
+    from earlybird.tickets.scores import taylor
+
+    assert taylor(model)["1"].tolist() == [abs(1 * 2 + 0.5 * 4), abs(2 * -1 + -1 * 3)]
+    model[1].weight.grad = None
+    with pytest.raises(InputError, match="no gradient"):
+        eb.draw(model, 0.5, score="taylor")
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_coupled_layers_get_one_mask(name):
+    model = make(name)
+    ticket = eb.draw(model, 0.5, example_inputs=images(), coupled="group")
+    for group in find_groups(model, images()):
+        seen: dict[int, bool] = {}
+        for member in group.members:
+            if member.name in ticket.masks and member.side != "in":
+                for root, kept in zip(member.root.tolist(), ticket.masks[member.name][member.local].tolist()):
+                    assert seen.setdefault(root, kept) == kept
+    change = eb.shrink(model, ticket, images())
+    if name not in ("grouped", "sigmoid", "preact", "concatenation"):
+        assert not change.silenced
+
+
+def test_residual_channels_stay_whole_when_asked():
+    model = make("residual")
+    ticket = eb.draw(model, 0.4, example_inputs=images(), coupled="whole")
+    whole = {name for name, (kept, total) in ticket.widths.items() if kept == total}
+    assert whole == {"1", "3.norm2", "4.norm2", "4.shortcut.1"}
+    assert ticket.widths["3.norm1"][0] + ticket.widths["4.norm1"][0] == round(0.4 * 20)
+
+
+def test_macs_share_is_a_bound_on_the_real_cost():
+    from earlybird.cost.count import count
+
+    for name in ("plain", "residual", "depthwise", "concatenation"):
+        model, free_model = make(name), make(name)
+        dense = count(model, images()).forward_macs
+        free = eb.draw(model, 0.6, example_inputs=images(), coupled="group")
+        eb.shrink(free_model, free, images())
+        bound = 0.85 * count(free_model, images()).forward_macs / dense
+        bounded = eb.draw(model, 0.6, example_inputs=images(), coupled="group", macs_share=bound)
+        assert bounded != free
+        eb.shrink(model, bounded, images())
+        assert count(model, images()).forward_macs <= bound * dense * 1.001
+
+
+def test_macs_share_that_cannot_be_met():
+    with pytest.raises(InputError, match="cannot be met"):
+        eb.draw(make("plain"), 0.9, example_inputs=images(), macs_share=0.01)
+
+
+def test_counted_share_equals_the_shrunk_model():
+    from earlybird.cost.count import count
+
+    for name in ("plain", "flatten", "residual", "depthwise", "squeeze_excite"):
+        model = make(name)
+        groups = find_groups(model, images())
+        ticket = eb.draw(model, 0.5, example_inputs=images(), coupled="group")
+        chosen = {}
+        for group in groups:
+            mask = torch.ones(group.size, dtype=torch.bool)
+            for member in group.members:
+                if member.name in ticket.masks and member.side != "in":
+                    mask[member.root] = ticket.masks[member.name][member.local]
+            chosen[group.producers[0]] = mask
+        dense = count(model, images()).forward_macs
+        eb.shrink(model, ticket, images())
+        assert macs_share_of(chosen, groups) == pytest.approx(count(model, images()).forward_macs / dense, rel=1e-3)

@@ -1,0 +1,55 @@
+"""Models of one's own, for the tests: with dropout (random numbers in the forward pass), and some that are wrong."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Net(nn.Sequential):
+    pass
+
+
+def with_dropout(classes: int, in_channels: int, image_size: int) -> nn.Module:
+    return Net(
+        nn.Conv2d(in_channels, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Conv2d(16, 24, 1, bias=False),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(96, classes),
+    )
+
+
+def without_batch_norm(classes: int, in_channels: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)
+    )
+
+
+def wrong_classes(in_channels: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, 1000))
+
+
+class _Explodes(nn.Module):
+    """Fine for some steps, then infinite."""
+
+    def __init__(self, classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(in_channels, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)
+        )
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        logits: Tensor = self.net(images)
+        return logits * torch.where(self.calls > 9, torch.nan, 1.0)
+
+
+def explodes(classes: int, in_channels: int) -> nn.Module:
+    return _Explodes(classes, in_channels)
