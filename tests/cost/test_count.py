@@ -96,10 +96,10 @@ def test_attention_by_hand() -> None:
 
 
 def test_training_macs_agree_with_a_real_backward_pass() -> None:
-    """torch's own counter watches forward and backward; it counts 2 FLOPs for a MAC."""
+    """torch counts both passes itself, at 2 FLOPs a MAC (but wrongly in the backward of grouped convolutions)."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for name in ("resnet20", "mobilenet_v2"):
+    for name in ("resnet20", "resnet50"):
         model, images = build(name, classes=10, width=0.5).train(), torch.zeros(2, 3, 32, 32)
         with FlopCounterMode(display=False) as counter:
             model(images).sum().backward()

@@ -1,4 +1,4 @@
-"""Every model of the table: size as published, trainable, and readable by what comes after (pruner, compiler, export)."""
+"""Every model of the table: size as published, trainable, readable by pruner, compiler and export."""
 
 from __future__ import annotations
 

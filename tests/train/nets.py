@@ -40,7 +40,11 @@ class _Explodes(nn.Module):
     def __init__(self, classes: int, in_channels: int) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Conv2d(in_channels, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)
+            nn.Conv2d(in_channels, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, classes),
         )
         self.register_buffer("calls", torch.zeros(()))
 

@@ -198,13 +198,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def first_sample(inputs: Any) -> Any:
-    """Return ``inputs`` (tensor, sequence or mapping) with every tensor of N rows cut to its first row, detached."""
-    return _sliced(inputs, batch_size(inputs))
+    """Return ``inputs`` (tensor, sequence or mapping) with every tensor of N rows cut to a copy of its first row."""
+    with torch.inference_mode(False):  # a copy that autograd may save, and that does not hold the batch in memory
+        return _sliced(inputs, batch_size(inputs))
 
 
 def _sliced(inputs: Any, batch: int) -> Any:
     if isinstance(inputs, Tensor):
-        return inputs.detach()[:1] if inputs.ndim and inputs.shape[0] == batch else inputs.detach()
+        return (inputs.detach()[:1] if inputs.ndim and inputs.shape[0] == batch else inputs.detach()).clone()
     if isinstance(inputs, Mapping):
         return {key: _sliced(value, batch) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):

@@ -14,17 +14,16 @@ Figure = dict[str, Any]
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif'
 
 
-def phase_bars(totals: Mapping[str, Mapping[str, float]], *, title: str, unit: str, texts: Sequence[str]) -> Figure:
+def phase_bars(totals: Mapping[str, Mapping[str, float]], *, unit: str, texts: Sequence[str]) -> Figure:
     """Stacked horizontal bars, one bar a contender, one colour a phase.
 
     Args:
         totals: Contender to phase to value, already in ``unit``.
-        title: What the axis shows.
-        unit: Its unit.
+        unit: What the axis counts.
         texts: The number to print at the end of each bar, in the order of ``totals``.
     """
     labels = list(totals)
-    phases = [phase for phase in PHASES if any(phase in values for values in totals.values())]
+    phases = [phase for phase in (*PHASES, "peak") if any(phase in values for values in totals.values())]
     bars: list[dict[str, Any]] = [
         {
             "type": "bar",
@@ -38,7 +37,8 @@ def phase_bars(totals: Mapping[str, Mapping[str, float]], *, title: str, unit: s
         for phase in phases
     ]
     sums = [sum(totals[label].values()) for label in labels]
-    largest = max(sums, default=0.0) or 1.0
+    # the number at the end of the longest bar needs room, also on a phone
+    room = (max(sums, default=0.0) or 1.0) * (1.12 + 0.05 * max(map(len, texts), default=0))
     bars.append(
         {
             "type": "scatter",
@@ -55,7 +55,7 @@ def phase_bars(totals: Mapping[str, Mapping[str, float]], *, title: str, unit: s
     layout = _layout(height=74 + 40 * len(labels), margin={"l": 8, "r": 8, "t": 4, "b": 40})
     layout["barmode"] = "stack"
     layout["bargap"] = 0.42
-    layout["xaxis"] |= {"title": {"text": f"{title} ({unit})", "font": {"size": 12}}, "range": [0, largest * 1.34]}
+    layout["xaxis"] |= {"title": {"text": unit, "font": {"size": 12}}, "range": [0, room]}
     layout["yaxis"] |= {"autorange": "reversed", "automargin": True, "showgrid": False, "ticksuffix": "  "}
     return {"data": bars, "layout": layout}
 
@@ -75,7 +75,6 @@ def accuracy_curves(
     longest = max((points[-1][0] for _, _, points, _ in curves if points), default=0.0)
     scale, unit = (3600.0, "h") if longest > 2 * 3600 else (60.0, "min") if longest > 180 else (1.0, "s")
     data: list[dict[str, Any]] = []
-    seen: set[str] = set()
     for label, colour, points, _ in curves:
         data.append(
             {
@@ -108,7 +107,6 @@ def accuracy_curves(
                 "hovertemplate": f"{label}: ticket drawn after %{{x:.3g}} {unit}<extra></extra>",
             }
         )
-        seen.add(label)
     layout = _layout(height=380, margin={"l": 8, "r": 12, "t": 10, "b": 44})
     layout["xaxis"] |= {"title": {"text": f"seconds of the run, measured ({unit})", "font": {"size": 12}}}
     layout["xaxis"]["rangemode"] = "tozero"
@@ -119,26 +117,23 @@ def accuracy_curves(
 
 
 def distance_matrix(
-    steps: Sequence[int],
-    epochs: Sequence[float] | None,
-    matrix: Sequence[Sequence[float]],
-    drawn: tuple[int, int] | None,
+    places: Sequence[float], unit: str, matrix: Sequence[Sequence[float]], window: tuple[int, int] | None
 ) -> Figure:
-    """Mask distance of every look against every look: dark where two masks agree.
+    """Mask distance of every look against every look; strong colour where two masks agree.
 
     Args:
-        steps: Optimizer step of each look, ``(n,)``.
-        epochs: Epoch of each look, ``(n,)``, or None.
+        places: Epoch or step of each look, ``(n,)``.
+        unit: ``'epoch'`` or ``'step'``.
         matrix: Normalised Hamming distances, ``(n, n)``, 0 to 1.
-        drawn: First and last look (indices) of the window that drew the ticket.
+        window: First and last look (indices) of the window that drew the ticket.
     """
-    names = [f"{epoch:g}" for epoch in epochs] if epochs is not None else [str(step) for step in steps]
-    unit = "epoch" if epochs is not None else "step"
+    names = [f"{place:.4g}" if unit == "epoch" else f"{place:.0f}" for place in places]
     count = len(names)
     ticks = list(range(0, count, max(1, -(-count // 6))))
     axis = {
         "tickvals": ticks,
-        "ticktext": [names[index] for index in ticks],
+        "ticktext": [f"{places[index]:.2g}" if unit == "epoch" else names[index] for index in ticks],
+        "tickangle": 0,
         "showgrid": False,
         "zeroline": False,
         "range": [-0.5, count - 0.5],
@@ -169,8 +164,8 @@ def distance_matrix(
     layout = _layout(height=400, margin={"l": 8, "r": 0, "t": 8, "b": 44})
     layout["xaxis"] |= {**axis, "title": {"text": f"look at {unit}", "font": {"size": 12}}}
     layout["yaxis"] |= {**axis, "range": [count - 0.5, -0.5], "scaleanchor": "x", "automargin": True}
-    if drawn is not None:
-        first, last = drawn[0] - 0.5, drawn[1] + 0.5
+    if window is not None:
+        first, last = window[0] - 0.5, window[1] + 0.5
         layout["shapes"] = [
             {
                 "type": "rect",
@@ -182,6 +177,45 @@ def distance_matrix(
             }
         ]
     return {"data": [heat], "layout": layout, "square": True}
+
+
+def settling(places: Sequence[float], unit: str, distances: Sequence[float | None], tolerance: float | None) -> Figure:
+    """Largest distance of each look's mask to those before it in the window, and the tolerance.
+
+    Args:
+        places: Epoch or step of each look, ``(n,)``.
+        unit: ``'epoch'`` or ``'step'``.
+        distances: Normalised Hamming distances, ``(n,)``, 0 to 1; None where there was nothing to compare with.
+        tolerance: At or below it, masks count as agreeing.
+    """
+    line = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": list(places),
+        "y": list(distances),
+        "line": {"color": "var(--ticket-0)", "width": 2.2},
+        "marker": {"size": 6, "color": "var(--ticket-0)"},
+        "hovertemplate": f"{unit} %{{x:.4g}}: %{{y:.3f}}<extra></extra>",
+    }
+    layout = _layout(height=400, margin={"l": 8, "r": 12, "t": 8, "b": 44})
+    layout["xaxis"] |= {"title": {"text": f"look at {unit}", "font": {"size": 12}}, "showgrid": False}
+    layout["yaxis"] |= {"rangemode": "tozero", "automargin": True}
+    if tolerance is not None:
+        rule = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": tolerance, "y1": tolerance}
+        layout["shapes"] = [{**rule, "line": {"color": "var(--mark)", "width": 1.5, "dash": "dash"}}]
+        layout["annotations"] = [
+            {
+                "xref": "paper",
+                "x": 1,
+                "y": tolerance,
+                "xanchor": "right",
+                "yanchor": "bottom",
+                "text": f"tolerance {tolerance:g}",
+                "showarrow": False,
+                "font": {"color": "var(--mark)", "size": 12},
+            }
+        ]
+    return {"data": [line], "layout": layout, "square": True}
 
 
 def channel_bars(layers: Mapping[str, tuple[int, int]], *, colour: str = "var(--after)") -> Figure:

@@ -62,10 +62,10 @@ class Cost:
 
 COSTS = (
     Cost("seconds", "Time", "Wall clock of the whole run.", units.seconds),
-    Cost("macs", "Multiply-accumulates", "Forward and backward, of every image.", lambda v: units.count(v, "MAC")),
+    Cost("macs", "MACs", "Multiply-accumulates of every image, forward and backward.", lambda v: units.count(v, "MAC")),
     Cost("joules", "Energy", "Read from a meter.", units.joules),
     Cost("modelled_joules", "Energy", "From counted work; middle of the DRAM price range.", units.joules),
-    Cost("peak_bytes", "Peak memory", "Highest of all phases.", units.size),
+    Cost("peak_bytes", "Memory", "Peak of the process, highest of all phases.", units.size),
 )
 _BY_KEY = {cost.key: cost for cost in COSTS}
 
@@ -84,7 +84,7 @@ def compose(contenders: Sequence[Contender]) -> tuple[dict[str, Any], dict[str, 
         "loss": loss,
         "lead": lead,
         "tiles": _tiles(contenders),
-        "has_estimate": any(_estimated(bill) for contender in contenders for bill in contender.bills),
+        "has_estimate": any(_estimated(bill) for _, bills in _billed(contenders) for bill in bills),
         **_bill_section(contenders, figures),
         "contenders": _contender_table(contenders),
         "accuracy": _accuracy_section(contenders, colours, figures),
@@ -149,15 +149,22 @@ def _change_text(change: float) -> str:
     return f"{abs(100 * change):.1f} points {'above' if change > 0 else 'below'} it in accuracy"
 
 
-def _compared(dense: Contender | None, ticket: Contender) -> list[Bill]:
-    """Return the ticket's bills, each against the dense run of its seed, or against its own estimate."""
-    if dense is None:
-        return ticket.bills
+def _compared(dense: Contender | None, contender: Contender) -> list[Bill]:
+    """Return a contender's bills, each against the dense run of its seed, or against its own estimate without one."""
+    if dense is None or contender.dense:
+        return contender.bills
     by_seed = {run.recipe.get("seed"): run.bill for run in dense.runs if run.bill is not None}
-    fallback = dense.bills[0]
     return [
-        run.bill.against(by_seed.get(run.recipe.get("seed"), fallback)) for run in ticket.runs if run.bill is not None
+        run.bill.against(by_seed.get(run.recipe.get("seed"), dense.bills[0]))
+        for run in contender.runs
+        if run.bill is not None
     ]
+
+
+def _billed(contenders: Sequence[Contender]) -> list[tuple[Contender, list[Bill]]]:
+    """Return all contenders that have bills, with the bills as they are to be compared."""
+    dense, _ = _pair(contenders)
+    return [(contender, _compared(dense, contender)) for contender in contenders if contender.bills]
 
 
 def _ratios(dense: Contender | None, ticket: Contender) -> dict[str, Ratio]:
@@ -218,10 +225,10 @@ def _times_text(ratio: Ratio) -> str:
 
 
 def _bill_section(contenders: Sequence[Contender], figures: dict[str, charts.Figure]) -> dict[str, Any]:
-    billed = [contender for contender in contenders if contender.bills]
-    bars: list[tuple[str, list[Bill]]] = [(contender.label, contender.bills) for contender in billed]
-    if not any(contender.dense for contender in billed):
-        estimates = [bill.dense for contender in billed for bill in contender.bills if bill.dense is not None]
+    billed = _billed(contenders)
+    bars: list[tuple[str, list[Bill]]] = [(contender.label, bills) for contender, bills in billed]
+    if not any(contender.dense for contender, _ in billed):
+        estimates = [bill.dense for _, bills in billed for bill in bills if bill.dense is not None]
         if estimates:
             bars.insert(0, ("dense (estimate)", estimates[:1]))
     shown = []
@@ -230,13 +237,12 @@ def _bill_section(contenders: Sequence[Contender], figures: dict[str, charts.Fig
         totals = {label: phases for label, phases in totals.items() if phases}
         if not totals:
             continue
-        scale, prefix = _scale(cost, max(_height(cost, phases) for phases in totals.values()))
-        texts = [cost.show(_height(cost, phases)) for phases in totals.values()]
+        heights = [sum(phases.values()) for phases in totals.values()]
+        scale, unit = _scale(cost, max(heights))
         scaled = {label: {phase: value / scale for phase, value in phases.items()} for label, phases in totals.items()}
-        figure = charts.phase_bars(scaled, title=cost.title, unit=prefix, texts=texts)
         name = f"bill-{cost.key}"
-        figures[name] = figure
-        shown.append({"id": name, "title": cost.title, "kind": _kind(billed[0], cost), "note": cost.note})
+        figures[name] = charts.phase_bars(scaled, unit=unit, texts=[cost.show(height) for height in heights])
+        shown.append({"id": name, "title": cost.title, "kind": _kind(billed[0][0], cost), "note": cost.note})
     phases = [p for p in charts.PHASES if any(p in bill.phases for _, bills in bars for bill in bills)]
     seeds = max((len(bills) for _, bills in bars), default=0)
     return {
@@ -244,14 +250,14 @@ def _bill_section(contenders: Sequence[Contender], figures: dict[str, charts.Fig
         "bill_note": f"Bars are means over {seeds} seeds." if seeds > 1 else "",
         "phase_legend": [(phase, f"var(--phase-{phase})") for phase in phases],
         "bill_tables": [
-            _bill_table(contender, run) for contender in billed for run in contender.runs if run.bill is not None
+            _bill_table(run.path.name, bill)
+            for contender, bills in billed
+            for run, bill in zip([run for run in contender.runs if run.bill is not None], bills)
         ],
     }
 
 
-def _bill_table(contender: Contender, run: RunRecord) -> Table:
-    bill = run.bill
-    assert bill is not None
+def _bill_table(name: str, bill: Bill) -> Table:
     columns: dict[str, Callable[[float], str]] = {
         "seconds": units.seconds,
         "steps": lambda value: f"{value:,.0f}",
@@ -263,22 +269,23 @@ def _bill_table(contender: Contender, run: RunRecord) -> Table:
         "modelled_joules": units.joules,
     }
     head = ["phase", "time", "steps", "images", "MACs", "bit-MACs", "peak memory", "energy, meter", "energy, modelled"]
-    rows = [(name, row, "") for name, row in bill.phases.items()] + [("total", bill.total, "total")]
+    rows = [(phase, row, "") for phase, row in bill.phases.items()] + [("total", bill.total, "total")]
     if bill.dense is not None:
         rows.append(("dense, estimated" if _estimated(bill) else "dense", bill.dense.total, ""))
     cells = [
-        Row([name, *(_cell(getattr(row, key), show) for key, show in columns.items())], style)
-        for name, row, style in rows
+        Row([title, *(_cell(getattr(row, key), show) for key, show in columns.items())], style)
+        for title, row, style in rows
     ]
     if bill.dense is not None:
         ratios = [_times_text(bill.ratios[key]) if key in bill.ratios else "" for key in columns]
         cells.append(Row(["against dense", *ratios], "total"))
     notes = [
-        "Time and peak memory are measured; steps, images and MACs counted. Bit-MACs weigh a MAC by (bits/32) squared."
+        "Time and peak memory are measured; steps, images and MACs are counted. "
+        "Bit-MACs weigh a MAC by (bits/32) squared."
     ]
     if bill.total.modelled_joules is not None:
         notes.append(f"Modelled energy: {bill.total.modelled_joules.source}, low and high price of a DRAM access.")
-    return Table(f"{contender.label}, {run.path.name}: every number", head, cells, notes=notes)
+    return Table(f"{name}: every number", head, cells, notes=notes)
 
 
 def _cell(quantity: Quantity | None, show: Callable[[float], str]) -> str:
@@ -297,14 +304,8 @@ def _mean_phases(bills: Sequence[Bill], cost: Cost) -> dict[str, float]:
         if levels and all(level is not None for level in levels):
             found[name] = sum(level or 0.0 for level in levels) / len(bills)
     if cost.key == "peak_bytes" and found:
-        # peaks do not add up: the bar is the highest phase
-        top = max(found, key=lambda name: found[name])
-        return {top: found[top]}
+        return {"peak": max(found.values())}  # peaks do not add up
     return {name: value for name, value in found.items() if value}
-
-
-def _height(cost: Cost, phases: dict[str, float]) -> float:
-    return max(phases.values()) if cost.key == "peak_bytes" else sum(phases.values())
 
 
 def _scale(cost: Cost, largest: float) -> tuple[float, str]:
@@ -347,7 +348,7 @@ def _contender_table(contenders: Sequence[Contender]) -> Table | None:
                 ]
             )
         )
-    head = ["", "accuracy", "against dense", "time", "time", "MACs", "energy, modelled", "seeds"]
+    head = ["", "accuracy", "against dense", "time", "against dense", "MACs", "energy, modelled", "seeds"]
     note = "Less and MORE are against dense. Several seeds show as their mean, with the lowest and the highest."
     return Table("Contenders side by side", head, rows, note=note)
 
@@ -410,18 +411,36 @@ def _distance_section(runs: Sequence[RunRecord], figures: dict[str, charts.Figur
     shown = []
     for index, run in enumerate(looked[:MATRICES]):
         steps, matrix = run.history["steps"], run.history["matrix"]
-        epochs = {entry["step"]: entry["epoch"] for entry in run.history.get("history", [])}
-        known = [float(epochs[step]) for step in steps if epochs.get(step) is not None]
+        entries = {
+            entry["step"]: entry for entry in run.history.get("history", []) if entry["keep"] == _first_keep(run)
+        }
+        epochs = [float(entries[step]["epoch"]) for step in steps if entries.get(step, {}).get("epoch") is not None]
+        unit = "epoch" if len(epochs) == len(steps) else "step"
+        places = epochs if unit == "epoch" else [float(step) for step in steps]
         window = _window(run, steps)
-        name = f"distance-{index}"
-        figures[name] = charts.distance_matrix(steps, known if len(known) == len(steps) else None, matrix, window)
-        drawn_at = run.drawn_at
-        note = f"{len(steps)} looks; " + (f"drawn at step {drawn_at:,}" if drawn_at is not None else "not drawn yet")
+        figures[f"matrix-{index}"] = charts.distance_matrix(places, unit, matrix, window)
+        note = f"{len(steps)} looks; " + (
+            "not drawn yet" if run.drawn_at is None else f"drawn at step {run.drawn_at:,}"
+        )
         if run.ticket is not None and run.ticket.provenance.get("reason") == "deadline":
-            note += ", by the deadline: the masks had not settled"
-        shown.append({"id": name, "title": run.path.name, "note": note + ".", "framed": window is not None})
+            note += " by the deadline, before the masks had settled"
+        shown.append(
+            {"id": f"matrix-{index}", "title": run.path.name, "note": note + ".", "framed": window is not None}
+        )
+        largest = [max(entries[step]["distances"], default=None) if step in entries else None for step in steps]
+        tolerance = run.recipe.get("tolerance")
+        if any(value is not None for value in largest):
+            figures[f"settling-{index}"] = charts.settling(places, unit, largest, tolerance)
+            limit = "" if tolerance is None else f"; the ticket is drawn once it is at most {tolerance:g}"
+            note = f"Largest distance of the newest mask to the {run.recipe.get('window', 5) - 1} before it{limit}."
+            shown.append({"id": f"settling-{index}", "title": "Settling", "note": note, "framed": False})
     left = [run.path.name for run in looked[MATRICES:]]
     return {"distances": shown, "distances_left_out": f"Not shown: {', '.join(left)}." if left else ""}
+
+
+def _first_keep(run: RunRecord) -> Any:
+    keep = run.recipe.get("keep")
+    return keep[0] if isinstance(keep, list) else keep
 
 
 def _window(run: RunRecord, steps: Sequence[int]) -> tuple[int, int] | None:
@@ -434,7 +453,7 @@ def _window(run: RunRecord, steps: Sequence[int]) -> tuple[int, int] | None:
     ):
         return None
     last = list(steps).index(drawn_at)
-    size = int(run.ticket.provenance.get("settings", {}).get("window", 5))
+    size = int(run.recipe.get("window", 5))
     return max(0, last - size + 1), last
 
 

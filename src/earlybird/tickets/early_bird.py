@@ -423,17 +423,27 @@ class Search:
         for ratio in self.settings.ratios:
             if ratio in self.tickets:
                 continue
-            entries = [entry for entry in self.history if entry["keep"] == ratio]
-            # the look whose mask agreed best with those before it; the latest of equals
-            worst = [max(entry["distances"], default=1.0) for entry in entries]
-            best = max(range(len(worst)), key=lambda i: (-worst[i], i))
+            best, worst = self._best_look(ratio)
             self.tickets[ratio] = self._ticket(self._masks[ratio][best], ratio, "deadline")
             warnings.warn(
                 f"no agreement by the deadline ({self.settings.deadline}): keep={ratio} draws the mask of step "
-                f"{self._looked_at[best]}, distance {worst[best]:.3f} (tolerance {self.settings.tolerance})",
+                f"{self._looked_at[best]}, distance {worst:.3f} (tolerance {self.settings.tolerance})",
                 stacklevel=2,
             )
         self._draw(self.tickets[self.settings.ratios[0]])
+
+    def _best_look(self, ratio: float) -> tuple[int, float]:
+        """Return the look that agreed best with those before it (the latest of equals), and its largest distance.
+
+        Looks with a full window go first, since an early one has fewer masks to disagree with; without any, the last.
+        """
+        worst = [
+            (max(entry["distances"], default=1.0), len(entry["distances"]) == self.settings.window - 1)
+            for entry in self.history if entry["keep"] == ratio
+        ]  # fmt: skip
+        full = [i for i, (_, is_full) in enumerate(worst) if is_full]
+        best = min(full, key=lambda i: (worst[i][0], -i)) if full else len(worst) - 1
+        return best, worst[best][0]
 
     def _draw(self, ticket: Ticket) -> None:
         """Shrink model and optimizer to the ticket, and mend what the settings ask for."""

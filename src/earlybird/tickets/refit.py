@@ -109,8 +109,8 @@ def least_squares(model: nn.Module, inputs: Any, targets: Mapping[str, Tensor], 
 
 
 def _solve(module: nn.Module, value: Tensor, target: Tensor) -> None:
-    weight: Tensor = module.weight.data
-    bias: Tensor | None = module.bias.data if module.bias is not None else None
+    weight: Tensor = module.weight.data  # type: ignore[assignment]
+    bias: Tensor | None = None if module.bias is None else module.bias.data  # type: ignore[assignment]
     if isinstance(module, nn.Conv2d):
         patches = functional.unfold(
             value.float(), module.kernel_size, module.dilation, module.padding, module.stride  # type: ignore[arg-type]

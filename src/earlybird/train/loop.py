@@ -48,6 +48,11 @@ class StopSignal:
             signal.signal(number, handler)
         self._before.clear()
 
+    @property
+    def caught(self) -> bool:
+        """Whether a signal came."""
+        return bool(self.name)
+
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
         signal.signal(number, self._before.get(signal.Signals(number), signal.SIG_DFL))
@@ -81,7 +86,7 @@ def fit(run: Run, stop: StopSignal) -> None:
             if row:
                 run.add_row()
             due = run.step % checkpoint_every == 0 if checkpoint_every else run.step % spe == 0 and saver.pays()
-            stopped, due = run.agree(bool(stop.name), due) if look else (False, due and not waits)
+            stopped, due = run.agree(stop.caught, due) if look else (False, due and not waits)
             if due or stopped:
                 saver.save(run)
             run.beat(loss)

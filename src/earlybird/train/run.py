@@ -560,7 +560,8 @@ class Run:
         with self.averaged_weights():
             tensors = dict(self.model.state_dict())
             if self.folder.writer:
-                metadata = {"recipe": self.recipe.hash(), "step": str(self.step)}
+                # one key only: safetensors writes several in random order, and equal runs should give equal files
+                metadata = {"recipe": self.recipe.hash()}
                 write_tensors(self.folder.path / "model.safetensors", _unshared(tensors), metadata)
         if self.search is not None:
             self._write_history()

@@ -138,7 +138,7 @@ class _Candidate:
         def step() -> None:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
                 loss = nn.functional.cross_entropy(forward(images).float(), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             if images.is_cuda:

@@ -1,0 +1,63 @@
+"""What every benchmark shares: rows with the machine, the versions and the source revision they came from."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine(threads: int | None = None) -> dict[str, Any]:
+    """Return device, threads, versions, date and revision: the head of every row."""
+    import torch
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    dirty = bool(git("status", "--porcelain", "--", "../src"))
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{cpu_name()}, {os.cpu_count()} cores",
+        "threads": threads or torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "revision": git("rev-parse", "--short", "HEAD") + ("+" if dirty else ""),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def append(name: str, row: dict[str, Any]) -> None:
+    """Append a row to ``results/NAME.jsonl``."""
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    """Return all rows of ``results/NAME.jsonl``."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Return mean and sample standard deviation as text; a single value stands alone."""
+    mean = f"{statistics.fmean(values):,.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean

@@ -1,0 +1,140 @@
+"""Claim: VGG-16-BN on CIFAR-10 reaches the dense accuracy for a fraction of the time, the search for the ticket included.
+
+Contestants, interleaved seed by seed, each in a process of its own, at equal epochs:
+
+- ``plain``: PyTorch as tutorials write it (`plain_pytorch.py`); its time is extrapolated from timed steps of the same
+  session and labelled so, its accuracy is not measured;
+- ``dense``: earlybird without a ticket, tuned (bf16, channels_last, data in memory): the strong baseline;
+- ``ticket``, ``ticket_macs0.3``, ...: the early ticket at keep 0.5, without and with a bound on its MACs.
+
+Seconds are wall time of the whole run as its bill has it: set-up, tuning, search, draw, training, evaluation every epoch.
+
+    EARLYBIRD_DATA=... python benchmarks/vgg16_cifar10.py --width 0.5 --epochs 10 --seeds 3
+    EARLYBIRD_DATA=... python benchmarks/vgg16_cifar10.py --width 1 --epochs 5 --seeds 1
+    python benchmarks/vgg16_cifar10.py --table
+
+A row that is in `results/vgg16_cifar10.jsonl` already is not run again; delete it to repeat it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import append, machine, rows, spread
+
+NAME = "vgg16_cifar10"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dense": {"dense": True},
+    "ticket": {"keep": 0.5},
+    "ticket_macs0.45": {"keep": 0.5, "macs_share": 0.45},
+    "ticket_macs0.3": {"keep": 0.5, "macs_share": 0.3},
+}
+
+
+def run_ours(contestant: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    recipe = Path(__file__).parent.parent / "recipes" / "vgg16-cifar10.toml"
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        command = [sys.executable, "-m", "earlybird", "train", str(recipe), "--out", str(out)]
+        command += ["--width", str(options.width), "--epochs", str(options.epochs), "--seed", str(seed)]
+        for key, value in SETTINGS[contestant].items():
+            flag = "--" + key.replace("_", "-")
+            command += [flag] if value is True else [flag, str(value)]
+        subprocess.run(command, check=True)
+        result = json.loads((out / "result.json").read_text())
+        bill = json.loads((out / "bill.json").read_text())
+        tuned = json.loads((out / "tune.json").read_text())
+        metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "accuracy": result["accuracy"],
+        "seconds": result["seconds"],
+        "seconds_kind": "measured",
+        "parameters": result["parameters"],
+        "drawn_at": result["drawn_at"],
+        "curve": [[round(row["seconds"], 1), row["accuracy"]] for row in metrics if "accuracy" in row],
+        "choice": tuned["choice"],
+        "bill": bill,
+    }
+
+
+def run_plain(options: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).parent / "plain_pytorch.py"), "--width", str(options.width)]
+    command += ["--steps", str(options.plain_steps)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    timed = json.loads(done.stdout.splitlines()[-1])
+    epoch = timed["step_seconds"] * timed["steps_per_epoch"] + timed["test_seconds"]
+    return {
+        "accuracy": None,
+        "seconds": epoch * options.epochs,
+        "seconds_kind": f"extrapolated from {timed['steps']} timed steps and one test epoch",
+        "step_seconds": timed["step_seconds"],
+    }
+
+
+def table() -> str:
+    """Return the results as a Markdown table, one block a width and number of epochs."""
+    lines = []
+    everything = rows(NAME)
+    for width, epochs in sorted({(row["width"], row["epochs"]) for row in everything}):
+        block = [row for row in everything if (row["width"], row["epochs"]) == (width, epochs)]
+        head = block[-1]
+        lines.append(
+            f"Width {width:g}, {epochs} epochs, batch 128; {head['device']}, {head['threads']} threads, "
+            f"torch {head['torch']}, {head['date']}, revision {head['revision']}.\n"
+        )
+        lines.append("| contestant | seeds | accuracy % | seconds | plain / this | dense / this | parameters |")
+        lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+        by_seed = {(row["contestant"], row["seed"]): row for row in block}
+        for contestant in SETTINGS:
+            mine = [row for row in block if row["contestant"] == contestant]
+            if not mine:
+                continue
+            accuracy = [100 * row["accuracy"] for row in mine if row["accuracy"] is not None]
+            ratios = []
+            for other in ("plain", "dense"):
+                pairs = [
+                    by_seed[other, row["seed"]]["seconds"] / row["seconds"]
+                    for row in mine if (other, row["seed"]) in by_seed and other != contestant
+                ]  # fmt: skip
+                ratios.append(f"{statistics.fmean(pairs):.2f}x" if pairs else "")
+            extrapolated = " (extrapolated)" if mine[0]["seconds_kind"] != "measured" else ""
+            lines.append(
+                f"| {contestant} | {len(mine)} | {spread(accuracy) if accuracy else 'not measured'} "
+                f"| {spread([row['seconds'] for row in mine], 0)}{extrapolated} | {ratios[0]} | {ratios[1]} "
+                f"| {format(mine[0]['parameters'], ',') if mine[0].get('parameters') else ''} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=float, default=0.5)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--contestants", default="plain,dense,ticket_macs0.3")
+    parser.add_argument("--plain-steps", type=int, default=30)
+    parser.add_argument("--table", action="store_true", help="print the table of all rows and stop")
+    options = parser.parse_args()
+    if not options.table:
+        for seed in range(options.seeds):
+            for contestant in options.contestants.split(","):
+                key = {"contestant": contestant, "width": options.width, "epochs": options.epochs, "seed": seed}
+                if any(all(row[k] == v for k, v in key.items()) for row in rows(NAME)):
+                    continue
+                head = machine()
+                found = run_plain(options) if contestant == "plain" else run_ours(contestant, options, seed)
+                append(NAME, {**key, **found, **head})
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

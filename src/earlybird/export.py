@@ -1,0 +1,253 @@
+"""Take the trained small network out: as a module, as one safetensors file, as checked ONNX.
+
+    model = load("runs/first")                                # in eval mode, in a fresh process, no pickle
+    export_weights("runs/first", "model.safetensors")         # weights + ticket + model's name in one file
+    export_onnx("runs/first", "model.onnx")                   # refused if onnxruntime does not agree with PyTorch
+
+The network is rebuilt from its original definition: build it dense, shrink it to the ticket, put the weights in.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from earlybird.errors import EarlybirdError, InputError
+from earlybird.files import read_tensors, write_atomically, write_tensors
+from earlybird.tickets.shrink import shrink
+from earlybird.tickets.ticket import Ticket
+
+__all__ = ["Blueprint", "export_onnx", "export_weights", "load"]
+
+FORMAT = "earlybird-network-1"
+_MASK = "ticket/"
+
+TOLERANCE = 1e-3
+"""Largest difference of two outputs that ONNX may show against PyTorch, relative to the largest output."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What the original definition needs to be built again.
+
+    Attributes:
+        model: Zoo name or ``'package.module:function'``.
+        classes: Number of classes.
+        in_channels: Channels of the images.
+        image_size: Height and width of the images, pixels.
+        width: Factor on the channels.
+    """
+
+    model: str
+    classes: int
+    in_channels: int
+    image_size: int
+    width: float
+
+    def build(self) -> nn.Module:
+        """Return the dense model with fresh weights."""
+        from earlybird.models import build
+
+        return build(
+            self.model,
+            classes=self.classes,
+            in_channels=self.in_channels,
+            image_size=self.image_size,
+            width=self.width,
+        )
+
+    def example(self, batch: int = 1) -> Tensor:
+        """Return images of noise, the same ones at each call, shape (batch, in_channels, image_size, image_size)."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(batch, self.in_channels, self.image_size, self.image_size, generator=generator)
+
+
+def load(run: str | Path) -> nn.Module:
+    """Rebuild the trained network of a run, or of a file that `export_weights` wrote.
+
+    Args:
+        run: Run folder or file.
+
+    Returns:
+        A plain module in eval mode, on the CPU.
+
+    Raises:
+        InputError: The run is not finished, a file is missing or damaged, or its weights do not fit the definition.
+    """
+    return _rebuild(*_parts(Path(run)), source=Path(run))
+
+
+def export_weights(run: str | Path, path: str | Path) -> Path:
+    """Write weights, ticket and the name of the model as one safetensors file that `load` reads.
+
+    Args:
+        run: Run folder.
+        path: The file; replaced if it is there.
+
+    Raises:
+        InputError: As for `load`.
+    """
+    blueprint, ticket, weights = _parts(Path(run))
+    _rebuild(blueprint, ticket, weights, source=Path(run))  # what is written can be read
+    masks = {} if ticket is None else {_MASK + name: mask.to(torch.uint8) for name, mask in ticket.masks.items()}
+    metadata = {
+        "format": FORMAT,
+        "blueprint": json.dumps(asdict(blueprint)),
+        "order": json.dumps(list(ticket.masks) if ticket else []),
+        "provenance": json.dumps(dict(ticket.provenance) if ticket else {}),
+    }
+    return write_tensors(path, {**weights, **masks}, metadata)
+
+
+def export_onnx(run: str | Path, path: str | Path) -> tuple[Path, float]:
+    """Write the trained network as ONNX with a free batch size, after checking it against PyTorch.
+
+    The input ``images`` takes normalised images, float32 of shape (batch, channels, height, width); the output
+    ``logits`` is of shape (batch, classes). The check runs onnxruntime on batches of two sizes.
+
+    Args:
+        run: Run folder, or a file that `export_weights` wrote.
+        path: The file; replaced if it is there and the new one passed the check.
+
+    Returns:
+        ``path`` and the largest difference that was seen, relative to the largest output.
+
+    Raises:
+        InputError: As for `load`; or the packages of the extra ``onnx`` are missing.
+        EarlybirdError: The exporter cannot express the model, or onnxruntime does not agree with PyTorch. Nothing was
+            written.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"ONNX export needs {', '.join(missing)}, not installed here", hint="pip install 'earlybird[onnx]'"
+        )
+    blueprint, ticket, weights = _parts(Path(run))
+    model = _rebuild(blueprint, ticket, weights, source=Path(run))
+    difference = 0.0
+
+    def write(temporary: Path) -> None:
+        nonlocal difference
+        _to_onnx(model, blueprint, temporary)
+        difference = _difference(model, blueprint, temporary)
+        if not difference <= TOLERANCE:
+            raise EarlybirdError(
+                f"onnxruntime differs from PyTorch by {difference:.1e} of the largest output",
+                needed=f"at most {TOLERANCE:.0e}; nothing was written",
+                hint="report the model: some operator was exported wrongly",
+            )
+
+    return write_atomically(path, write), difference
+
+
+def _to_onnx(model: nn.Module, blueprint: Blueprint, path: Path) -> None:
+    # batch of 2: a batch of 1 would be taken for a constant
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about its own internals
+        try:
+            program = torch.onnx.export(
+                model,
+                (blueprint.example(2),),
+                dynamo=True,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+        except Exception as error:  # the exporter has dozens of its own
+            raise EarlybirdError(
+                f"{blueprint.model} cannot be written as ONNX ({_first_line(error)})",
+                needed="a forward pass without data-dependent control flow; nothing was written",
+            ) from error
+    assert program is not None
+    program.save(str(path))
+
+
+def _difference(model: nn.Module, blueprint: Blueprint, path: Path) -> float:
+    import onnxruntime
+
+    providers = ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=providers)  # type: ignore[attr-defined]
+    worst = 0.0
+    for batch in (1, 5):
+        images = blueprint.example(batch)
+        with torch.no_grad():
+            expected = model(images)
+        (found,) = session.run(["logits"], {"images": images.numpy()})
+        scale = max(float(expected.abs().max()), 1e-6)
+        worst = max(worst, float((torch.from_numpy(found) - expected).abs().max()) / scale)
+    return worst
+
+
+def _parts(run: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]]:
+    """Return blueprint, ticket (None for a dense run) and final weights."""
+    return _from_file(run) if run.is_file() else _from_folder(run)
+
+
+def _from_folder(run: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]]:
+    from earlybird.train.recipe import Recipe
+
+    if not (run / "recipe.toml").is_file():
+        raise InputError(f"no run in {run} (no recipe.toml)", hint="name the folder that 'earlybird train' wrote")
+    if not (run / "model.safetensors").is_file():
+        raise InputError(f"{run} is not finished", hint=f"go on with 'earlybird resume {run}'")
+    recipe = Recipe.from_toml(run / "recipe.toml")
+    weights, _ = read_tensors(run / "model.safetensors")
+    ticket = run / "ticket.safetensors"
+    return _blueprint(recipe), Ticket.load(ticket) if ticket.is_file() else None, weights
+
+
+def _blueprint(recipe: Any) -> Blueprint:
+    """Return what the model was built with; the data set is loaded only if the catalogue does not know its shape."""
+    from earlybird.data.catalogue import CATALOGUE
+
+    info = CATALOGUE.get(recipe.data)
+    if info is not None:
+        (channels, size, _), classes = info.shape, len(info.class_names)
+    else:
+        from earlybird.data import load as load_data
+
+        data = load_data(recipe.data, image_size=recipe.image_size)
+        channels, size, classes = data.train_images.shape[1], data.train_images.shape[2], len(data.classes)
+    return Blueprint(recipe.model, classes, channels, recipe.image_size or size, recipe.width)
+
+
+def _from_file(path: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]]:
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise InputError(
+            f"{path} is not an exported network (format {metadata.get('format')!r})",
+            needed=f"a file of format {FORMAT}",
+        )
+    masks = {name: tensors.pop(_MASK + name).to(torch.bool) for name in json.loads(metadata["order"])}
+    ticket = Ticket(masks, provenance=json.loads(metadata["provenance"])) if masks else None
+    return Blueprint(**json.loads(metadata["blueprint"])), ticket, tensors
+
+
+def _rebuild(blueprint: Blueprint, ticket: Ticket | None, weights: Mapping[str, Tensor], *, source: Path) -> nn.Module:
+    model = blueprint.build()
+    if ticket is not None:
+        shrink(model, ticket, blueprint.example())
+    try:
+        model.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise InputError(
+            f"the weights of {source} do not fit {blueprint.model} ({_first_line(error)})",
+            needed="the definition that was trained",
+        ) from error
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] or type(error).__name__

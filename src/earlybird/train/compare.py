@@ -1,0 +1,349 @@
+"""Compare ways to train on equal terms: same recipe, same seeds, one process each, in turns.
+
+Contenders of one seed run one after the other, and every second seed in reverse order, so that a machine that slows
+down slows all of them. Differences are taken within a seed. What took more than dense is called a loss.
+
+Sanity checks among the contenders (Su et al., arXiv 2009.11094; Liu et al., arXiv 1810.05270): a dense run stopped at
+the ticket's time, a small dense network of the ticket's cost, and the ticket with its weights drawn anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from earlybird.cost.bill import Bill
+from earlybird.cost.count import count
+from earlybird.data import load
+from earlybird.errors import EarlybirdError, InputError, Interrupted
+from earlybird.files import write_json, write_text
+from earlybird.models import build
+from earlybird.step import Step
+from earlybird.train.folder import RunFolder
+from earlybird.train.loop import StopSignal
+from earlybird.train.recipe import Recipe
+from earlybird.train.run import resume, train
+
+CONTENDERS: dict[str, str] = {
+    "dense": "the whole network, all epochs",
+    "ticket": "the recipe as it is",
+    "dense-equal-time": "the whole network, in as many epochs as take the ticket's time",
+    "small-dense": "a narrower network from the start, with the MACs of the shrunk one",
+    "ticket-reinitialised": "the ticket's shape with weights drawn anew",
+}
+"""What can be compared, and what each is."""
+
+_BASELINE = "dense"
+_AFTER = ("dense-equal-time", "small-dense")  # need to know what dense and ticket took
+
+
+def compare(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    contenders: Sequence[str] = ("dense", "ticket"),
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run every contender with every seed, and say who won and by how much.
+
+    Args:
+        recipe: Of the ticket; its own seed is not used.
+        out: Folder for run folders and ``comparison.json``; by default the recipe's ``out``, else one under ``runs/``.
+            Started again with the same recipe, it keeps what is finished and goes on.
+        seeds: At least one, all different.
+        contenders: Names of `CONTENDERS`; ``dense`` is always among them.
+        quiet: Show nothing of the runs.
+
+    Returns:
+        What ``comparison.json`` holds: ``runs`` (one row each), ``summary`` (mean, standard deviation, lowest and
+        highest by contender), ``against_dense`` (within seeds: ratios of seconds and MACs, contender divided by dense;
+        accuracy in points) and ``verdict``.
+
+    Raises:
+        InputError: Unknown contender, or the folder belongs to another comparison.
+        Interrupted: A signal came; the same command goes on.
+        EarlybirdError: A run failed.
+    """
+    names = _check(recipe, seeds, contenders)
+    path = Path(out or recipe.out or Path("runs") / f"compare-{recipe.replace(seed=0).name.removesuffix('-seed0')}")
+    with RunFolder(path) as folder, StopSignal() as stop:
+        _claim(folder, recipe)
+        done: dict[tuple[str, int], dict[str, Any]] = {}
+        for turn, seed in enumerate(seeds):
+            for name in _order(names, turn):
+                run_path = path / f"{name}-seed{seed}"
+                if not (run_path / "result.json").exists():
+                    own = _recipe(recipe, name, seed, done)
+                    _run(own, run_path, stop, quiet=quiet)
+                done[name, seed] = _row(run_path, name, seed)
+                write_json(path / "comparison.json", _conclude(recipe, names, seeds, done))
+    return _conclude(recipe, names, seeds, done)
+
+
+def describe(comparison: Mapping[str, Any]) -> str:
+    """Return what `compare` returned as a table and a verdict, for people."""
+    lines = [f"{'':22}{'accuracy':>18}{'seconds':>18}{'MACs':>12}{'time / dense':>14}"]
+    for name, row in comparison["summary"].items():
+        accuracy, seconds = row["accuracy"], row["train_seconds"]
+        ratio = comparison["against_dense"].get(name, {}).get("train_seconds_ratio")
+        macs = row["macs"]["mean"] if row["macs"] else None
+        lines.append(
+            f"{name:22}{_spread(accuracy, 100, '%'):>18}{_spread(seconds, 1, 's'):>18}"
+            f"{'not counted' if macs is None else f'{macs:.3g}':>12}"
+            f"{'' if ratio is None else format(ratio['mean'], '.3f'):>14}"
+        )
+    lines += ["", "Seconds: measured, set-up and search included, evaluation left out. MACs: counted.", ""]
+    return "\n".join([*lines, comparison["verdict"]])
+
+
+def _check(recipe: Recipe, seeds: Sequence[int], contenders: Sequence[str]) -> list[str]:
+    for name in contenders:
+        if name not in CONTENDERS:
+            raise InputError(f"unknown contender '{name}'", needed=f"of {', '.join(CONTENDERS)}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise InputError(f"seeds are {', '.join(map(str, seeds)) or 'missing'}", needed="at least one, all different")
+    names = list(dict.fromkeys([_BASELINE, *contenders]))
+    if len(names) == 1:
+        raise InputError("nothing to compare dense with", hint="add a contender, such as ticket")
+    if any(name in _AFTER for name in names) and "ticket" not in names:
+        names.insert(1, "ticket")
+    if recipe.dense:
+        raise InputError("the recipe is dense (keep = 1)", needed="one with a ticket", hint="set keep below 1")
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        raise InputError("compare does not work under torchrun", hint="start it as one process")
+    return names
+
+
+def _claim(folder: RunFolder, recipe: Recipe) -> None:
+    """Take the folder for this comparison, or find that it is its own already."""
+    mark = folder.path / "comparison.toml"
+    if not mark.exists():
+        folder.check_unused()
+        write_text(mark, recipe.to_toml())
+    elif Recipe.from_toml(mark).replace(seed=0).hash() != recipe.replace(seed=0).hash():
+        raise InputError(f"{folder.path} holds a comparison of another recipe", hint="choose another --out")
+
+
+def _order(names: list[str], turn: int) -> list[str]:
+    first = [name for name in names if name not in _AFTER]
+    return (first if turn % 2 == 0 else first[::-1]) + [name for name in names if name in _AFTER]
+
+
+def _recipe(recipe: Recipe, name: str, seed: int, done: Mapping[tuple[str, int], Mapping[str, Any]]) -> Recipe:
+    """Return the recipe of a contender."""
+    own = recipe.replace(seed=seed, out=None)
+    if name == "ticket":
+        return own
+    if name == "ticket-reinitialised":
+        return own.replace(weights="reinitialise")
+    if name == "dense":
+        return own.replace(dense=True)
+    dense, ticket = done["dense", seed], done["ticket", seed]
+    if name == "small-dense":
+        return own.replace(dense=True, width=_width(own, ticket))
+    epochs = max(1, round(recipe.epochs * ticket["train_seconds"] / dense["train_seconds"]))
+    share = epochs / recipe.epochs
+    milestones = tuple(_scaled(point, share) for point in recipe.milestones)
+    warmup = None if recipe.lr_warmup is None else _scaled(recipe.lr_warmup, share)
+    return own.replace(dense=True, epochs=epochs, milestones=milestones, lr_warmup=warmup)
+
+
+def _scaled(point: Step, share: float) -> Step:
+    return Step.parse(f"{float(point.epochs) * share:.6f}ep{round(point.iterations * share)}it")
+
+
+def _width(recipe: Recipe, ticket: Mapping[str, Any]) -> float:
+    """Find the width at which a model from the start costs what the ticket costs after the draw."""
+    wanted = ticket["macs_per_image_after"]
+    if wanted is None:
+        raise InputError("small-dense needs a ticket that was drawn, with its MACs counted")
+    data = load(recipe.data, image_size=recipe.image_size)
+    images = data.train_images[:1].float()
+    low, high = 0.0, recipe.width
+    for _ in range(10):
+        middle = (low + high) / 2
+        model = build(
+            recipe.model,
+            classes=len(data.classes),
+            in_channels=images.shape[1],
+            image_size=images.shape[2],
+            width=middle,
+        )
+        if count(model, images).training_macs > wanted:
+            high = middle
+        else:
+            low = middle
+    return round(high, 4)
+
+
+def _run(recipe: Recipe, path: Path, stop: StopSignal, *, quiet: bool) -> None:
+    """Train or resume in a process of its own, so that nothing warm is inherited."""
+    if stop.caught:
+        raise _interrupted(path)
+    own = path.parent / "recipes" / f"{path.name}.toml"
+    write_text(own, recipe.to_toml())
+    command = [sys.executable, "-m", "earlybird.train.compare", str(own), str(path), *(["--quiet"] if quiet else [])]
+    if not quiet:
+        print(f"--- {path.name}", file=sys.stderr, flush=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        told = False
+        while process.poll() is None:
+            if stop.caught and not told:
+                process.terminate()  # after Ctrl-C it has the signal already, and a second one does no harm
+                told = True
+            time.sleep(0.05)
+        assert process.stdout is not None
+        message = process.stdout.read().strip()
+    if process.returncode == Interrupted.exit_code or (stop.caught and process.returncode):
+        raise _interrupted(path)
+    if process.returncode:
+        raise EarlybirdError(f"{path.name} failed: {message or f'exit code {process.returncode}'}")
+
+
+def _interrupted(path: Path) -> Interrupted:
+    return Interrupted(f"stopped at {path.name}", needed="what is finished stays", hint="type the same command again")
+
+
+def _child(arguments: Sequence[str]) -> int:
+    """Do what `_run` asks of the new process; an error of the user goes to standard output, on one line."""
+    recipe, path, quiet = Path(arguments[0]), Path(arguments[1]), "--quiet" in arguments[2:]
+    try:
+        if (path / "recipe.toml").exists():
+            resume(path, quiet=quiet)
+        else:
+            train(Recipe.from_toml(recipe), path, quiet=quiet)
+    except EarlybirdError as error:
+        print(" ".join(str(error).split()))
+        return error.exit_code
+    return 0
+
+
+def _row(path: Path, name: str, seed: int) -> dict[str, Any]:
+    result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    bill = Bill.from_json(json.loads((path / "bill.json").read_text(encoding="utf-8")))
+    total, after = bill.total, bill.phases.get("train")
+    spent = result["phase_seconds"]
+    return {
+        "contender": name,
+        "seed": seed,
+        "folder": path.name,
+        "accuracy": result["accuracy"],
+        "loss": result["loss"],
+        "epochs": result["epochs"],
+        "seconds": result["seconds"],
+        # set-up and search included; the test is no part of training, and time lost to a kill is chance
+        "train_seconds": sum(value for phase, value in spent.items() if phase not in ("evaluate", "lost")),
+        "phase_seconds": spent,
+        "macs": None if total.macs is None else total.macs.value,
+        "bit_macs": None if total.bit_macs is None else total.bit_macs.value,
+        "peak_bytes": None if total.peak_bytes is None else total.peak_bytes.value,
+        "parameters": result["parameters"],
+        "drawn_at": result["drawn_at"],
+        "macs_per_image_after": after.macs.value / after.images.value if after and after.macs else None,
+        "resumed": result["resumed"],
+    }
+
+
+def _conclude(
+    recipe: Recipe, names: Sequence[str], seeds: Sequence[int], done: Mapping[tuple[str, int], dict[str, Any]]
+) -> dict[str, Any]:
+    summary, against = {}, {}
+    for name in names:
+        rows = [done[name, seed] for seed in seeds if (name, seed) in done]
+        if not rows:
+            continue
+        keys = ("accuracy", "loss", "seconds", "train_seconds", "macs", "bit_macs", "peak_bytes", "parameters")
+        summary[name] = {key: _statistics([row[key] for row in rows]) for key in keys}
+        pairs = [(row, done[_BASELINE, row["seed"]]) for row in rows if (_BASELINE, row["seed"]) in done]
+        if name != _BASELINE and pairs:
+            against[name] = {
+                f"{key}_ratio": _statistics([_ratio(row[key], dense[key]) for row, dense in pairs])
+                for key in ("seconds", "train_seconds", "macs", "bit_macs", "peak_bytes")
+            }
+            points = [100 * (row["accuracy"] - dense["accuracy"]) for row, dense in pairs]
+            against[name]["accuracy_points"] = _statistics(points)
+    return {
+        "recipe": {key: _plain(value) for key, value in recipe.values().items()},
+        "contenders": {name: CONTENDERS[name] for name in names},
+        "seeds": list(seeds),
+        "complete": len(done) == len(names) * len(seeds),
+        "runs": list(done.values()),
+        "summary": summary,
+        "against_dense": against,
+        "verdict": " ".join(_verdict(name, summary, rows) for name, rows in against.items()),
+    }
+
+
+def _verdict(name: str, summary: Mapping[str, Any], against: Mapping[str, Any]) -> str:
+    """Say in two sentences what a contender gained and lost."""
+    time_ratio, points = against["train_seconds_ratio"], against["accuracy_points"]
+    accuracy, dense = summary[name]["accuracy"]["mean"], summary[_BASELINE]["accuracy"]["mean"]
+    runs = points["n"]
+    faster = time_ratio["mean"] < 1
+    by = f"{1 / time_ratio['mean']:.2f} times less" if faster else f"{time_ratio['mean']:.2f} times, MORE"
+    took = f"took {by} time than dense"
+    spread = f", {time_ratio['low']:.3f} to {time_ratio['high']:.3f} of it over {runs} seeds" if runs > 1 else ""
+    reached = f"reached {accuracy:.2%} against {dense:.2%} ({points['mean']:+.2f} points"
+    reached += f", standard deviation {points['std']:.2f})" if runs > 1 else ")"
+    # Student's t for 95 %; with fewer than three seeds there is nothing to test, and the bare sign decides
+    clear = points["mean"] != 0 if runs < 3 else abs(points["mean"]) > _t95(runs) * points["std"] / math.sqrt(runs)
+    worse, better = clear and points["mean"] < 0, clear and points["mean"] > 0
+    if faster and not worse:
+        verdict = "a win: less time, " + ("and more accurate" if better else "no clear difference in accuracy")
+    elif faster:
+        verdict = "less time, but a loss of accuracy"
+    elif better:
+        verdict = "more accurate, but a loss of time"
+    else:
+        verdict = "a loss: " + ("more time and less accuracy" if worse else "more time for no clear gain in accuracy")
+    if runs < 3:
+        verdict += " (fewer than three seeds: chance is not told apart)"
+    return f"{name} {took}{spread}, and {reached}: {verdict}."
+
+
+def _t95(runs: int) -> float:
+    """Two-sided 95 % quantile of Student's t with ``runs - 1`` degrees of freedom."""
+    quantiles = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+    return quantiles[runs - 2] if runs - 2 < len(quantiles) else 2.23
+
+
+def _ratio(value: float | None, dense: float | None) -> float | None:
+    return value / dense if value is not None and dense else None
+
+
+def _statistics(values: Sequence[float | None]) -> dict[str, Any] | None:
+    known = [value for value in values if value is not None]
+    if len(known) != len(values):
+        return None
+    return {
+        "mean": statistics.fmean(known),
+        "std": statistics.stdev(known) if len(known) > 1 else None,
+        "low": min(known),
+        "high": max(known),
+        "n": len(known),
+    }
+
+
+def _spread(row: Mapping[str, Any], factor: float, unit: str) -> str:
+    text = f"{row['mean'] * factor:.2f}"
+    return f"{text} +- {row['std'] * factor:.2f} {unit}" if row["std"] is not None else f"{text} {unit}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Step) else value
+
+
+if __name__ == "__main__":
+    sys.exit(_child(sys.argv[1:]))

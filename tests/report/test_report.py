@@ -1,0 +1,172 @@
+import json
+import re
+
+import pytest
+
+from earlybird.errors import InputError
+from earlybird.report import write
+from earlybird.report.page import compose
+from earlybird.report.read import read
+from tests.report.folders import write_run
+
+
+def page_of(*folders):
+    return compose(read(list(folders)))
+
+
+def tiles(page):
+    return {tile.name: tile for tile in page["tiles"]}
+
+
+def test_a_win_says_by_how_much_in_time_and_accuracy(tmp_path):
+    page, figures = page_of(
+        write_run(tmp_path / "dense", dense=True, accuracy=0.9),
+        write_run(tmp_path / "ticket", seconds=40, accuracy=0.91),
+    )
+    assert page["headline"] == (
+        "The ticket trained in 2.50\N{MULTIPLICATION SIGN} less time than dense and ended 1.0 points above it in accuracy"
+    )
+    assert not page["loss"]
+    assert tiles(page)["Time"].kind == "measured"
+    assert tiles(page)["MACs"].kind == "counted"
+    assert tiles(page)["Energy"].kind == "modelled"
+    assert not page["has_estimate"]
+    assert {"bill-seconds", "bill-macs", "accuracy-curves", "matrix-0", "settling-0", "channels-0"} <= set(figures)
+
+
+def test_a_loss_is_called_a_loss(tmp_path):
+    page, _ = page_of(
+        write_run(tmp_path / "dense", dense=True), write_run(tmp_path / "ticket", seconds=120, accuracy=0.85)
+    )
+    assert page["headline"].startswith("The ticket lost: it took 1.20\N{MULTIPLICATION SIGN} MORE time than dense")
+    assert "5.0 points below" in page["headline"]
+    assert page["loss"]
+    assert tiles(page)["Time"].loss
+    assert tiles(page)["Accuracy"].loss
+    assert "MORE" in page["contenders"].rows[1].cells[4]
+
+
+def test_without_a_dense_run_the_comparison_is_labelled_an_estimate(tmp_path):
+    page, figures = page_of(write_run(tmp_path / "ticket", seconds=50))
+    assert "an estimated 2.00" in page["headline"]
+    assert tiles(page)["Time"].kind == "estimated"
+    assert page["has_estimate"]
+    assert figures["bill-seconds"]["data"][0]["y"] == ["dense (estimate)", "ticket, keep 0.5"]
+    assert page["contenders"] is None
+
+
+def test_seeds_of_one_recipe_are_one_contender_compared_seed_by_seed(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path / f"dense-{seed}", dense=True, seed=seed, seconds=100 + seed)
+        write_run(tmp_path / f"ticket-{seed}", seed=seed, seconds=50 + seed, accuracy=0.9 + seed / 100)
+    (tmp_path / "comparison.json").write_text("{}")
+    contenders = read([tmp_path])
+    assert [(c.label, len(c.runs)) for c in contenders] == [("dense", 3), ("ticket, keep 0.5", 3)]
+    page, figures = compose(contenders)
+    ticket = page["contenders"].rows[1].cells
+    assert ticket[1] == "91.00 % (90.00 % to 92.00 %)"
+    assert ticket[3] == "51.0 s (50.0 s to 52.0 s)"
+    assert len([line for line in figures["accuracy-curves"]["data"] if line["mode"] == "lines+markers"]) == 6
+    # each seed against its own dense run: total dense time over total ticket time
+    assert ticket[4].startswith(f"{303 / 153:.2f}")
+
+
+def test_bars_add_up_to_the_bill(tmp_path):
+    _, figures = page_of(write_run(tmp_path / "dense", dense=True), write_run(tmp_path / "ticket", seconds=40))
+    bars = [trace for trace in figures["bill-seconds"]["data"] if trace["type"] == "bar"]
+    assert [sum(trace["x"][i] for trace in bars) for i in (0, 1)] == pytest.approx([100, 40])
+    assert figures["bill-seconds"]["layout"]["xaxis"]["title"]["text"] == "s"
+
+
+def test_the_draw_is_marked_on_the_curve_and_its_window_in_the_matrix(tmp_path):
+    _, figures = page_of(write_run(tmp_path / "ticket", seconds=40))
+    (mark,) = [trace for trace in figures["accuracy-curves"]["data"] if trace["mode"] == "markers"]
+    assert mark["x"] == pytest.approx([24.0])  # step 12 of 20 in 40 s
+    (frame,) = figures["matrix-0"]["layout"]["shapes"]
+    assert (frame["x0"], frame["x1"]) == (0.5, 5.5)  # the last five of six looks
+
+
+def test_channels_before_and_after(tmp_path):
+    page, figures = page_of(write_run(tmp_path / "ticket", keep=0.25))
+    before, after = figures["channels-0"]["data"]
+    assert (before["y"], after["y"]) == ([16, 32, 32, 64], [4, 8, 8, 16])
+    assert "500 k weights became 140 k (28%)" in page["channels"][0]["note"]
+    assert "2 of them only because widths were rounded" in page["channels"][0]["note"]
+
+
+def test_the_chosen_candidate_is_marked(tmp_path):
+    page, _ = page_of(write_run(tmp_path / "ticket"))
+    assert [row.style for row in page["tuned"][0]["table"].rows] == ["", "chosen"]
+
+
+def test_an_unfinished_run_is_reported_as_far_as_it_came(tmp_path):
+    run = write_run(tmp_path / "ticket")
+    for name in ("bill.json", "ticket.safetensors", "history.json", "change.json", "tune.json"):
+        (run / name).unlink()
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2')  # killed while writing
+    out = write([run], tmp_path / "report.html")
+    assert "accuracy-curves" in out.read_text(encoding="utf-8")
+    (run / "metrics.jsonl").unlink()
+    page, _ = page_of(run)
+    assert page["headline"] == "Nothing was evaluated yet"
+
+
+def test_a_dense_run_alone(tmp_path):
+    page, figures = page_of(write_run(tmp_path / "dense", dense=True))
+    assert page["headline"] == "Dense training reached 90.00 %"
+    assert "bill-seconds" in figures
+    assert not page["channels"]
+
+
+def test_runs_of_different_machines_are_not_compared_silently(tmp_path):
+    dense, ticket = write_run(tmp_path / "dense", dense=True), write_run(tmp_path / "ticket")
+    (ticket / "environment.json").write_text(json.dumps({"torch": "2.13.0", "processor": "another", "cores": 64}))
+    page, _ = page_of(dense, ticket)
+    assert page["environment_notes"] == ["Other runs were made elsewhere: ticket. Their times do not compare."]
+
+
+def test_names_from_outside_are_escaped(tmp_path):
+    run = write_run(tmp_path / "ticket")
+    text = (run / "recipe.toml").read_text().replace('"digits"', "'</script><b>digits'")
+    (run / "recipe.toml").write_text(text)
+    html = write([run], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "</script><b>" not in html
+
+
+def test_the_file_names_no_outside_source(tmp_path):
+    html = write([write_run(tmp_path / "ticket")], tmp_path / "report.html").read_text(encoding="utf-8")
+    ours = html[: html.index("<script>")]  # before plotly.js, which holds addresses of maps that are not asked for
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(""", ours)
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda run: (run / "recipe.toml").unlink(), "holds no run"),
+        (lambda run: (run / "recipe.toml").write_text("keep ="), "recipe.toml is damaged"),
+        (lambda run: (run / "bill.json").write_text("{"), "bill.json is damaged"),
+        (lambda run: (run / "bill.json").write_text('{"phases": 3}'), "not a bill"),
+        (lambda run: (run / "ticket.safetensors").write_bytes(b"no"), "ticket.safetensors is damaged"),
+        (lambda run: (run / "tune.json").write_text("[]"), "tune.json holds a list"),
+    ],
+)
+def test_damaged_folders_are_named_and_nothing_is_written(tmp_path, damage, found):
+    run = write_run(tmp_path / "run")
+    damage(run)
+    with pytest.raises(InputError, match=found):
+        write([run], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_only_a_report_is_written_over(tmp_path):
+    run, out = write_run(tmp_path / "run"), tmp_path / "report.html"
+    out.write_text("my own page")
+    with pytest.raises(InputError, match="no earlybird report"):
+        write([run], out)
+    assert out.read_text() == "my own page"
+    out.unlink()
+    write([run], out)
+    write([run], out)  # its own kind is replaced
+    with pytest.raises(InputError, match="is a folder"):
+        write([run], tmp_path)
