@@ -662,6 +662,50 @@ def test_dense_estimate_by_hand(ledger: Ledger, clock: Clock) -> None:
     assert ledger.bill(dense_estimate=False).dense is None
 
 
+def test_dense_estimate_pays_for_warming_up_once(ledger: Ledger, clock: Clock) -> None:
+    model = net()
+    optimizer = sgd(model)
+    ledger.watch(model, optimizer)
+    ledger.enter("search")
+    for seconds in (50, 1, 1, 2, 2, 2, 2):  # the first step compiles
+        clock.wait(seconds)
+        step(model, optimizer)
+    ledger.recount(net(4))
+    ledger.enter("train")
+    for _ in range(5):
+        clock.wait(1)
+        step(model, optimizer)
+    state = ledger.state_dict()
+    resumed = Ledger(clock=clock)
+    resumed.load_state_dict(state)
+    for bill in (ledger.bill(), resumed.bill()):
+        assert bill.dense is not None
+        assert bill.dense.phases["train"].seconds == Estimated(52 + 9 * 2, "s", "the search phase's own 2000 ms a step")
+
+
+def test_dense_estimate_takes_the_fastest_evaluation(ledger: Ledger, clock: Clock) -> None:
+    model = net()
+    optimizer = sgd(model)
+    ledger.watch(model, optimizer)
+    ledger.enter("search")
+    for seconds in (30, 5, 6):
+        step(model, optimizer)
+        with ledger.during("evaluate"), torch.no_grad():
+            model.eval()
+            model(torch.ones(50, 4))
+            model.train()
+            clock.wait(seconds)
+    ledger.recount(net(4))
+    ledger.enter("train")
+    with ledger.during("evaluate"), torch.no_grad():
+        model.eval()
+        model(torch.ones(50, 4))
+        clock.wait(1)
+    dense = ledger.bill().dense
+    assert dense is not None
+    assert dense.phases["evaluate"].seconds.value == 4 * 5
+
+
 def test_without_evaluation_before_the_draw_dense_gets_the_small_models_time(ledger: Ledger, clock: Clock) -> None:
     model = net()
     optimizer = sgd(model)

@@ -10,13 +10,14 @@ Exit codes: 0 done, 2 wrong input, 3 interrupted and resumable, 1 our own failur
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import shutil
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +35,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar; only the result.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
 RecipeFile = Annotated[
-    Path | None, typer.Argument(metavar="[RECIPE]", help="Recipe (TOML); flags win over it.", show_default=False)
+    Path | None, typer.Argument(metavar="RECIPE", help="Recipe (TOML); flags win over it.", show_default=False)
 ]
 
 
@@ -85,17 +86,18 @@ def _application(command: str) -> typer.Typer:
     application = typer.Typer(
         name="earlybird",
         help="Train the small network from the first epochs on, and prove with a bill what it saved.",
-        epilog="Start with: earlybird train --data digits     Then: earlybird train --help",
+        epilog="Start with 'earlybird train'; 'earlybird train --help' lists all keys.",
         add_completion=False,
         pretty_exceptions_enable=False,
-        rich_markup_mode="rich",
+        rich_markup_mode=None,  # sixty flags read better as a plain list, and it answers sooner
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     application.callback()(_options)
     commands: list[Callable[..., None]] = [train, compare, resume, report, export, methods, data]
     for function in commands:
-        takes_keys = function in (train, compare) and function.__name__ == command
-        application.command()(_with_recipe_keys(function) if takes_keys else function)
+        if function in (train, compare) and function.__name__ == command:
+            function = _with_recipe_keys(function, without={"seed", "dense"} if function is compare else set())
+        application.command()(function)
     return application
 
 
@@ -116,21 +118,17 @@ def _options(
 
 
 def train(recipe: RecipeFile = None, quiet: Quiet = False, **keys: Any) -> None:
-    """Train a network as an early ticket (or dense), and print the bill.
+    """Train a network as an early ticket, or dense.
 
     The whole network trains only until the ticket is drawn; then model and optimizer shrink and the small one goes on.
 
+    \b
     Examples:
-
-    earlybird train                                                   the bundled digits, as they come
-
-    earlybird train --model vgg16 --data cifar10 --keep 0.5 --epochs 20
-
-    earlybird train recipes/resnet20-cifar10.toml --keep 0.7          any key of a recipe is also a flag
-
-    earlybird train --model mypackage.nets:build --data ./my_images   own model factory, one folder a class
-
-    earlybird train --data digits --dense                             the baseline
+      earlybird train                                     # the bundled digits
+      earlybird train --data digits --dense               # the baseline
+      earlybird train --model vgg16 --data cifar10 --keep 0.5 --epochs 20
+      earlybird train recipes/resnet20-cifar10.toml --keep 0.7
+      earlybird train --model mypackage.nets:build --data ./my_images
     """
     from earlybird.train.run import train as train_run
 
@@ -152,7 +150,7 @@ def _recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     return Recipe.from_values(given) if path is None else Recipe.from_toml(path, given)
 
 
-def _with_recipe_keys(function: Callable[..., None]) -> Callable[..., None]:
+def _with_recipe_keys(function: Callable[..., None], *, without: Container[str]) -> Callable[..., None]:
     """Return ``function`` with one flag for every key of a recipe in place of its ``**keys``."""
     from earlybird.train.recipe import keys
 
@@ -161,8 +159,7 @@ def _with_recipe_keys(function: Callable[..., None]) -> Callable[..., None]:
         for item in inspect.signature(function, eval_str=True).parameters.values()
         if item.kind is not item.VAR_KEYWORD
     ]
-    taken = {item.name for item in own}
-    flags = [_flag(key) for key in keys() if key.name not in taken]
+    flags = [_flag(key) for key in keys() if key.name not in without]
 
     def command(**values: Any) -> None:
         function(**values)
@@ -177,15 +174,14 @@ def _with_recipe_keys(function: Callable[..., None]) -> Callable[..., None]:
 def _flag(key: Key) -> inspect.Parameter:
     """Make the flag of one key; what it takes is read and checked by the recipe, as in a file."""
     name = "--" + key.name.replace("_", "-")
-    panel = "Keys of the method" if key.method else "Keys of the recipe"
-    default = "" if key.default in (None, "", ()) else f" [dim]\\[{_shown(key.default)}][/dim]"
+    default = "" if key.default in (None, "", ()) else f"  [{_shown(key.default)}]"
     kind: type
     if key.type is bool:
         name, kind, metavar = f"{name}/--no-{name[2:]}", bool, None
         default = ""
     else:
         kind, metavar = str, _metavar(key.type)
-    option = typer.Option(name, metavar=metavar, help=key.help + default, show_default=False, rich_help_panel=panel)
+    option = typer.Option(name, metavar=metavar, help=key.help + default, show_default=False)
     return inspect.Parameter(
         key.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
@@ -211,31 +207,54 @@ def _metavar(hint: Any) -> str:
 
 def compare(
     recipe: RecipeFile = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each contender; seeds 0, 1, 2, ...", min=1)] = 1,
+    seeds: Annotated[int, typer.Option(help="Runs of each contender; their seeds are 0, 1, 2, ...", min=1)] = 3,
+    contenders: Annotated[
+        str,
+        typer.Option(help="Of dense, ticket, dense-equal-time, small-dense, ticket-reinitialised; dense always runs."),
+    ] = "dense,ticket",
     quiet: Quiet = False,
     **keys: Any,
 ) -> None:
-    """Train dense and ticket in turn, on the same seeds, and say who won, by how much, and with what spread.
+    """Train dense and ticket in turn, and say who won.
 
-    Every run has a process of its own. Type the same command again to go on after a stop.
+    They train on the same seeds; by how much the winner won is told with the spread. Every run has a process of its own. Type the same command again to go on after a stop.
 
+    \b
     Examples:
-
-    earlybird compare --data digits
-
-    earlybird compare recipes/resnet20-cifar10.toml --seeds 3 --out runs/resnet20
+      earlybird compare --data digits --seeds 1
+      earlybird compare recipes/resnet20-cifar10.toml --out runs/resnet20
+      earlybird compare --data digits --contenders dense-equal-time,small-dense   # would less do as well?
     """
     from earlybird.train.compare import compare as compare_runs
+    from earlybird.train.compare import describe
 
-    print(compare_runs(_recipe(recipe, keys), seeds=seeds, quiet=quiet))
+    settings = _recipe(recipe, keys)
+    out = Path(settings.out or f"runs/compare-{settings.name.removesuffix(f'-seed{settings.seed}')}")
+    names = [name.strip() for name in contenders.split(",") if name.strip()]
+    comparison = compare_runs(settings, out, seeds=range(seeds), contenders=names, quiet=quiet)
+    print(f"\n{_bill_against_dense(out, comparison)}\n\n{describe(comparison)}\n")
+    print(f"runs: {out}   next: earlybird report {out}")
+
+
+def _bill_against_dense(out: Path, comparison: Mapping[str, Any]) -> str:
+    """Return the bill of the first contender that is not dense, against the dense run of its seed."""
+    from earlybird.cost.bill import Bill
+
+    other = next(row for row in comparison["runs"] if row["contender"] != "dense")
+    dense = next(row for row in comparison["runs"] if row["contender"] == "dense" and row["seed"] == other["seed"])
+    bill, reference = (
+        Bill.from_json(json.loads((out / row["folder"] / "bill.json").read_text(encoding="utf-8")))
+        for row in (other, dense)
+    )
+    return str(bill.against(reference)).replace("Training bill", f"Training bill of {other['folder']}", 1)
 
 
 def resume(run: RunFolder, quiet: Quiet = False) -> None:
-    """Go on with a run after any stop; the final weights are those of an undisturbed run, to the last bit.
+    """Go on with a run after any stop, to the last bit.
 
+    \b
     Example:
-
-    earlybird resume runs/vgg16-cifar10-keep0.5-seed0
+      earlybird resume runs/vgg16-cifar10-keep0.5-seed0
     """
     from earlybird.train.run import resume as resume_run
 
@@ -244,7 +263,7 @@ def resume(run: RunFolder, quiet: Quiet = False) -> None:
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of a comparison.", show_default=False)
+        list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or of a comparison.", show_default=False)
     ],
     out: Annotated[
         Path | None,
@@ -253,13 +272,14 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page: bill, accuracy against time, mask distances, channels, environment.
+    """Write one self-contained HTML page about runs.
 
+    It shows bill, accuracy against time, mask distances, channels, tuning and environment.
+
+    \b
     Examples:
-
-    earlybird report runs/compare-digits
-
-    earlybird report runs/dense runs/ticket --out both.html
+      earlybird report runs/compare-digits
+      earlybird report runs/dense runs/ticket --out both.html
     """
     from earlybird.report import write
 
@@ -277,11 +297,10 @@ def export(
 ) -> None:
     """Take the trained small network out of a run.
 
+    \b
     Examples:
-
-    earlybird export runs/vgg16-cifar10-keep0.5-seed0 --onnx model.onnx
-
-    earlybird export runs/vgg16-cifar10-keep0.5-seed0 --weights model.safetensors
+      earlybird export runs/vgg16-cifar10-keep0.5-seed0 --onnx model.onnx
+      earlybird export runs/vgg16-cifar10-keep0.5-seed0 --weights model.safetensors
     """
     from earlybird import export as exporting
 
@@ -295,11 +314,11 @@ def export(
 
 
 def methods() -> None:
-    """List the methods: what each one saves, on this device, and where it was published."""
+    """List the methods, what they save and where not."""
     from earlybird.methods import METHODS
 
     for info in METHODS.values():
-        _entry(info.name, info.saves, f"{info.citation} {info.link}")
+        _entry(info.name, f"Saves {info.saves}.", f"Not in {info.limits}.", f"{info.citation}. {info.link}")
     # /dev is asked instead of torch, which takes seconds to load
     gpu = Path("/dev/nvidiactl").exists()
     print(
@@ -314,17 +333,18 @@ def methods() -> None:
 
 
 def data() -> None:
-    """List the data sets that --data knows by name, with licence and source."""
+    """List the data sets that --data knows by name."""
     from earlybird.data.catalogue import CATALOGUE
 
     for info in CATALOGUE.values():
-        _entry(info.name, info.description, f"{info.citation} Licence: {info.licence}")
+        amount = f"{info.train_images:,} + {info.test_images:,} images, {len(info.class_names)} classes"
+        _entry(info.name, f"{info.description} ({amount})", f"{info.citation}. {info.link}", f"Licence: {info.licence}")
     print("\nAlso: a folder with one folder of images a class (train/ and test/ are respected), or an .npz file.")
     print("Files are looked for under EARLYBIRD_DATA and in the user's cache, then downloaded.")
 
 
-def _entry(name: str, first: str, second: str) -> None:
+def _entry(name: str, *texts: str) -> None:
     width = max(60, min(shutil.get_terminal_size().columns, 110))
     print(name)
-    for text in (first, second):
+    for text in texts:
         print(textwrap.fill(text, width, initial_indent="    ", subsequent_indent="    "))

@@ -44,6 +44,7 @@ PHASES = ("setup", "search", "draw", "train", "evaluate", "lost")
 """The phases, in the order of the bill; 'lost' is time of a killed process that no checkpoint has (`Ledger.charge`)."""
 
 _LOOP_PHASES = ("search", "train")
+_WARM_UP_STEPS = 3  # compilation and first use of kernels happen here, once, however long the run
 _METER_EVERY_S = 60.0  # the fastest energy counter wraps after some 20 minutes
 
 
@@ -198,7 +199,9 @@ class Ledger:
         self._counting = False
         self._uncounted = ""  # why there is no count
         self._shrunk = False
-        self._dense_evaluation = (0.0, 0)  # seconds and images of evaluation before the first shrink
+        self._warm_up = (0.0, 0, 0)  # seconds, steps and training samples of the first steps of the search
+        self._evaluation_begin = (0.0, 0)  # seconds and samples of 'evaluate' when the clock came there
+        self._dense_evaluation: float | None = None  # seconds a sample in the fastest evaluation before the shrink
         self._model: nn.Module | None = None  # without the wrappers of DDP and torch.compile
         self._sample: Any = None
         self._handles: list[Any] = []
@@ -342,10 +345,7 @@ class Ledger:
         """
         self._settle()
         self._price()
-        if not self._shrunk:
-            self._shrunk = True
-            evaluation = self._records.get("evaluate", PhaseRecord())
-            self._dense_evaluation = (evaluation.seconds, evaluation.images)
+        self._shrunk = True
         model = self._model if model is None else model
         inputs = self._sample if example_inputs is None else example_inputs
         if model is None or inputs is None:
@@ -399,7 +399,11 @@ class Ledger:
         self._pending.updates += self._world_size
         if self._open is None:
             return
-        self._records[self._open].steps += 1
+        record = self._records[self._open]
+        record.steps += 1
+        if self._open == "search" and record.steps == _WARM_UP_STEPS:
+            self._price()
+            self._warm_up = (record.seconds, record.steps, record.train_images)
         self._open = None
         self.last_step_seconds, self._step_seconds = self._step_seconds, 0.0
         if self._energy is not None and self._since - self._energy_read_at > _METER_EVERY_S:
@@ -415,10 +419,14 @@ class Ledger:
 
     def _switch(self, phase: str) -> None:
         """Hand the clock over to ``phase``, or start it."""
-        self._record(phase)
+        record = self._record(phase)
         if self._since is not None and phase == self._current:
             return
         self._close()
+        if self._current == "evaluate" != phase and not self._shrunk:
+            self._note_evaluation()
+        if phase == "evaluate" != self._current:
+            self._evaluation_begin = (record.seconds, record.images)
         self._current = phase
         self._peak.reset()
         self._joules_before = self._energy.read() if self._energy else 0.0
@@ -439,6 +447,14 @@ class Ledger:
             now = self._energy.read()
             record.joules = (record.joules or 0.0) + now - self._joules_before
             self._joules_before = now
+
+    def _note_evaluation(self) -> None:
+        """Keep the speed of the fastest evaluation of the dense model: the first one may include a compilation."""
+        seconds, images = self._evaluation_begin
+        record = self._records["evaluate"]
+        if record.images > images:
+            rate = (record.seconds - seconds) / (record.images - images)
+            self._dense_evaluation = _fold(min, self._dense_evaluation, rate)
 
     def _settle(self) -> None:
         """Add the time since the last call to the current phase."""
@@ -469,7 +485,8 @@ class Ledger:
             "cost": None if self.cost is None else self.cost.to_json(),
             "dense_cost": None if self.dense_cost is None else self.dense_cost.to_json(),
             "shrunk": self._shrunk,
-            "dense_evaluation": list(self._dense_evaluation),
+            "warm_up": list(self._warm_up),
+            "dense_evaluation": self._dense_evaluation,
             "uncounted": self._uncounted,
         }
 
@@ -486,8 +503,9 @@ class Ledger:
         if state["dense_cost"] is not None:
             self.dense_cost = ModelCost.from_json(state["dense_cost"])
         self._shrunk = state["shrunk"]
-        seconds, images = state["dense_evaluation"]
-        self._dense_evaluation = (float(seconds), int(images))
+        seconds, steps, images = state["warm_up"]
+        self._warm_up = (seconds, steps, images)
+        self._dense_evaluation = state["dense_evaluation"]
         self._uncounted = state["uncounted"]
 
     # ---- the bill ----
@@ -522,7 +540,7 @@ class Ledger:
             moved_bytes=Counted(record.moved_bytes, "B") if known else None,
             peak_bytes=None if record.peak_bytes is None else Measured(record.peak_bytes, "B", self._peak.name),
             joules=None
-            if record.joules is None or self._energy is None
+            if record.joules is None or self._energy is None or basis
             else Measured(record.joules, "J", self._energy.name),
             modelled_joules=Modelled(energy.low, energy.high, "J", CITATION) if known else None,
         )
@@ -532,24 +550,21 @@ class Ledger:
         search = self._records.get("search")
         if not self._shrunk or self.dense_cost is None or search is None or not search.train_images:
             return None
-        training = PhaseRecord(seconds=search.seconds, peak_bytes=search.peak_bytes)
-        loop = [self._records[name] for name in _LOOP_PHASES if name in self._records]
-        for record in loop:
+        training = PhaseRecord(peak_bytes=search.peak_bytes)
+        for record in (self._records[name] for name in _LOOP_PHASES if name in self._records):
             training.steps += record.steps
             for bits, work in record.work.items():
                 training.work.setdefault(bits, Work()).add(work)
-        training.seconds *= training.train_images / search.train_images
-        per_step = search.seconds / max(1, search.steps)
-        spent = {
-            "setup": self._records.get("setup"),
-            "train": training,
-            "evaluate": self._dense_evaluate(),
-        }
+        # warming up is paid once, the rest at the pace of the search; a very short search has only its mean
+        seconds, steps, images = self._warm_up if search.steps > 2 * _WARM_UP_STEPS else (0.0, 0, 0)
+        pace = (search.seconds - seconds) / (search.train_images - images)
+        training.seconds = seconds + pace * (training.train_images - images)
+        step_ms = 1e3 * (search.seconds - seconds) / max(1, search.steps - steps)
+        basis = f"the search phase's own {step_ms:.4g} ms a step"
+        spent = {"setup": self._records.get("setup"), "train": training, "evaluate": self._dense_evaluate()}
         return Bill(
             phases={
-                name: self._spending(
-                    record.priced(self.dense_cost), basis=f"the search phase's own {1e3 * per_step:.4g} ms a step"
-                )
+                name: self._spending(record.priced(self.dense_cost), basis=basis)
                 for name, record in spent.items()
                 if record is not None
             },
@@ -561,10 +576,10 @@ class Ledger:
         record = self._records.get("evaluate")
         if record is None:
             return None
-        seconds, images = self._dense_evaluation
-        # no evaluation before the draw: take the shrunk model's time, which favours dense
-        dense_seconds = seconds / images * record.images if images else record.seconds
-        return PhaseRecord(dense_seconds, record.steps, record.work, record.peak_bytes)
+        # without an evaluation before the draw, take the shrunk model's time, which favours dense
+        pace = self._dense_evaluation
+        seconds = record.seconds if pace is None else pace * record.images
+        return PhaseRecord(seconds, record.steps, record.work, record.peak_bytes)
 
 
 def _fold(operation: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:

@@ -24,7 +24,8 @@ def test_a_win_says_by_how_much_in_time_and_accuracy(tmp_path):
         write_run(tmp_path / "ticket", seconds=40, accuracy=0.91),
     )
     assert page["headline"] == (
-        "The ticket trained in 2.50\N{MULTIPLICATION SIGN} less time than dense and ended 1.0 points above it in accuracy"
+        "The ticket trained in 2.50\N{MULTIPLICATION SIGN} less time than dense "
+        "and ended 1.0 points above it in accuracy"
     )
     assert not page["loss"]
     assert tiles(page)["Time"].kind == "measured"
@@ -59,7 +60,6 @@ def test_seeds_of_one_recipe_are_one_contender_compared_seed_by_seed(tmp_path):
     for seed in range(3):
         write_run(tmp_path / f"dense-{seed}", dense=True, seed=seed, seconds=100 + seed)
         write_run(tmp_path / f"ticket-{seed}", seed=seed, seconds=50 + seed, accuracy=0.9 + seed / 100)
-    (tmp_path / "comparison.json").write_text("{}")
     contenders = read([tmp_path])
     assert [(c.label, len(c.runs)) for c in contenders] == [("dense", 3), ("ticket, keep 0.5", 3)]
     page, figures = compose(contenders)
@@ -69,6 +69,21 @@ def test_seeds_of_one_recipe_are_one_contender_compared_seed_by_seed(tmp_path):
     assert len([line for line in figures["accuracy-curves"]["data"] if line["mode"] == "lines+markers"]) == 6
     # each seed against its own dense run: total dense time over total ticket time
     assert ticket[4].startswith(f"{303 / 153:.2f}")
+
+
+def test_a_comparison_keeps_its_contenders_names_and_order(tmp_path):
+    for seed in range(2):  # what these two train may differ from seed to seed
+        write_run(tmp_path / f"dense-equal-time-seed{seed}", dense=True, seed=seed, seconds=40 + seed)
+        write_run(tmp_path / f"dense-seed{seed}", dense=True, seed=seed)
+        write_run(tmp_path / f"ticket-seed{seed}", seed=seed, seconds=40)
+    names = dict.fromkeys(("dense", "ticket", "dense-equal-time"), "")
+    (tmp_path / "comparison.json").write_text(json.dumps({"contenders": names}))
+    contenders = read([tmp_path])
+    assert [(c.label, len(c.runs)) for c in contenders] == [(name, 2) for name in names]
+    page, _ = compose(contenders)
+    assert page["headline"].startswith("The ticket trained in 2.50")
+    assert next(row.cells[4] for row in page["contenders"].rows) == ""
+    assert page["contenders"].rows[2].cells[4].startswith("2.47")
 
 
 def test_bars_add_up_to_the_bill(tmp_path):

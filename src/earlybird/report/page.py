@@ -101,10 +101,9 @@ def compose(contenders: Sequence[Contender]) -> tuple[dict[str, Any], dict[str, 
 
 
 def _pair(contenders: Sequence[Contender]) -> tuple[Contender | None, Contender | None]:
-    """Return the first dense contender and the fastest ticket."""
+    """Return the dense baseline and the first ticket."""
     dense = next((c for c in contenders if c.dense and c.bills), None)
-    tickets = [c for c in contenders if not c.dense and c.bills]
-    return dense, min(tickets, key=lambda c: _mean(c, _BY_KEY["seconds"]) or 0.0, default=None)
+    return dense, next((c for c in contenders if not c.dense and c.bills), None)
 
 
 def _headline(contenders: Sequence[Contender]) -> tuple[str, bool, list[str]]:
@@ -151,7 +150,7 @@ def _change_text(change: float) -> str:
 
 def _compared(dense: Contender | None, contender: Contender) -> list[Bill]:
     """Return a contender's bills, each against the dense run of its seed, or against its own estimate without one."""
-    if dense is None or contender.dense:
+    if dense is None or contender is dense:
         return contender.bills
     by_seed = {run.recipe.get("seed"): run.bill for run in dense.runs if run.bill is not None}
     return [
@@ -332,8 +331,8 @@ def _contender_table(contenders: Sequence[Contender]) -> Table | None:
     dense, _ = _pair(contenders)
     rows = []
     for contender in billed:
-        ratios = {} if contender.dense else _ratios(dense, contender)
-        change = None if contender.dense else _accuracy_change(dense, contender)
+        ratios = {} if contender is dense else _ratios(dense, contender)
+        change = None if contender is dense else _accuracy_change(dense, contender)
         rows.append(
             Row(
                 [
@@ -549,11 +548,10 @@ def _flat(value: Any) -> str:
 
 
 def _colours(contenders: Sequence[Contender]) -> dict[str, str]:
-    tickets = [contender.label for contender in contenders if not contender.dense]
-    return {
-        contender.label: "var(--dense)" if contender.dense else f"var(--ticket-{tickets.index(contender.label) % 4})"
-        for contender in contenders
-    }
+    baseline = next((contender.label for contender in contenders if contender.dense), None)
+    others = [contender.label for contender in contenders if contender.label != baseline]
+    colours = {label: f"var(--ticket-{index % 4})" for index, label in enumerate(others)}
+    return {c.label: colours.get(c.label, "var(--dense)") for c in contenders}
 
 
 def _percent(accuracy: float) -> str:

@@ -95,38 +95,46 @@ class Contender:
 
 
 def read(paths: Sequence[Path]) -> list[Contender]:
-    """Read run folders, and folders of run folders such as a comparison; dense comes first.
+    """Read run folders, and folders of run folders such as a comparison; the dense baseline comes first.
 
     Raises:
         InputError: A folder holds no run, or one of its files is damaged.
     """
-    folders: dict[Path, None] = {}
+    folders: dict[Path, str] = {}
     for path in paths:
-        for folder in _run_folders(path):
-            folders[folder.resolve()] = None
+        folders.update(_run_folders(path))
     groups: dict[str, list[RunRecord]] = {}
-    for folder in folders:
+    names: dict[str, str] = {}
+    for folder, contender in folders.items():
         run = _read_run(folder)
         same = {key: value for key, value in run.recipe.items() if key not in ("seed", "out")}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
-    labels = [runs[0].label for runs in groups.values()]
+        group = f"{folder.parent} {contender}" if contender else json.dumps(same, sort_keys=True)
+        groups.setdefault(group, []).append(run)
+        names[group] = contender or run.label
+    labels = list(names.values())
     contenders = [
-        Contender(label if labels.count(label) == 1 else f"{label} ({runs[0].path.name})", tuple(runs))
-        for label, runs in zip(labels, groups.values())
+        Contender(name if labels.count(name) == 1 else f"{name} ({groups[group][0].path.name})", tuple(groups[group]))
+        for group, name in names.items()
     ]
-    return sorted(contenders, key=lambda contender: not contender.dense)
+    baseline = next((contender for contender in contenders if contender.dense), None)
+    return sorted(contenders, key=lambda contender: contender is not baseline)
 
 
-def _run_folders(path: Path) -> list[Path]:
+def _run_folders(path: Path) -> dict[Path, str]:
+    """Return the run folders in ``path``, each with its contender's name where a comparison gave it one."""
     hint = "name a folder that 'earlybird train' or 'earlybird compare' wrote"
     if not path.is_dir():
         raise InputError(f"no folder {path}", hint=hint)
-    if (path / "recipe.toml").is_file() and not (path / "comparison.json").is_file():
-        return [path]
-    found = sorted(recipe.parent for recipe in path.glob("*/recipe.toml"))
+    if (path / "recipe.toml").is_file():
+        return {path.resolve(): ""}
+    found = sorted(recipe.parent.resolve() for recipe in path.glob("*/recipe.toml"))
     if not found:
         raise InputError(f"{path} holds no run (there is no recipe.toml in it, nor one level below)", hint=hint)
-    return found
+    order = list(_json(path / "comparison.json").get("contenders", {}))
+    names = {folder: folder.name.rpartition("-seed")[0] for folder in found}
+    compared = [folder for folder in found if names[folder] in order]
+    compared.sort(key=lambda folder: order.index(names[folder]))
+    return {folder: names[folder] for folder in compared} | {f: "" for f in found if f not in compared}
 
 
 def _read_run(path: Path) -> RunRecord:

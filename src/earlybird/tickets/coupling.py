@@ -55,6 +55,8 @@ class Group:
         output: They are outputs of the model, and must stay.
         macs_of: Multiply-accumulates for one sample, forward, of each convolution and linear layer among the members.
         covers: For each layer that reads the group, the share of its inputs that the group makes up.
+        blocks: For each member that works in blocks of channels (grouped convolution, group norm), the block of each
+            of the group's channels, shape (size,), -1 for none. Each block must keep equally many.
     """
 
     size: int
@@ -63,6 +65,7 @@ class Group:
     output: bool
     macs_of: Mapping[str, int]
     covers: Mapping[str, float]
+    blocks: tuple[Tensor, ...] = ()
 
     @property
     def macs_per_channel(self) -> float:
@@ -166,6 +169,7 @@ def _read_groups(graph: Any, model: nn.Module, macs: dict[str, int]) -> list[Gro
         output = False
         macs_of: dict[str, int] = {}
         covers: dict[str, float] = {}
+        blocks: list[Tensor] = []
         size = len(traced[0].idxs)
         name: str
         side: Side
@@ -186,6 +190,7 @@ def _read_groups(graph: Any, model: nn.Module, macs: dict[str, int]) -> list[Gro
                     f"channels of layer '{name}' cannot be followed through the graph; nothing was changed"
                 )
             members[name, side] = Member(name, side, torch.tensor(item.idxs), torch.tensor(item.root_idxs), dim)
+            blocks.extend(_blocks_of(module, members[name, side], size))
             if isinstance(module, (ConvNd, nn.Linear)):
                 macs_of[name] = macs.get(name, 0)
                 if side == "out":
@@ -193,7 +198,7 @@ def _read_groups(graph: Any, model: nn.Module, macs: dict[str, int]) -> list[Gro
                 elif side == "in":
                     covers[name] = len(item.idxs) / _inputs(module)
         output = output or not any(side == "in" for _, side in members)  # nothing in the model reads them
-        groups.append(Group(size, tuple(members.values()), tuple(producers), output, macs_of, covers))
+        groups.append(Group(size, tuple(members.values()), tuple(producers), output, macs_of, covers, tuple(blocks)))
     return groups
 
 
@@ -203,6 +208,19 @@ def _side(module: nn.Module, writes: bool) -> Side:
     if isinstance(module, nn.Embedding):
         return "out"
     return "both"
+
+
+def _blocks_of(module: nn.Module, member: Member, size: int) -> list[Tensor]:
+    count, width = 1, 0
+    if isinstance(module, ConvNd) and not is_depthwise(module):
+        count, width = module.groups, module.in_channels if member.side == "in" else module.out_channels
+    elif isinstance(module, nn.GroupNorm):
+        count, width = module.num_groups, module.num_channels
+    if count == 1:
+        return []
+    block = torch.full((size,), -1)
+    block[member.root] = member.local // (width // count)
+    return [block]
 
 
 def _inputs(module: nn.Module) -> int:

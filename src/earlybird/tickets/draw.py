@@ -17,7 +17,7 @@ Deviations, each with the published behaviour as an option:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -128,9 +128,13 @@ def draw_coupled(
     if not free:
         return masks
     prices = {name: max(group.macs_per_channel, 1.0) for name, group in free.items()}
-    chosen = _rank(pooled, keep, strict, round_to)
-    if macs_share is not None:
-        chosen = _within(macs_share, pooled, prices, groups, free, keep, strict, round_to)
+
+    def pick(power: float) -> dict[str, Tensor]:
+        weighed = {name: score / prices[name] ** power for name, score in pooled.items()} if power else pooled
+        ranked = _rank(weighed, keep, strict, round_to)
+        return {name: _balanced(mask, weighed[name], free[name]) for name, mask in ranked.items()}
+
+    chosen = pick(0.0) if macs_share is None else _within(macs_share, pick, groups, keep)
     for name, group in free.items():
         for member in group.members:
             if member.name in masks and member.side != "in":
@@ -163,23 +167,26 @@ def macs_share_of(chosen: Mapping[str, Tensor], groups: list[Group]) -> float:
     return left / total if total else 1.0
 
 
+def _balanced(mask: Tensor, score: Tensor, group: Group) -> Tensor:
+    """Let each block of a grouped convolution or group norm keep equally many, as near as can be to what was chosen."""
+    for block in group.blocks:
+        count = int(block.max()) + 1
+        inside = block >= 0
+        each = max(round(int(mask[inside].sum()) / count), 1)
+        mask = mask.clone()
+        mask[inside] = False
+        for b in range(count):
+            members = (block == b).nonzero().flatten()
+            mask[members[score[members].argsort(descending=True, stable=True)[:each]]] = True
+    return mask
+
+
 def _within(
-    bound: float,
-    pooled: Mapping[str, Tensor],
-    prices: Mapping[str, float],
-    groups: list[Group],
-    free: Mapping[str, Group],
-    keep: float,
-    strict: bool,
-    round_to: int,
+    bound: float, pick: Callable[[float], dict[str, Tensor]], groups: list[Group], keep: float
 ) -> dict[str, Tensor]:
     """Find the smallest power of the price that brings the ticket under the bound, by bisection."""
     if not 0 < bound <= 1:
         raise InputError(f"macs_share is {bound!r}", needed="a share greater than 0 and at most 1")
-
-    def pick(power: float) -> dict[str, Tensor]:
-        return _rank({n: v / prices[n] ** power for n, v in pooled.items()}, keep, strict, round_to)
-
     low, high = 0.0, 4.0
     if macs_share_of(pick(low), groups) <= bound:
         return pick(low)

@@ -13,8 +13,9 @@ real. It does *not* pay when training ends soon after the draw, when layers are 
 idle, or when ``keep`` is so large that little goes.
 
 Deviations, each with the published behaviour under ``EarlyBird(**EarlyBird.PRESETS['published'])``: the default scores
-channels by a running mean of the first-order Taylor term instead of ``|gamma|`` (in short runs masks of ``|gamma|``
-keep changing), looks several times an epoch, and has a deadline.
+channels by a running mean of the first-order Taylor term instead of ``|gamma|`` (in the first epochs of a short run
+masks of ``|gamma|`` keep changing, by 0.3 and more), looks eight times an epoch at a window of three masks instead of
+once at five, and has a deadline.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ class EarlyBird:
         "Share of the channels that stay, in (0, 1]; of several, the first one is trained, the others are only drawn.",
     )
     score: Literal["taylor", "bn_scale", "magnitude"] = _option("taylor", "What a channel is worth.")
-    score_memory: float = _option(0.98, "Decay a step of the running mean of Taylor scores, in [0, 1).")
+    score_memory: float = _option(0.995, "Decay a step of the running mean of Taylor scores, in [0, 1).")
     macs_share: float | None = _option(
         None, "Upper bound on the ticket's MACs as a share of dense; the ranking then knows what a channel costs."
     )
     look_every: Step = _option(Step.parse("0.125ep"), "How often a mask is drawn and compared.")
     skip: Step = _option(Step.parse("0.25ep"), "Warm-up: looks before this point are left out.")
-    window: int = _option(5, "How many masks must agree, the newest included.")
+    window: int = _option(3, "How many masks must agree, the newest included.")
     tolerance: float = _option(0.1, "Largest mask distance that counts as agreement, 0 to 1.")
     deadline: Step | None = _option(
         Step.parse("1ep"), "When to draw the best ticket so far, agreed or not; 'none' waits."
@@ -211,7 +212,7 @@ class Search:
         if not any(id(parameter) in held for parameter in model.parameters()):
             raise InputError("the optimizer holds no parameter of the model", hint="pass the optimizer that trains it")
         self._own_ledger = ledger is None
-        self._ledger = Ledger() if ledger is None else ledger
+        self._ledger = Ledger(device=next(model.parameters()).device) if ledger is None else ledger
         if self._own_ledger:
             self._ledger.watch(model, optimizer, example_inputs)
         self._ledger.enter("search")
@@ -456,20 +457,25 @@ class Search:
             )
             batches = [batch for batch in batches if batch is not None]
             solve = settings.refit == "least_squares" and settings.weights == "continue" and batches
-            targets = dense_outputs(self._model, _join(batches)) if solve else {}
+            joined = _join(batches) if solve else None
+            targets = dense_outputs(self._model, joined) if solve else {}
+            if solve:
+                self._ledger.passes(_samples(joined), batches=1)
             self.change = shrink(
                 self._model, ticket, _first_sample(self._inputs()), optimizer=self._optimizer, groups=self._groups
             )
             if settings.weights == "reinitialise":
                 _reinitialise(self._model, self._seed)
+            self._ledger.recount(self._model, self._inputs())
             changed = bool(self.change.layers or self.change.silenced)  # an identity ticket leaves nothing to mend
             if solve and changed:
-                least_squares(self._model, _join(batches), targets, self.change.kept)
+                least_squares(self._model, joined, targets, self.change.kept)
+                self._ledger.passes(_samples(joined), batches=1)
             if settings.refit != "none" and changed:
                 estimate_batch_norms(self._model, batches)
+                self._ledger.passes(sum(map(_samples, batches)), batches=len(batches))
             if settings.optimizer_state == "reset" or settings.weights == "reinitialise":
                 self._optimizer.state.clear()
-            self._ledger.recount(self._model, self._inputs())
         self.drawn_at = self._steps
         self._finish(ticket)
         self._ledger.enter("train")
@@ -500,6 +506,13 @@ def _first_sample(inputs: Any) -> Any:
     if isinstance(inputs, (tuple, list)):
         return type(inputs)(_first_sample(value) for value in inputs)
     return inputs
+
+
+def _samples(inputs: Any) -> int:
+    if isinstance(inputs, Tensor):
+        return inputs.shape[0]
+    values = inputs.values() if isinstance(inputs, dict) else inputs
+    return next((_samples(value) for value in values if isinstance(value, (Tensor, dict, tuple, list))), 0)
 
 
 def _join(batches: list[Any]) -> Any:

@@ -287,7 +287,7 @@ def _plan_cuts(
             )  # fmt: skip
         cut = asked & unread
         worth = _worth(group, modules)
-        cut = _balance(cut, group, modules, worth)
+        cut = _balance(cut, group, worth)
         if cut.all():
             raise InputError(
                 f"the ticket removes every channel of layer '{group.producers[0]}'",
@@ -295,7 +295,7 @@ def _plan_cuts(
             )  # fmt: skip
         if round_to > 1:
             exact = cut
-            cut = _round(cut, group, modules, worth, round_to)
+            cut = _round(cut, group, worth, round_to)
             for member in group.members:
                 if member.name in removed and member.side != "in":
                     stayed = torch.zeros_like(removed[member.name])
@@ -350,32 +350,13 @@ def _worth(group: Group, modules: Mapping[str, nn.Module]) -> Tensor:
     return worth
 
 
-def _blocks(group: Group, modules: Mapping[str, nn.Module]) -> list[Tensor]:
-    """Return, for each member that works in blocks of channels, the block of each of the group's channels."""
-    found = []
-    for member in group.members:
-        module = modules.get(member.name)
-        count = 1
-        if isinstance(module, ConvNd) and not is_depthwise(module):
-            count = module.groups
-        elif isinstance(module, nn.GroupNorm):
-            count = module.num_groups
-        if module is not None and count > 1:
-            extent = _extent(member.name, member.side, member.dim, modules)
-            block = torch.full((group.size,), -1)
-            block[member.root] = member.local // (extent // count)
-            found.append(block)
-    return found
-
-
-def _balance(cut: Tensor, group: Group, modules: Mapping[str, nn.Module], worth: Tensor) -> Tensor:
+def _balance(cut: Tensor, group: Group, worth: Tensor) -> Tensor:
     """Give back channels until grouped convolutions and group norms keep equally many in each of their blocks."""
     cut = cut.clone()
-    blocks = _blocks(group, modules)
     changed = True
     while changed:
         changed = False
-        for block in blocks:
+        for block in group.blocks:
             kept = [int((~cut & (block == b)).sum()) for b in range(int(block.max()) + 1)]
             for b, count in enumerate(kept):
                 if max(kept) > count:
@@ -384,15 +365,13 @@ def _balance(cut: Tensor, group: Group, modules: Mapping[str, nn.Module], worth:
     return cut
 
 
-def _round(cut: Tensor, group: Group, modules: Mapping[str, nn.Module], worth: Tensor, round_to: int) -> Tensor:
-    kept = int((~cut).sum())
-    wanted = min(-(-kept // round_to) * round_to, group.size)
-    blocks = _blocks(group, modules)
+def _round(cut: Tensor, group: Group, worth: Tensor, round_to: int) -> Tensor:
+    """Give back channels until the width is a multiple of ``round_to``, or whole."""
     cut = cut.clone()
-    while int((~cut).sum()) < wanted and cut.any():
-        _give_back(cut, torch.ones_like(cut), 1 if blocks else wanted - kept, worth)
-        if blocks:
-            cut = _balance(cut, group, modules, worth)
+    while cut.any() and int((~cut).sum()) % round_to:
+        missing = -int((~cut).sum()) % round_to
+        _give_back(cut, torch.ones_like(cut), 1 if group.blocks else missing, worth)
+        cut = _balance(cut, group, worth)
     return cut
 
 
