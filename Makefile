@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 demo: .venv/installed
 	rm -rf runs/demo
-	$(BIN)/earlybird compare recipes/digits.toml --out runs/demo
+	$(BIN)/earlybird compare recipes/digits.toml --epochs 15 --seeds 1 --out runs/demo
 	$(BIN)/earlybird report runs/demo
 
 test: .venv/installed-dev

@@ -99,8 +99,8 @@ def shrink() -> dict[str, Any]:
     return {
         "seconds": statistics.median(seconds), "floor_seconds": 3.0, "extra_bytes": statistics.median(extra),
         "model_bytes": size,
-        "detail": f"median {statistics.median(seconds):.2f} s, +{statistics.median(extra) / 2**20:.0f} MiB over a model of "
-        f"{size / 2**20:.0f} MiB",
+        "detail": f"median {statistics.median(seconds):.2f} s, +{statistics.median(extra) / 2**20:.0f} MiB "
+        f"over a model of {size / 2**20:.0f} MiB",
     }  # fmt: skip
 
 

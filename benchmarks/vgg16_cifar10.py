@@ -1,4 +1,4 @@
-"""Claim: VGG-16-BN on CIFAR-10 reaches the dense accuracy for a fraction of the time, the search for the ticket included.
+"""Claim: VGG-16-BN on CIFAR-10 reaches the dense accuracy for a fraction of the time, the search included.
 
 Contestants, interleaved seed by seed, each in a process of its own, at equal epochs:
 
@@ -7,7 +7,7 @@ Contestants, interleaved seed by seed, each in a process of its own, at equal ep
 - ``dense``: earlybird without a ticket, tuned (bf16, channels_last, data in memory): the strong baseline;
 - ``ticket``, ``ticket_macs0.3``, ...: the early ticket at keep 0.5, without and with a bound on its MACs.
 
-Seconds are wall time of the whole run as its bill has it: set-up, tuning, search, draw, training, evaluation every epoch.
+Seconds are wall time of the whole run as its bill has it: set-up, tuning, search, draw, training and evaluation.
 
     EARLYBIRD_DATA=... python benchmarks/vgg16_cifar10.py --width 0.5 --epochs 10 --seeds 3
     EARLYBIRD_DATA=... python benchmarks/vgg16_cifar10.py --width 1 --epochs 5 --seeds 1

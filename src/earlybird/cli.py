@@ -9,6 +9,7 @@ Exit codes: 0 done, 2 wrong input, 3 interrupted and resumable, 1 our own failur
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import os
@@ -76,7 +77,7 @@ def _usage(error: Exception) -> str:
     unknown = getattr(error, "option_name", None)
     if near is not None and unknown:
         found = f"no flag {unknown}"
-        guess = f"; did you mean {' or '.join(sorted(near))}?" if near else ""
+        guess = "".join(f"; did you mean {flag}?" for flag in difflib.get_close_matches(unknown, near, n=1))
     else:
         found, guess = error.format_message().rstrip("."), ""  # type: ignore[attr-defined]
     return f"{found}{guess}; '{command} --help' lists what there is"
@@ -137,6 +138,8 @@ def train(recipe: RecipeFile = None, quiet: Quiet = False, **keys: Any) -> None:
 
 
 def _print_result(result: Result) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun, one process speaks for all
     print(f"\n{result.bill}\n")
     ticket = "" if result.drawn_at is None else f", ticket drawn at step {result.drawn_at:,} of {result.steps:,}"
     print(f"accuracy {result.accuracy:.2%} after {result.epochs} epochs{ticket}")
@@ -217,7 +220,7 @@ def compare(
 ) -> None:
     """Train dense and ticket in turn, and say who won.
 
-    They train on the same seeds; by how much the winner won is told with the spread. Every run has a process of its own. Type the same command again to go on after a stop.
+    All train on the same seeds, each run in a process of its own. Type the same command again to go on after a stop.
 
     \b
     Examples:
@@ -313,23 +316,30 @@ def export(
         print(f"onnx: {path} (largest difference to PyTorch {difference:.1e})")
 
 
-def methods() -> None:
-    """List the methods, what they save and where not."""
+def methods(
+    measure: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Time training steps of this model here, whole and shrunk; vgg16, say."),
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Share of the channels that stay in what is timed.")] = 0.5,
+) -> None:
+    """List the methods, what they save and where not.
+
+    \b
+    Examples:
+      earlybird methods
+      earlybird methods --measure resnet20 --keep 0.3
+    """
     from earlybird.methods import METHODS
 
     for info in METHODS.values():
         _entry(info.name, f"Saves {info.saves}.", f"Not in {info.limits}.", f"{info.citation}. {info.link}")
-    # /dev is asked instead of torch, which takes seconds to load
-    gpu = Path("/dev/nvidiactl").exists()
-    print(
-        "\nThis device: "
-        + (
-            "CUDA; small networks may gain little, because they leave the device idle"
-            if gpu
-            else f"CPU, {os.cpu_count()} cores"
-        )
-        + "; 'earlybird compare' measures what a method saves here."
-    )
+    if measure is None:
+        print("\nOn this device: 'earlybird methods --measure resnet20' times what a cut saves here.")
+    else:
+        from earlybird.cost.gain import measure as measure_gain
+
+        print(f"\nOn this device: {measure_gain(measure, keep=keep)}")
 
 
 def data() -> None:

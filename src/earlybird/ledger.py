@@ -307,8 +307,8 @@ class Ledger:
         if example_inputs is not None:
             self._count(self._model, example_inputs)
         # dynamo would otherwise trace into the hooks and compile anew whenever a counter has changed
-        on_forward = torch.compiler.disable(self._on_forward)  # type: ignore[no-untyped-call]
-        on_step = torch.compiler.disable(self._on_step)  # type: ignore[no-untyped-call]
+        on_forward = torch.compiler.disable(self._on_forward)
+        on_step = torch.compiler.disable(self._on_step)
         self._handles.append(model.register_forward_pre_hook(on_forward, with_kwargs=True))
         optimizers = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
         for one in optimizers:

@@ -4,7 +4,8 @@ Reads one JSON job a line: ``{"do": "train" | "resume", "folder", "recipe", "kil
 the exit status of the process that did it (negative: the signal that ended it). ``where`` is
 
 - ``step``: after that many optimizer steps;
-- ``cut``: inside the draw, while that many parameters have been sliced;
+- ``cut``: inside the draw, before that parameter is sliced;
+- ``refit``: inside the draw, after the cut;
 - ``tensors``: after the tensor file of that checkpoint, before its JSON;
 - ``begin``: before the first step.
 """
@@ -17,7 +18,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import lightning_fabric  # noqa: F401 - loaded once here, not in every child
 import torch
+import torch._dynamo  # likewise
 
 from earlybird.errors import EarlybirdError
 from earlybird.tickets import early_bird, shrink

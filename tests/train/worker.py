@@ -1,34 +1,53 @@
-"""What torchrun starts: trains or resumes, and writes each rank's weights down."""
+"""What torchrun starts: one whole run, and one that is stopped after the draw and resumed; each rank bears witness."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
-from earlybird.errors import EarlybirdError
+from earlybird.errors import Interrupted
 from earlybird.train import run
 from earlybird.train.recipe import Recipe
 
 
-def main(do: str, folder: str, recipe: str) -> int:
-    class Witness(run.Run):
-        def finish(self) -> run.Result:
-            result = super().finish()
-            tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
-            save_file(tensors, Path(folder).with_name(f"{Path(folder).name}-rank{self.fabric.global_rank}.safetensors"))
-            return result
+class Witness(run.Run):
+    """A run in which each rank writes down the weights it ends with."""
 
+    def finish(self) -> run.Result:
+        result = super().finish()
+        tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        path = self.folder.path
+        save_file(tensors, path.with_name(f"{path.name}-rank{self.fabric.global_rank}.safetensors"))
+        return result
+
+
+class Stop(Exception):
+    pass
+
+
+def stop(kind: str, fields: Mapping[str, Any]) -> None:
+    if kind == "step" and fields["step"] == 37:
+        raise Stop
+
+
+def main(folder: Path) -> int:
     run.Run = Witness  # type: ignore[misc]
+    recipe = Recipe.from_toml(folder / "recipe.toml")
     try:
-        if do == "train":
-            run.train(Recipe.from_toml(recipe), folder, quiet=True)
-        else:
-            run.resume(folder, quiet=True)
-    except EarlybirdError as error:
-        print(f"error: {error}", file=sys.stderr)
+        run.train(recipe, folder / "whole", quiet=True)
+    except Interrupted as error:
+        import torch
+
+        (folder / f"whole-rank{torch.distributed.get_rank()}.txt").write_text(str(error))
         return error.exit_code
+    try:
+        run.train(recipe, folder / "stopped", quiet=True, on_event=stop)
+    except Stop:
+        run.resume(folder / "stopped", quiet=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(Path(sys.argv[1])))

@@ -269,11 +269,11 @@ _FORMULAS: dict[str, Callable[[Sequence[Any], Tensor], tuple[int, Tensor, Tensor
 }
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Counter(TorchDispatchMode):
     """Charges each operation to the module that is executing: the innermost one entered and not yet left."""
 
     def __init__(self, model: nn.Module, weights: set[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.layers: dict[str, LayerCost] = {}
         self._weights = weights  # addresses of parameters and of everything computed from parameters alone
         self._alive: list[Tensor] = []  # computed weights, held so that their addresses stay theirs
@@ -291,7 +291,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __exit__(self, *exception: Any) -> None:
         for handle in self._handles:
             handle.remove()
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        super().__exit__(*exception)
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

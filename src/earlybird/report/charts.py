@@ -79,7 +79,7 @@ def accuracy_curves(
         data.append(
             {
                 "type": "scatter",
-                "mode": "lines+markers",
+                "mode": "lines+markers" if len(points) <= 40 else "lines",
                 "name": label,
                 "legendgroup": label,
                 "x": [seconds / scale for seconds, _ in points],

@@ -348,7 +348,10 @@ def _contender_table(contenders: Sequence[Contender]) -> Table | None:
             )
         )
     head = ["", "accuracy", "against dense", "time", "against dense", "MACs", "energy, modelled", "seeds"]
-    note = "Less and MORE are against dense. Several seeds show as their mean, with the lowest and the highest."
+    note = (
+        "Less and MORE are against dense; time is that of the whole run, evaluation included. "
+        "Several seeds show as their mean, with the lowest and the highest."
+    )
     return Table("Contenders side by side", head, rows, note=note)
 
 

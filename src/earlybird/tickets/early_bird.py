@@ -57,7 +57,7 @@ class EarlyBird:
         "Share of the channels that stay, in (0, 1]; of several, the first one is trained, the others are only drawn.",
     )
     score: Literal["taylor", "bn_scale", "magnitude"] = _option("taylor", "What a channel is worth.")
-    score_memory: float = _option(0.995, "Decay a step of the running mean of Taylor scores, in [0, 1).")
+    score_memory: float = _option(0.998, "Decay a step of the running mean of Taylor scores, in [0, 1).")
     macs_share: float | None = _option(
         None, "Upper bound on the ticket's MACs as a share of dense; the ranking then knows what a channel costs."
     )

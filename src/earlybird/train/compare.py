@@ -188,7 +188,7 @@ def _width(recipe: Recipe, ticket: Mapping[str, Any]) -> float:
 
 def _run(recipe: Recipe, path: Path, stop: StopSignal, *, quiet: bool) -> None:
     """Train or resume in a process of its own, so that nothing warm is inherited."""
-    if stop.caught:
+    if stop.caught():
         raise _interrupted(path)
     own = path.parent / "recipes" / f"{path.name}.toml"
     write_text(own, recipe.to_toml())
@@ -198,13 +198,13 @@ def _run(recipe: Recipe, path: Path, stop: StopSignal, *, quiet: bool) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         told = False
         while process.poll() is None:
-            if stop.caught and not told:
+            if stop.caught() and not told:
                 process.terminate()  # after Ctrl-C it has the signal already, and a second one does no harm
                 told = True
             time.sleep(0.05)
         assert process.stdout is not None
         message = process.stdout.read().strip()
-    if process.returncode == Interrupted.exit_code or (stop.caught and process.returncode):
+    if process.returncode == Interrupted.exit_code or (stop.caught() and process.returncode):
         raise _interrupted(path)
     if process.returncode:
         raise EarlybirdError(f"{path.name} failed: {message or f'exit code {process.returncode}'}")

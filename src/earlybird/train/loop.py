@@ -48,7 +48,6 @@ class StopSignal:
             signal.signal(number, handler)
         self._before.clear()
 
-    @property
     def caught(self) -> bool:
         """Whether a signal came."""
         return bool(self.name)
@@ -86,7 +85,7 @@ def fit(run: Run, stop: StopSignal) -> None:
             if row:
                 run.add_row()
             due = run.step % checkpoint_every == 0 if checkpoint_every else run.step % spe == 0 and saver.pays()
-            stopped, due = run.agree(stop.caught, due) if look else (False, due and not waits)
+            stopped, due = run.agree(stop.caught(), due) if look else (False, due and not waits)
             if due or stopped:
                 saver.save(run)
             run.beat(loss)
@@ -158,6 +157,7 @@ class _Saver:
 
 def evaluate(run: Run) -> tuple[float, float]:
     """Return loss and accuracy (0 to 1) on the test images, with the averaged weights where there are any."""
+    run.share_buffers()
     sums = torch.zeros(3, dtype=torch.float64, device=run.fabric.device)  # loss, right answers, images
     with run.ledger.during("evaluate"), run.averaged_weights(), torch.no_grad():
         run.model.eval()

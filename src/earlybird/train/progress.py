@@ -20,17 +20,20 @@ class Display:
         steps_per_epoch: Of them.
         step: Steps that are done already.
         quiet: Show only warnings.
+        mute: Show nothing at all; for all ranks but the first.
     """
 
-    def __init__(self, total: int, steps_per_epoch: int, step: int = 0, *, quiet: bool = False) -> None:
+    def __init__(
+        self, total: int, steps_per_epoch: int, step: int = 0, *, quiet: bool = False, mute: bool = False
+    ) -> None:
         self._total, self._steps_per_epoch = total, steps_per_epoch
-        self._quiet = quiet
+        self._quiet, self._mute = quiet or mute, mute
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._accuracy = ""
         self._shown = (time.perf_counter(), step)
         self._rate = 0.0
         self._bar: Progress | None = None
-        if self._console.is_terminal and not quiet:
+        if self._console.is_terminal and not self._quiet:
             # drawn when a step says so: a thread that redraws would take time from the training
             self._bar = Progress(
                 TextColumn("{task.fields[where]}"),
@@ -88,7 +91,8 @@ class Display:
 
     def warn(self, text: str) -> None:
         """Show a warning, quiet or not."""
-        self._console.print(f"warning: {text}", markup=False)
+        if not self._mute:
+            self._console.print(f"warning: {text}", markup=False)
 
 
 def _field(name: str, value: float | str) -> str:

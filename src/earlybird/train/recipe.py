@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import json
@@ -191,7 +192,8 @@ class Key:
     method: bool
 
 
-def keys(method: str = "early_bird") -> list[Key]:
+@functools.cache
+def keys(method: str = "early_bird") -> tuple[Key, ...]:
     """Return all keys of a recipe with ``method``, in the order of the file."""
     own = [
         Key(name, _OWN[name], field.get_default(call_default_factory=True), field.description or "", False)
@@ -204,7 +206,7 @@ def keys(method: str = "early_bird") -> list[Key]:
         Key(field.name, hints[field.name], _default(field), field.metadata.get("help", ""), True)
         for field in dataclasses.fields(cls)
     ]
-    return own + theirs
+    return (*own, *theirs)
 
 
 def method_class(name: str) -> Any:
@@ -236,7 +238,7 @@ def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -
     typed: dict[str, Any] = {}
     for name, value in given.items():
         key = by_name[name]
-        typed[name] = _check(where, key, _from_text(value, key.type) if name in flags else _from_toml(value, key.type))
+        typed[name] = _check(where, key, _from_text(value, key) if name in flags else _from_toml(value, key))
     if typed.get("keep") in (1, (1,), (1.0,)):
         # Keeping everything is the dense run; no search is needed to find that out.
         del typed["keep"]
@@ -262,10 +264,8 @@ def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -
 
 
 def _check(where: str, key: Key, value: Any) -> Any:
-    field: Any = None if key.method else Recipe.model_fields[key.name]
-    hint = key.type if field is None else typing.Annotated[key.type, field]  # with the range
     try:
-        checked = _adapter(hint).validate_python(value, strict=True)
+        checked = _adapter(key, ranged=not key.method).validate_python(value, strict=True)
     except ValidationError as error:
         raise InputError(f"{where}: {key.name} = {value!r}", needed=_say(error)) from error
     if any(isinstance(number, float) and not math.isfinite(number) for number in _flat(checked)):
@@ -273,15 +273,15 @@ def _check(where: str, key: Key, value: Any) -> Any:
     return checked
 
 
-def _from_toml(value: Any, hint: Any) -> Any:
-    if value == "none" and type(None) in typing.get_args(hint):
+def _from_toml(value: Any, key: Key) -> Any:
+    if value == "none" and type(None) in typing.get_args(key.type):
         return None
     return tuple(value) if isinstance(value, list) else value
 
 
-def _from_text(value: Any, hint: Any) -> Any:
+def _from_text(value: Any, key: Key) -> Any:
     """Read what was typed as a flag: as text if the key takes it so, else as a TOML value, else as a list."""
-    value = _from_toml(value, hint)
+    value = _from_toml(value, key)
     if not isinstance(value, str):
         return value
     attempts: list[Callable[[], Any]] = [
@@ -292,15 +292,18 @@ def _from_text(value: Any, hint: Any) -> Any:
     ]
     for attempt in attempts:
         try:
-            read = _from_toml(attempt(), hint)
-            _adapter(hint).validate_python(read, strict=True)
+            read = _from_toml(attempt(), key)
+            _adapter(key).validate_python(read, strict=True)
             return read
         except (tomllib.TOMLDecodeError, ValidationError):
             continue
     return value
 
 
-def _adapter(hint: Any) -> TypeAdapter[Any]:
+@functools.cache
+def _adapter(key: Key, *, ranged: bool = False) -> TypeAdapter[Any]:
+    """Return the check of a key's type, or of its type and range."""
+    hint: Any = typing.Annotated[key.type, Recipe.model_fields[key.name]] if ranged else key.type
     return TypeAdapter(hint)
 
 
@@ -343,4 +346,4 @@ def _as_toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, (int, float)):
         return repr(value)
-    return json.dumps(str(value), ensure_ascii=False)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON lets it stand, TOML does not

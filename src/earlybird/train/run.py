@@ -205,7 +205,7 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.fabric, self.ledger = recipe, folder, fabric, ledger
         self._on_event = on_event
-        self.display = Display(1, 1, quiet=True)
+        self.display = Display(1, 1, quiet=True, mute=not folder.writer)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         data = _load_data(recipe, fabric)
@@ -261,29 +261,26 @@ class Run:
         self.resumed = False
         self._row_begun = ledger.seconds
         self._board = _tensorboard(folder) if recipe.tensorboard and folder.writer else None
-        self._quiet = quiet or not folder.writer
+        self._quiet = quiet
         ledger.enter("setup")
 
     # ---- putting together ----
 
     def _choose(self, build_model: Callable[[], nn.Module]) -> Choice:
         """Take the choice that was written down, else make one; the first rank's holds for all."""
-        written = self.folder.read_json("tune.json")
-        if written is not None:
-            choice = Choice(**written["choice"])
-            if choice.device != self.fabric.device.type:
-                raise InputError(
-                    f"{self.folder.path} was begun on {choice.device}, but this is {self.fabric.device.type}",
-                    hint="resume it where it was begun; another device computes other bits",
-                )
-            return choice
-        if self.fabric.is_global_zero:
+        if self.fabric.is_global_zero and self.folder.read_json("tune.json") is None:
             images, labels = next(self.loader.epoch(0))
             _, record = tune(self.recipe, build_model, images, labels, steps=self.total)
             self.folder.write_json("tune.json", record)
             self.emit("tuned", record)
         self.fabric.barrier()
-        return Choice(**self.folder.read_json("tune.json")["choice"])
+        choice = Choice(**self.folder.read_json("tune.json")["choice"])
+        if choice.device != self.fabric.device.type:
+            raise InputError(
+                f"{self.folder.path} was begun on {choice.device}, but this is {self.fabric.device.type}",
+                hint="resume it where it was begun; another device computes other bits",
+            )
+        return choice
 
     def _layout(self) -> None:
         if self.choice.channels_last:
@@ -333,6 +330,12 @@ class Run:
         if not yes or self.fabric.world_size == 1:
             return contextlib.nullcontext()
         return self.fabric.no_backward_sync(self.forward)  # type: ignore[arg-type]
+
+    def share_buffers(self) -> None:
+        """Give all ranks the first one's running statistics, as DDP does before each training step."""
+        if self.fabric.world_size > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def agree(self, stop: bool, save: bool) -> tuple[bool, bool]:
         """Return whether any rank wants to stop, and whether the first rank wants to save."""
@@ -444,7 +447,8 @@ class Run:
     # ---- saving and going on ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the run needs to go on."""
+        """Return all that the run needs to go on; every rank has to call it."""
+        self.share_buffers()
         return {
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
@@ -464,7 +468,7 @@ class Run:
             DivergedError: A weight is not finite.
             EarlybirdError: The disk is full.
         """
-        state = self.state_dict()  # on every rank: the generators are gathered
+        state = self.state_dict()
         if self.folder.writer:
             self._check_weights(state["model"]["parameters"])
             path = checkpoint.save(self.folder.path, self.step, self.recipe.hash(), state)
@@ -486,8 +490,8 @@ class Run:
             return {"0": own}
         ranks: dict[str, Any] = {str(rank): {} for rank in range(self.fabric.world_size)}
         for name, state in own.items():
-            gathered = self.fabric.all_gather(state.to(self.fabric.device))
-            assert isinstance(gathered, Tensor)
+            gathered = [torch.empty_like(state, device=self.fabric.device) for _ in ranks]
+            torch.distributed.all_gather(gathered, state.to(self.fabric.device))
             for rank, states in ranks.items():
                 states[name] = gathered[int(rank)].cpu()
         return ranks
@@ -504,7 +508,9 @@ class Run:
             self.resumed = True
         lost = self.folder.last_beat() - self.ledger.seconds if self.folder.writer else 0.0
         self.folder.cut_rows(self.step)
-        self.display = Display(self.total, self.steps_per_epoch, self.step, quiet=self._quiet)
+        self.display = Display(
+            self.total, self.steps_per_epoch, self.step, quiet=self._quiet, mute=not self.folder.writer
+        )
         for note in notes:
             self.display.warn(note)
         if lost > 0:
@@ -557,6 +563,7 @@ class Run:
 
     def finish(self) -> Result:
         """Write the final weights, the bill and the result."""
+        self.share_buffers()
         with self.averaged_weights():
             tensors = dict(self.model.state_dict())
             if self.folder.writer:

@@ -211,7 +211,7 @@ def _try_compile(
     gain_s = (eager.seconds - compiled.seconds) * steps
     text = f"compiled takes {_ms(compiled)} a step after {cost_s:.0f} s of compiling"
     if gain_s > 2 * cost_s:
-        return compiled, f"{text}, repaid {gain_s / (2 * cost_s):.1f} times over the run"
+        return compiled, f"{text}, and the run repays that with {gain_s:.0f} s"
     return eager, f"{text}, which the run would not repay"
 
 

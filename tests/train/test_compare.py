@@ -1,0 +1,195 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from earlybird.errors import EarlybirdError, InputError, Interrupted
+from earlybird.train import compare as module
+from earlybird.train.compare import compare, describe
+from earlybird.train.recipe import Recipe
+from earlybird.train.run import train
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def in_process(monkeypatch: Any) -> list[str]:
+    """Run contenders in this process, which is faster, and note their order."""
+    order: list[str] = []
+
+    def run(recipe: Recipe, path: Path, stop: Any, *, quiet: bool) -> None:
+        order.append(path.name)
+        train(recipe, path, quiet=True)
+
+    monkeypatch.setattr(module, "_run", run)
+    return order
+
+
+def test_contenders_take_turns_and_the_file_says_who_won(small: Make, tmp_path: Path, in_process: list[str]) -> None:
+    recipe = small(epochs=2)
+    found = compare(recipe, tmp_path, seeds=(3, 4), quiet=True)
+    assert in_process == ["dense-seed3", "ticket-seed3", "ticket-seed4", "dense-seed4"]
+    assert json.loads((tmp_path / "comparison.json").read_text()) == found
+    assert [(row["contender"], row["seed"]) for row in found["runs"]] == [
+        ("dense", 3), ("ticket", 3), ("ticket", 4), ("dense", 4),
+    ]  # fmt: skip
+    assert found["complete"]
+    rows = {(row["contender"], row["seed"]): row for row in found["runs"]}
+    ratios = [rows["ticket", seed]["train_seconds"] / rows["dense", seed]["train_seconds"] for seed in (3, 4)]
+    assert found["against_dense"]["ticket"]["train_seconds_ratio"]["mean"] == pytest.approx(sum(ratios) / 2)
+    assert found["against_dense"]["ticket"]["macs_ratio"]["mean"] < 1
+    assert rows["ticket", 3]["parameters"] < rows["dense", 3]["parameters"]
+    assert "ticket took" in found["verdict"]
+    table = describe(found)
+    assert "dense" in table
+    assert found["verdict"] in table
+
+    in_process.clear()
+    assert compare(recipe, tmp_path, seeds=(3, 4), quiet=True) == found
+    assert not in_process  # nothing is run twice
+    compare(recipe, tmp_path, seeds=(3, 4, 5), quiet=True)
+    assert in_process == ["dense-seed5", "ticket-seed5"]
+    with pytest.raises(InputError, match="another recipe"):
+        compare(recipe.replace(lr=0.01), tmp_path, quiet=True)
+
+
+def test_the_sanity_checks_are_what_they_say(small: Make, tmp_path: Path, in_process: list[str]) -> None:
+    recipe = small(model="small_cnn", width=0.25, epochs=2)
+    names = ("dense-equal-time", "small-dense", "ticket-reinitialised")
+    found = compare(recipe, tmp_path, seeds=(0,), contenders=names, quiet=True)
+    rows = {row["contender"]: row for row in found["runs"]}
+    assert set(rows) == {"dense", "ticket", *names}
+    assert 1 <= rows["dense-equal-time"]["epochs"] <= 2
+    after = rows["ticket"]["macs_per_image_after"]
+    assert rows["small-dense"]["macs_per_image_after"] == pytest.approx(after, rel=0.35)  # channels come whole
+    assert rows["small-dense"]["drawn_at"] is None
+    assert rows["ticket-reinitialised"]["macs_per_image_after"] == after
+    assert (
+        Recipe.from_toml(tmp_path / "ticket-reinitialised-seed0" / "recipe.toml").settings["weights"] == "reinitialise"
+    )
+
+
+def test_equal_time_scales_a_schedule_by_milestones(small: Make) -> None:
+    recipe = small(epochs=100, schedule="step", milestones="50ep,75ep", lr_warmup="10it")
+    done: Any = {("dense", 0): {"train_seconds": 10.0}, ("ticket", 0): {"train_seconds": 4.0}}
+    shorter = module._recipe(recipe, "dense-equal-time", 0, done)
+    assert shorter.epochs == 40
+    assert [str(point) for point in shorter.milestones] == ["20ep", "30ep"]
+    assert str(shorter.lr_warmup) == "4it"
+    assert shorter.dense
+
+
+def test_real_processes_are_interrupted_and_go_on(small: Make, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
+    recipe.write_text(small(epochs=3000, checkpoint_every="50it").to_toml())
+    code = (
+        "import sys; from earlybird.train.compare import compare; from earlybird.train.recipe import Recipe\n"
+        "from earlybird.errors import Interrupted\n"
+        "try: compare(Recipe.from_toml(sys.argv[1]), sys.argv[2], seeds=(0,), quiet=True)\n"
+        "except Interrupted as error: print(error); sys.exit(3)"
+    )
+    command = [sys.executable, "-c", code, str(recipe), str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        deadline = time.monotonic() + 60
+        while not list(out.glob("dense-seed0/checkpoint-*.json")) and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "type the same command again" in said
+    assert list((out / "dense-seed0").glob("checkpoint-*.json"))
+    with pytest.raises(InputError, match="another recipe"):
+        compare(small(), out, seeds=(0,), quiet=True)
+
+
+def test_a_child_does_one_run_and_goes_on_with_it(small: Make, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "recipe.toml").write_text(small(epochs=1).to_toml())
+    arguments = [str(tmp_path / "recipe.toml"), str(tmp_path / "run"), "--quiet"]
+    assert module._child(arguments) == 0
+    assert module._child(arguments) == 0  # finished already
+    (tmp_path / "wrong.toml").write_text(small(model="tests.train.nets:wrong_classes").to_toml())
+    assert module._child([str(tmp_path / "wrong.toml"), str(tmp_path / "other"), "--quiet"]) == 2
+    out = capsys.readouterr().out
+    assert "10 classes" in out
+    assert out.count("\n") == 1
+
+
+class _Silent:
+    def caught(self) -> bool:
+        return False
+
+
+class _Caught:
+    def caught(self) -> bool:
+        return True
+
+
+def test_an_error_of_a_child_is_handed_on(small: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module.sys, "executable", "/bin/false")
+    with pytest.raises(EarlybirdError, match="ticket-seed0 failed: exit code 1"):
+        module._run(small(), tmp_path / "ticket-seed0", _Silent(), quiet=True)  # type: ignore[arg-type]
+    with pytest.raises(Interrupted, match="ticket-seed0"):
+        module._run(small(), tmp_path / "ticket-seed0", _Caught(), quiet=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "keywords", "message"),
+    [
+        ({}, {"contenders": ("dense", "tickets")}, "unknown contender 'tickets'"),
+        ({}, {"contenders": ("dense",)}, "nothing to compare"),
+        ({}, {"seeds": ()}, "seeds"),
+        ({}, {"seeds": (1, 1)}, "all different"),
+        ({"dense": True}, {}, "the recipe is dense"),
+    ],
+)
+def test_what_cannot_be_compared(
+    changes: dict[str, Any], keywords: dict[str, Any], message: str, small: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        compare(small(**changes), tmp_path / "out", **keywords)
+    assert not (tmp_path / "out").exists()
+
+
+def verdict(ratios: list[float], points: list[float]) -> str:
+    dense = module._statistics([0.9] * len(points))
+    ticket = module._statistics([0.9 + value / 100 for value in points])
+    against = {"train_seconds_ratio": module._statistics(ratios), "accuracy_points": module._statistics(points)}
+    return module._verdict("ticket", {"dense": {"accuracy": dense}, "ticket": {"accuracy": ticket}}, against)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "points", "said"),
+    [
+        ([0.40, 0.42, 0.41], [-0.2, 0.3, -0.1], "a win: less time, no clear difference in accuracy"),
+        ([0.40, 0.42, 0.41], [1.1, 1.0, 0.9], "a win: less time, and more accurate"),
+        ([0.40, 0.42, 0.41], [-1.1, -1.0, -0.9], "less time, but a loss of accuracy"),
+        ([1.20, 1.30, 1.10], [1.1, 1.0, 0.9], "more accurate, but a loss of time"),
+        ([1.20, 1.30, 1.10], [0.1, -0.1, 0.0], "a loss: more time for no clear gain in accuracy"),
+        ([1.20, 1.30, 1.10], [-1.1, -1.0, -0.9], "a loss: more time and less accuracy"),
+        ([0.5], [-0.5], "a loss of accuracy (fewer than three seeds: chance is not told apart)"),
+    ],
+)
+def test_a_loss_is_called_a_loss(ratios: list[float], points: list[float], said: str) -> None:
+    sentence = verdict(ratios, points)
+    assert said in sentence
+    if ratios[0] > 1:
+        assert "MORE" in sentence
+        assert "win" not in sentence
+    else:
+        assert "times less time than dense" in sentence
+
+
+def test_what_one_run_lacks_the_summary_lacks() -> None:
+    assert module._statistics([1.0, None]) is None
+    assert module._statistics([2.0]) == {"mean": 2.0, "std": None, "low": 2.0, "high": 2.0, "n": 1}
+    assert module._ratio(None, 2.0) is None
+    assert module._ratio(1.0, 0.0) is None

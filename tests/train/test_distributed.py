@@ -1,0 +1,66 @@
+"""Two real processes under torchrun, talking through gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from earlybird.train.recipe import Recipe
+from tests.train.conftest import SMALL
+
+ROOT = Path(__file__).parents[2]
+RECIPE = {**SMALL, "checkpoint_every": "10it", "ema": 0.9, "accumulate": 2, "batch_size": 32}
+
+
+def torchrun(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "tests.train.worker", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
+def test_two_processes_agree_write_once_and_resume(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(Recipe.from_values(RECIPE).to_toml())
+    with torchrun(tmp_path) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert errors.count("warning: no agreement") <= 2  # once a run, not once a rank
+
+    first, second = (load_file(tmp_path / f"whole-rank{rank}.safetensors") for rank in (0, 1))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert result["steps"] == 66
+    assert result["drawn_at"] <= 22
+    assert result["accuracy"] > 0.3
+    assert len((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()) == 3
+    bill = json.loads((tmp_path / "whole" / "bill.json").read_text())
+    assert bill["phases"]["train"]["images"]["value"] == (66 - result["drawn_at"]) * 64  # of both processes
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
+def test_a_signal_stops_all_ranks_at_the_same_step(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(Recipe.from_values({**RECIPE, "epochs": 5000}).to_toml())
+    with torchrun(tmp_path) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("whole/checkpoint-*.json")) and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    told = [(tmp_path / f"whole-rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert told[0].split(";")[-1] == told[1].split(";")[-1]
+    steps = {text.split("after step ")[1].split()[0] for text in told}
+    assert len(steps) == 1
+    assert (tmp_path / "whole" / f"checkpoint-{int(steps.pop()):08d}.json").exists()

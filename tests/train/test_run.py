@@ -1,0 +1,401 @@
+import errno
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from earlybird.cost.bill import Bill
+from earlybird.data import Augment, Loader, load
+from earlybird.errors import CheckpointError, DivergedError, EarlybirdError, InputError, Interrupted
+from earlybird.models import build
+from earlybird.train import checkpoint
+from earlybird.train.recipe import Recipe
+from earlybird.train.run import Run, resume, train
+from earlybird.train.schedule import Schedule
+
+Make = Callable[..., Recipe]
+
+
+class Stop(Exception):
+    """Ends a run from outside, the way a crash does."""
+
+
+def at(step: int, action: Callable[[], None]) -> Callable[[str, Mapping[str, Any]], None]:
+    def on_event(kind: str, fields: Mapping[str, Any]) -> None:
+        if kind == "step" and fields["step"] == step:
+            action()
+
+    return on_event
+
+
+def crash() -> None:
+    raise Stop
+
+
+def same(one: Path, two: Path) -> bool:
+    a, b = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_dense_run_equals_a_hand_written_loop_to_the_bit(small: Make, tmp_path: Path) -> None:
+    recipe = small(dense=True, model="small_cnn", width=0.25, schedule="cosine", label_smoothing=0.1, clip_norm=1.0)
+    result = train(recipe, tmp_path / "run", quiet=True)
+
+    data = load("digits")
+    loader = Loader(
+        data.train_images,
+        data.train_labels,
+        batch_size=64,
+        mean=data.mean,
+        std=data.std,
+        augment=Augment(crop=1),
+        seed=0,
+    )
+    model = build("small_cnn", classes=10, in_channels=1, image_size=8, width=0.25, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = Schedule.from_recipe(recipe, len(loader))
+    step = 0
+    for epoch in range(3):
+        for images, labels in loader.epoch(epoch):
+            optimizer.param_groups[0]["lr"] = schedule(step)
+            functional.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+    assert (result.steps, result.drawn_at) == (step, None)
+    assert result.accuracy > 0.5
+
+
+def test_a_ticket_run_writes_all_it_promises(small: Make, tmp_path: Path) -> None:
+    events: list[str] = []
+    result = train(small(), tmp_path, quiet=True, on_event=lambda kind, _: events.append(kind))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {
+        "recipe.toml", "metrics.jsonl", "ticket.safetensors", "bill.json", "environment.json", "tune.json",
+        "history.json", "change.json", "result.json", "model.safetensors",
+    }  # fmt: skip
+    assert events.count("step") == 66
+    assert events.count("row") == 3
+    assert events[0] == "tuned"
+    assert events[-1] == "done"
+    assert events.index("drawn") < events.index("row")
+    found = rows(tmp_path)
+    assert [row["step"] for row in found] == [22, 44, 66]
+    assert [row["epoch"] for row in found] == [1.0, 2.0, 3.0]
+    assert all(one["seconds"] < two["seconds"] for one, two in pairwise(found))
+    assert found[-1]["accuracy"] == result.accuracy
+    assert found[-1]["parameters"] == result.parameters
+    assert result.drawn_at is not None
+    bill = Bill.from_json(json.loads((tmp_path / "bill.json").read_text()))
+    assert set(bill.phases) == {"setup", "search", "draw", "train", "evaluate"}
+    assert bill.total.seconds.value == pytest.approx(result.seconds)
+    assert sum(phase.steps.value for phase in bill.phases.values()) == 66
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert len(history["matrix"]) == len(history["steps"]) == len(history["history"]) > 0
+    assert Recipe.from_toml(tmp_path / "recipe.toml") == small()
+    change = json.loads((tmp_path / "change.json").read_text())
+    assert change["parameters_after"] == result.parameters < change["parameters_before"]
+
+
+def test_the_draw_does_not_disturb_the_schedule(small: Make, tmp_path: Path) -> None:
+    recipe = small(schedule="step", milestones="10it,40it", evaluate_every="1it", epochs=2)
+    train(recipe, tmp_path, quiet=True)
+    rates = {row["step"]: row["lr"] for row in rows(tmp_path)}
+    schedule = Schedule.from_recipe(recipe, 22)
+    assert all(rate == schedule(step - 1) for step, rate in rates.items())
+
+
+def test_a_crash_and_resume_gives_the_same_weights_and_rows(small: Make, tmp_path: Path) -> None:
+    recipe = small(checkpoint_every="7it", ema=0.9)
+    train(recipe, tmp_path / "whole", quiet=True)
+    for step in (3, 20, 47):
+        path = tmp_path / f"crashed-{step}"
+        with pytest.raises(Stop):
+            train(recipe, path, quiet=True, on_event=at(step, crash))
+        result = resume(path, quiet=True)
+        assert same(path, tmp_path / "whole"), step
+        timeless = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in rows(path)]
+        wanted = [
+            {k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in rows(tmp_path / "whole")
+        ]
+        assert timeless == wanted
+        assert result.resumed == (step >= 7)
+
+
+def test_resume_reuses_what_was_tuned(small: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    recipe = small(exact=False, checkpoint_every="5it")
+    with pytest.raises(Stop):
+        train(recipe, tmp_path, quiet=True, on_event=at(12, crash))
+    record = json.loads((tmp_path / "tune.json").read_text())
+    assert len(record["candidates"]) == 4
+    record["choice"].update(precision="bf16", channels_last=True)
+    (tmp_path / "tune.json").write_text(json.dumps(record))
+    monkeypatch.setattr("earlybird.train.run.tune", lambda *_, **__: pytest.fail("tuned again"))
+    resume(tmp_path, quiet=True)
+    assert json.loads((tmp_path / "tune.json").read_text()) == record
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_says_how_to_go_on(name: str, small: Make, tmp_path: Path) -> None:
+    recipe = small()
+    train(recipe, tmp_path / "whole", quiet=True)
+    handler = signal.getsignal(signal.SIGINT)
+    kill = at(31, lambda: os.kill(os.getpid(), getattr(signal, name)))
+    with pytest.raises(Interrupted, match=f"{name} after step 3[12] of 66.*earlybird resume") as error:
+        train(recipe, tmp_path / "run", quiet=True, on_event=kill)
+    assert error.value.exit_code == 3
+    assert signal.getsignal(signal.SIGINT) is handler
+    resume(tmp_path / "run", quiet=True)
+    assert same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_time_that_a_kill_cost_is_on_the_bill(small: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("earlybird.train.folder._BEAT_EVERY_S", 0.0)
+    with pytest.raises(Stop):
+        train(small(checkpoint_every="10it"), tmp_path, quiet=True, on_event=at(19, crash))
+    state = json.loads((tmp_path / "checkpoint-00000010.json").read_text())["state"]["ledger"]["phases"]
+    saved = sum(phase["seconds"] for phase in state.values())
+    beat = float((tmp_path / "run.lock").read_text())
+    assert beat > saved
+    result = resume(tmp_path, quiet=True)
+    lost = result.bill.phases["lost"].seconds.value
+    assert 0 < lost <= beat - saved
+    assert result.seconds > beat
+
+
+def test_a_finished_run_is_not_run_again(small: Make, tmp_path: Path) -> None:
+    first = train(small(epochs=1), tmp_path, quiet=True)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != "run.lock"}
+    again = resume(tmp_path, quiet=True)
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before
+    assert (again.accuracy, again.steps, again.drawn_at) == (first.accuracy, first.steps, first.drawn_at)
+    assert again.bill == first.bill
+    with pytest.raises(InputError, match="a finished run"):
+        train(small(epochs=1), tmp_path, quiet=True)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_ends_the_same(small: Make, tmp_path: Path, capsys: Any) -> None:
+    recipe = small(checkpoint_every="8it")
+    train(recipe, tmp_path / "whole", quiet=True)
+    with pytest.raises(Stop):
+        train(recipe, tmp_path / "run", quiet=True, on_event=at(50, crash))
+    newest = max((tmp_path / "run").glob("checkpoint-*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    capsys.readouterr()
+    resume(tmp_path / "run", quiet=True)
+    assert "damaged" in capsys.readouterr().err
+    assert same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(small: Make, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        train(small(checkpoint_every="5it"), tmp_path, quiet=True, on_event=at(12, crash))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("lr = 0.05", "lr = 0.06"))
+    kept = {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint-*")}
+    with pytest.raises(CheckpointError, match="another recipe"):
+        resume(tmp_path, quiet=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint-*")} == kept
+
+
+def test_resume_where_there_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run in"):
+        resume(tmp_path)
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(small: Make, tmp_path: Path) -> None:
+    # without batch norm and dropout the gradients of two halves add up to that of the whole
+    plain = {"model": "tests.train.nets:without_batch_norm", "dense": True, "crop": 0, "epochs": 1}
+    train(small(**plain, batch_size=64), tmp_path / "one", quiet=True)
+    train(small(**plain, batch_size=32, accumulate=2), tmp_path / "two", quiet=True)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+    assert rows(tmp_path / "one")[0]["loss"] == pytest.approx(rows(tmp_path / "two")[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("state", ["keep", "reset"])
+def test_the_averaged_weights_are_those_of_the_formula(
+    optimizer: str, state: str, small: Make, tmp_path: Path, monkeypatch: Any
+) -> None:
+    seen: list[Run] = []
+    averages: dict[str, torch.Tensor] = {}
+
+    def check(run: Run) -> None:
+        before = {name: value.clone() for name, value in averages.items()}
+        average(run)
+        decay = min(0.9, (1 + run.step) / (10 + run.step))
+        for name, parameter in run.model.named_parameters():
+            if "ema" not in run.optimizer.state[parameter]:
+                continue  # AdamW starts one step after its state was emptied
+            averages[name] = run.optimizer.state[parameter]["ema"].clone()
+            assert averages[name].shape == parameter.shape
+            assert run.search is not None
+            emptied = state == "reset" and run.search.drawn_at == run.step + (optimizer == "sgd")
+            if emptied:
+                assert torch.equal(averages[name], parameter)
+            elif name in before and before[name].shape == parameter.shape:
+                wanted = decay * before[name] + (1 - decay) * parameter.detach()
+                torch.testing.assert_close(averages[name], wanted)
+        seen.append(run)
+
+    average = Run.average
+    monkeypatch.setattr(Run, "average", check)
+    changes = {"optimizer": optimizer, "optimizer_state": state, "nesterov": optimizer == "sgd"}
+    train(small(ema=0.9, epochs=2, **changes), tmp_path, quiet=True)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert len(averages) == len(list(seen[-1].model.parameters()))
+    for name, value in averages.items():
+        assert torch.equal(saved[name], value), name
+
+
+def test_bf16_keeps_fp32_weights_and_is_priced_as_16_bit(small: Make, tmp_path: Path) -> None:
+    recipe = small(exact=False, tune=False, precision="bf16", channels_last=True)
+    result = train(recipe, tmp_path, quiet=True)
+    assert all(tensor.dtype != torch.bfloat16 for tensor in load_file(tmp_path / "model.safetensors").values())
+    search = result.bill.phases["search"]
+    assert search.macs is not None
+    assert search.bit_macs is not None
+    assert search.bit_macs.value == search.macs.value / 4
+    assert result.accuracy > 0.3
+
+
+def test_the_global_generators_are_given_back(small: Make, tmp_path: Path) -> None:
+    before = checkpoint.generators(torch.device("cpu"))
+    threads = torch.get_num_threads()
+    train(small(epochs=1, threads=2), tmp_path, quiet=True)
+    after = checkpoint.generators(torch.device("cpu"))
+    assert all(torch.equal(before[name], after[name]) for name in before if not before[name].isnan().any())
+    assert torch.get_num_threads() == threads
+
+
+def test_nan_stops_with_the_step_and_the_last_good_checkpoint(small: Make, tmp_path: Path) -> None:
+    recipe = small(model="tests.train.nets:explodes", checkpoint_every="4it")
+    with pytest.raises(DivergedError, match=r"nan at step 10 .*checkpoint-00000008\.json.*lower lr") as error:
+        train(recipe, tmp_path, quiet=True)
+    assert error.value.exit_code == 2
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "checkpoint-00000008.json").exists()
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_infinite_weights_are_never_saved(small: Make, tmp_path: Path) -> None:
+    with pytest.raises(DivergedError):
+        train(small(lr=1e30, lr_warmup="0it", schedule="constant", checkpoint_every="1it"), tmp_path, quiet=True)
+    for path in tmp_path.glob("checkpoint-*.safetensors"):
+        parameters = {name: value for name, value in load_file(path).items() if name.startswith("model/parameters/")}
+        assert all(value.isfinite().all() for value in parameters.values())
+
+
+def test_a_full_disk_stops_the_run_and_resume_goes_on(small: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    recipe = small(checkpoint_every="10it")
+    train(recipe, tmp_path / "whole", quiet=True)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        fill = at(25, lambda: patch.setattr(os, "fsync", full))
+        with pytest.raises(EarlybirdError, match="no space left") as error:
+            train(recipe, tmp_path / "run", quiet=True, on_event=fill)
+    assert error.value.exit_code == 2
+    assert max((tmp_path / "run").glob("checkpoint-*.json")).name == "checkpoint-00000020.json"
+    resume(tmp_path / "run", quiet=True)
+    assert same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "tests.train.nets:wrong_classes"}, "10 classes"),
+        ({"model": "tests.train.nets:without_batch_norm"}, "batch norm.*magnitude"),
+        ({"model": "vgg61"}, "unknown model"),
+        ({"model": "tests.train.nets:nothing"}, "nothing"),
+        ({"data": "digit"}, "digits"),
+        ({"batch_size": 5000}, "full batch"),
+        ({"accumulate": 100}, "fewer than accumulate"),
+        ({"devices": 3}, "torchrun --nproc-per-node 3"),
+        ({"lr_warmup": "5ep"}, "lr_warmup"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_leaves_no_result(
+    changes: dict[str, Any], message: str, small: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(EarlybirdError, match=message) as error:
+        train(small(**changes), tmp_path / "run", quiet=True)
+    assert error.value.exit_code == 2
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_asking_for_cuda_where_there_is_none(small: Make, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="sees no CUDA device"):
+        train(small(accelerator="cuda"), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_quiet_shows_nothing_and_a_pipe_one_line_an_epoch(small: Make, tmp_path: Path, capsys: Any) -> None:
+    agrees = {"tolerance": 1.0}  # the ticket is drawn without a warning
+    train(small(epochs=2, **agrees), tmp_path / "quiet", quiet=True)
+    assert capsys.readouterr() == ("", "")
+    train(small(epochs=2, **agrees), tmp_path / "pipe")
+    shown = capsys.readouterr()
+    assert not shown.out
+    lines = shown.err.splitlines()
+    assert [line[:9] for line in lines if line.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
+    assert all("accuracy" in line and "images/s" in line for line in lines if line.startswith("epoch"))
+    assert any(line.startswith("ticket drawn at step") for line in lines)
+
+
+def test_default_folders_are_new_ones(small: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = small(epochs=1, model="small_cnn", width=0.125)
+    first, second = train(recipe, quiet=True), train(recipe, quiet=True)
+    assert str(first.folder) == "runs/small_cnn-digits-keep0.5-seed0"
+    assert str(second.folder) == "runs/small_cnn-digits-keep0.5-seed0-2"
+    assert same(first.folder, second.folder)
+    named = train(recipe.replace(out="here"), quiet=True)
+    assert named.folder == Path("here")
+
+
+def test_unless_told_otherwise_checkpoints_cost_little(small: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    saved: list[str] = []
+    monkeypatch.setattr("earlybird.train.loop.CHECKPOINT_SHARE", 1e9)
+    train(small(), tmp_path / "many", quiet=True, on_event=lambda kind, _: saved.append(kind))
+    assert saved.count("checkpoint") == 3  # each epoch
+    saved.clear()
+    monkeypatch.setattr("earlybird.train.loop.CHECKPOINT_SHARE", 1e-9)
+    train(small(), tmp_path / "few", quiet=True, on_event=lambda kind, _: saved.append(kind))
+    assert saved.count("checkpoint") == 1  # the first one, whose cost is not known yet
+
+
+def test_tensorboard_events_are_written(small: Make, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train(small(epochs=1, tensorboard=True), tmp_path, quiet=True)
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_run_resumes(small: Make, tmp_path: Path) -> None:
+    recipe = small(exact=False, checkpoint_every="7it")
+    with pytest.raises(Stop):
+        train(recipe, tmp_path, quiet=True, on_event=at(40, crash))
+    assert resume(tmp_path, quiet=True).steps == 66

@@ -1,0 +1,127 @@
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from earlybird.train import tune as module
+from earlybird.train.recipe import Recipe
+from earlybird.train.tune import Choice, tune, untuned
+
+CPU = torch.device("cpu")
+
+
+def build() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 10))
+
+
+IMAGES, LABELS = torch.randn(8, 1, 8, 8), torch.arange(8)
+
+
+@pytest.fixture
+def fake_times(monkeypatch: Any) -> Callable[[dict[tuple[str, bool, bool], float]], None]:
+    """Let steps run for real, but claim other times for them."""
+
+    def set_times(times: dict[tuple[str, bool, bool], float]) -> None:
+        def fake(candidate: Any) -> float:
+            candidate._step()
+            choice = candidate.choice
+            return times[choice.precision, choice.channels_last, choice.compile]
+
+        monkeypatch.setattr(module._Candidate, "_time", fake)
+
+    return set_times
+
+
+PLAIN = {
+    ("fp32", False, False): 1.0,
+    ("fp32", True, False): 1.0,
+    ("bf16", False, False): 1.0,
+    ("bf16", True, False): 1.0,
+}
+
+
+def test_the_fastest_is_chosen_and_the_reason_has_its_numbers(fake_times: Any) -> None:
+    fake_times({**PLAIN, ("bf16", True, False): 0.4})
+    choice, record = tune(Recipe.from_values(), build, IMAGES, LABELS, steps=10)
+    assert (choice.precision, choice.channels_last, choice.compile) == ("bf16", True, False)
+    assert "2.50 times faster" in record["reason"]
+    assert len(record["candidates"]) == 4
+    assert Choice(**json.loads(json.dumps(record))["choice"]) == choice
+
+
+def test_a_gain_within_noise_changes_nothing(fake_times: Any) -> None:
+    fake_times({**PLAIN, ("bf16", True, False): 0.98})
+    choice, record = tune(Recipe.from_values(), build, IMAGES, LABELS, steps=10)
+    assert (choice.precision, choice.channels_last) == ("fp32", False)
+    assert "gains only" in record["reason"]
+
+
+def test_slow_candidates_are_dropped_early(fake_times: Any) -> None:
+    fake_times({**PLAIN, ("bf16", False, False): 9.0})
+    _, record = tune(Recipe.from_values({"compile": False}), build, IMAGES, LABELS, steps=10**9)
+    timed = {(row["precision"], row["channels_last"]): row["steps_timed"] for row in record["candidates"]}
+    assert timed["bf16", False] == 1
+    assert timed["fp32", False] > 1
+
+
+def test_keys_that_are_given_are_not_tried_otherwise(fake_times: Any) -> None:
+    fake_times({**PLAIN, ("fp32", True, False): 0.5})
+    choice, record = tune(Recipe.from_values({"precision": "bf16"}), build, IMAGES, LABELS, steps=10)
+    assert choice.precision == "bf16"
+    assert {row["precision"] for row in record["candidates"]} == {"bf16"}
+    given = Recipe.from_values({"precision": "bf16", "channels_last": True, "compile": False})
+    choice, record = tune(given, build, IMAGES, LABELS, steps=10)
+    assert (choice.precision, choice.channels_last, record["candidates"]) == ("bf16", True, [])
+
+
+@pytest.mark.parametrize("changes", [{"exact": True}, {"tune": False}])
+def test_switched_off_means_plain(changes: dict[str, Any]) -> None:
+    choice, record = tune(Recipe.from_values(changes), build, IMAGES, LABELS, steps=10)
+    assert choice == Choice(device="cpu", threads=torch.get_num_threads())
+    assert choice == untuned(Recipe.from_values(changes), CPU)
+    assert not record["candidates"]
+
+
+def test_compile_is_tried_on_long_runs_and_taken_if_repaid(fake_times: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    fake_times({**PLAIN, ("fp32", False, True): 0.5})
+    choice, record = tune(Recipe.from_values(), build, IMAGES, LABELS, steps=100)
+    assert not choice.compile
+    assert "compile not tried" in record["reason"]
+    choice, record = tune(Recipe.from_values(), build, IMAGES, LABELS, steps=10_000)
+    assert choice.compile
+    assert "repays" in record["reason"]
+    fake_times({**PLAIN, ("fp32", False, True): 1.5})
+    assert not tune(Recipe.from_values(), build, IMAGES, LABELS, steps=10_000)[0].compile
+
+
+def test_a_machine_without_compiler_goes_on_eagerly(fake_times: Any, monkeypatch: Any) -> None:
+    def broken(_: nn.Module) -> None:
+        raise RuntimeError("no C++ compiler\nlong story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    fake_times(PLAIN)
+    choice, record = tune(Recipe.from_values(), build, IMAGES, LABELS, steps=10_000)
+    assert not choice.compile
+    assert record["candidates"][-1]["failure"] == "RuntimeError: no C++ compiler"
+    assert record["candidates"][-1]["step_s"] is None
+
+
+def test_real_timing_disturbs_no_generator() -> None:
+    before = torch.get_rng_state()
+    choice, record = tune(Recipe.from_values(), build, IMAGES, LABELS, steps=50)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(row["step_s"] > 0 for row in record["candidates"])
+    assert record["seconds"] > 0
+    assert str(choice.precision) in record["reason"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_untuned_cuda_takes_bf16_and_channels_last() -> None:
+    choice = untuned(Recipe.from_values({"tune": False}), torch.device("cuda"))
+    assert (choice.precision, choice.channels_last) == ("bf16", True)
+    assert untuned(Recipe.from_values({"exact": True}), torch.device("cuda")).precision == "fp32"
