@@ -5,7 +5,8 @@ Contestants, interleaved seed by seed, each in a process of its own, at equal ep
 - ``plain``: PyTorch as tutorials write it (`plain_pytorch.py`); its time is extrapolated from timed steps of the same
   session and labelled so, its accuracy is not measured;
 - ``dense``: earlybird without a ticket, tuned (bf16, channels_last, data in memory): the strong baseline;
-- ``ticket``, ``ticket_macs0.3``, ...: the early ticket at keep 0.5, without and with a bound on its MACs.
+- ``ticket``: the early ticket at keep 0.5, channels ranked over the whole network (the default);
+- ``ticket_layer``: the same with each layer ranked by itself, which cuts the expensive early layers as deeply as all.
 
 Seconds are wall time of the whole run as its bill has it: set-up, tuning, search, draw, training and evaluation.
 
@@ -34,8 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "dense": {"dense": True},
     "ticket": {"keep": 0.5},
-    "ticket_macs0.45": {"keep": 0.5, "macs_share": 0.45},
-    "ticket_macs0.3": {"keep": 0.5, "macs_share": 0.3},
+    "ticket_layer": {"keep": 0.5, "scope": "layer"},
 }
 
 
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--contestants", default="plain,dense,ticket_macs0.3")
+    parser.add_argument("--contestants", default="plain,dense,ticket,ticket_layer")
     parser.add_argument("--plain-steps", type=int, default=30)
     parser.add_argument("--table", action="store_true", help="print the table of all rows and stop")
     options = parser.parse_args()

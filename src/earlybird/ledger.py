@@ -32,8 +32,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from earlybird.calls import Hook, batch_size, first_sample, unwrapped
 from earlybird.cost.bill import Bill, Counted, Estimated, Measured, Modelled, Spending
-from earlybird.cost.count import ModelCost, batch_size, count, first_sample, unwrapped
+from earlybird.cost.count import ModelCost, count
 from earlybird.cost.energy import CITATION, Energy, joules
 from earlybird.cost.meters import PeakMemory, energy_meter
 from earlybird.errors import InputError
@@ -306,10 +307,8 @@ class Ledger:
         self._model = unwrapped(model)
         if example_inputs is not None:
             self._count(self._model, example_inputs)
-        # dynamo would otherwise trace into the hooks and compile anew whenever a counter has changed
-        on_forward = torch.compiler.disable(self._on_forward)
-        on_step = torch.compiler.disable(self._on_step)
-        self._handles.append(model.register_forward_pre_hook(on_forward, with_kwargs=True))
+        on_forward, on_step = Hook(self._on_forward), Hook(self._on_step)
+        self._handles.append(self._model.register_forward_pre_hook(on_forward, with_kwargs=True))
         optimizers = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
         for one in optimizers:
             self._handles.append(one.register_step_post_hook(on_step))

@@ -7,6 +7,7 @@ from earlybird.report import write
 from tests.report.folders import write_run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 
@@ -98,7 +99,8 @@ def test_charts_follow_a_change_of_the_colour_scheme(browser, report):
     light = ink()
     feature = {"name": "prefers-color-scheme", "value": "dark"}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    assert ink() != light
+    # the page is told of the change between two frames, so it may be a moment late
+    WebDriverWait(browser, 20).until(lambda _: ink() != light)
 
 
 # Contrast of each piece of text with the nearest ground behind it (WCAG 2.2), the lowest of all.

@@ -10,7 +10,7 @@ import earlybird as eb
 from earlybird.errors import InputError
 from earlybird.tickets.coupling import find_groups
 from earlybird.tickets.draw import macs_share_of
-from tests.tickets.topologies import TOPOLOGIES, images, make
+from tests.tickets.topologies import TOPOLOGIES, conv, images, make, stem, tail
 
 
 def two_norms(first: list[float], second: list[float]) -> nn.Sequential:
@@ -120,14 +120,22 @@ def test_residual_channels_stay_whole_when_asked():
 def test_macs_share_is_a_bound_on_the_real_cost():
     from earlybird.cost.count import count
 
-    for name in ("plain", "residual", "depthwise", "concatenation"):
-        model, free_model = make(name), make(name)
-        dense = count(model, images()).forward_macs
-        free = eb.draw(model, 0.6, example_inputs=images(), coupled="group")
-        eb.shrink(free_model, free, images())
-        bound = 0.85 * count(free_model, images()).forward_macs / dense
-        bounded = eb.draw(model, 0.6, example_inputs=images(), coupled="group", macs_share=bound)
+    def wide() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(*stem(32), conv(32, 64), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2), conv(64, 96),
+                              nn.BatchNorm2d(96), nn.ReLU(), *tail(96))  # fmt: skip
+        for module in model:
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight)
+        return model
+
+    dense = count(wide(), images()).forward_macs
+    for bound in (0.3, 0.25):
+        model = wide()
+        free = eb.draw(model, 0.6, example_inputs=images())
+        bounded = eb.draw(model, 0.6, example_inputs=images(), macs_share=bound)
         assert bounded != free
+        assert all(kept >= 0.3 * total - 0.5 for kept, total in bounded.widths.values())  # no layer starves
         eb.shrink(model, bounded, images())
         assert count(model, images()).forward_macs <= bound * dense * 1.001
 
@@ -154,3 +162,22 @@ def test_counted_share_equals_the_shrunk_model():
         dense = count(model, images()).forward_macs
         eb.shrink(model, ticket, images())
         assert macs_share_of(chosen, groups) == pytest.approx(count(model, images()).forward_macs / dense, rel=1e-3)
+
+
+def test_each_layer_by_itself():
+    ticket = eb.draw(two_norms([0.1, 0.9, 0.2, 0.3], [8.0, 3.0, 7.0, 9.0]), keep=0.5, scope="layer")
+    assert ticket.masks["1"].tolist() == [False, True, False, True]
+    assert ticket.masks["3"].tolist() == [True, False, False, True]
+
+
+def test_scores_that_do_not_fit_are_refused():
+    model = make("plain")
+    for scores in ({}, {"nowhere": torch.ones(3)}, {"1": torch.ones(3)}):
+        with pytest.raises(InputError, match="scores"):
+            eb.draw(model, 0.5, scores=scores)
+
+
+def test_nothing_free_to_go_is_said():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(InputError, match="none of the ranked channels is free"):
+        eb.draw(model, 0.5, example_inputs=images())

@@ -4,7 +4,7 @@ Reads one JSON job a line: ``{"do": "train" | "resume", "folder", "recipe", "kil
 the exit status of the process that did it (negative: the signal that ended it). ``where`` is
 
 - ``step``: after that many optimizer steps;
-- ``cut``: inside the draw, before that parameter is sliced;
+- ``cut``: inside the draw, before that tensor is sliced, with some of the model cut and some not;
 - ``refit``: inside the draw, after the cut;
 - ``tensors``: after the tensor file of that checkpoint, before its JSON;
 - ``begin``: before the first step.
@@ -23,7 +23,7 @@ import torch
 import torch._dynamo  # likewise
 
 from earlybird.errors import EarlybirdError
-from earlybird.tickets import early_bird, shrink
+from earlybird.tickets import early_bird
 from earlybird.train import checkpoint, run
 from earlybird.train.recipe import Recipe
 
@@ -46,9 +46,20 @@ def _counting(function: Callable[..., Any], count: int) -> Callable[..., Any]:
     return wrapped
 
 
+def _shrink_that_dies(shrink: Callable[..., Any], count: int) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        select = torch.Tensor.index_select
+        real = _counting(select, count)
+        # a trial on tensors without content comes before the real cut
+        torch.Tensor.index_select = lambda tensor, *rest: (select if tensor.is_meta else real)(tensor, *rest)
+        return shrink(*args, **kwargs)
+
+    return wrapped
+
+
 def _arm(where: str, count: int) -> Callable[[str, Any], None]:
     if where == "cut":
-        shrink.slice_parameter = _counting(shrink.slice_parameter, count)
+        early_bird.shrink = _shrink_that_dies(early_bird.shrink, count)
     elif where == "refit":
         early_bird.estimate_batch_norms = _counting(early_bird.estimate_batch_norms, count)
     elif where == "tensors":

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -276,13 +277,14 @@ def test_bf16_keeps_fp32_weights_and_is_priced_as_16_bit(small: Make, tmp_path: 
     assert result.accuracy > 0.3
 
 
-def test_the_global_generators_are_given_back(small: Make, tmp_path: Path) -> None:
+def test_generators_and_threads_are_given_back(small: Make, tmp_path: Path, monkeypatch: Any) -> None:
     before = checkpoint.generators(torch.device("cpu"))
-    threads = torch.get_num_threads()
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     train(small(epochs=1, threads=2), tmp_path, quiet=True)
     after = checkpoint.generators(torch.device("cpu"))
     assert all(torch.equal(before[name], after[name]) for name in before if not before[name].isnan().any())
-    assert torch.get_num_threads() == threads
+    assert (threads[0], threads[-1]) == (2, torch.get_num_threads())
 
 
 def test_nan_stops_with_the_step_and_the_last_good_checkpoint(small: Make, tmp_path: Path) -> None:
@@ -334,14 +336,14 @@ def test_a_full_disk_stops_the_run_and_resume_goes_on(small: Make, tmp_path: Pat
         ({"lr_warmup": "5ep"}, "lr_warmup"),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_leaves_no_result(
+def test_what_does_not_fit_is_one_line_and_leaves_no_folder(
     changes: dict[str, Any], message: str, small: Make, tmp_path: Path
 ) -> None:
     with pytest.raises(EarlybirdError, match=message) as error:
         train(small(**changes), tmp_path / "run", quiet=True)
     assert error.value.exit_code == 2
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -390,6 +392,19 @@ def test_tensorboard_events_are_written(small: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     train(small(epochs=1, tensorboard=True), tmp_path, quiet=True)
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_run_on_a_file_resumes_from_another_folder(small: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    data = load("digits")
+    images, labels = data.train_images[:200, 0].numpy(), data.train_labels[:200].numpy()
+    numpy.savez(tmp_path / "own.npz", images=images, labels=labels)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    recipe = small(data="own.npz", epochs=4, batch_size=32, model="small_cnn", width=0.125, checkpoint_every="3it")
+    with pytest.raises(Stop):
+        train(recipe, "run", quiet=True, on_event=at(9, crash))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert resume("../run", quiet=True).steps > 9
 
 
 @pytest.mark.gpu

@@ -60,11 +60,11 @@ def test_a_gain_within_noise_changes_nothing(fake_times: Any) -> None:
 
 
 def test_slow_candidates_are_dropped_early(fake_times: Any) -> None:
-    fake_times({**PLAIN, ("bf16", False, False): 9.0})
+    fake_times({**PLAIN, ("bf16", False, False): 9.0, ("bf16", True, False): 1.5})
     _, record = tune(Recipe.from_values({"compile": False}), build, IMAGES, LABELS, steps=10**9)
     timed = {(row["precision"], row["channels_last"]): row["steps_timed"] for row in record["candidates"]}
-    assert timed["bf16", False] == 1
-    assert timed["fp32", False] > 1
+    assert (timed["bf16", False], timed["bf16", True]) == (1, 2)
+    assert timed["fp32", False] > 2
 
 
 def test_keys_that_are_given_are_not_tried_otherwise(fake_times: Any) -> None:

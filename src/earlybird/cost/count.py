@@ -17,9 +17,8 @@ Checked against published counts in ``tests/cost/test_count.py`` (VGG-16, ResNet
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -27,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from earlybird.calls import as_call, batch_size, first_sample, left_as_found, plain_execution, unwrapped
 from earlybird.errors import InputError
 
-__all__ = ["LayerCost", "ModelCost", "batch_size", "count", "first_sample", "unwrapped"]
+__all__ = ["LayerCost", "ModelCost", "count"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def count(model: nn.Module, example_inputs: Any) -> ModelCost:
         InputError: The model does not run on one sample of ``example_inputs``.
     """
     model = unwrapped(model)
-    args, kwargs = _as_call(first_sample(example_inputs))
+    args, kwargs = as_call(first_sample(example_inputs))
     owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     counter = _Counter(model, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()})
     saved: dict[int, int] = {}
@@ -144,8 +144,8 @@ def count(model: nn.Module, example_inputs: Any) -> ModelCost:
         return tensor
 
     with ExitStack() as stack:
-        stack.enter_context(_left_as_found(model))
-        stack.enter_context(_plain_execution(model))
+        stack.enter_context(left_as_found(model))
+        stack.enter_context(plain_execution(model))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(note_saved, lambda tensor: tensor))
         stack.enter_context(counter)
         try:
@@ -173,44 +173,6 @@ def count(model: nn.Module, example_inputs: Any) -> ModelCost:
         layers=counter.layers,
         batch=batch_size(example_inputs),
     )
-
-
-def batch_size(inputs: Any) -> int:
-    """Return the first dimension of the first tensor in ``inputs`` (tensor, sequence, mapping); 1 if there is none."""
-    if isinstance(inputs, Tensor):
-        return inputs.shape[0] if inputs.ndim else 1
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
-    for value in values:
-        if isinstance(value, Tensor) and value.ndim:
-            return value.shape[0]
-    return 1
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the user's module inside DDP and torch.compile, whose own machinery must not run for a count."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def first_sample(inputs: Any) -> Any:
-    """Return ``inputs`` (tensor, sequence or mapping) with every tensor of N rows cut to a copy of its first row."""
-    with torch.inference_mode(False):  # a copy that autograd may save, and that does not hold the batch in memory
-        return _sliced(inputs, batch_size(inputs))
-
-
-def _sliced(inputs: Any, batch: int) -> Any:
-    if isinstance(inputs, Tensor):
-        return (inputs.detach()[:1] if inputs.ndim and inputs.shape[0] == batch else inputs.detach()).clone()
-    if isinstance(inputs, Mapping):
-        return {key: _sliced(value, batch) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(_sliced(value, batch) for value in inputs)
-    return inputs
 
 
 # Each formula takes the operation's arguments and its (first) output, and returns MACs and the two operands that are
@@ -334,42 +296,3 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from _tensors(value)
-
-
-def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
-
-
-@contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in eval mode; afterwards restore its modes, buffers and the random generators."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone(), buffer._version) for buffer in model.buffers()]
-    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
-            model.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for buffer, before, version in buffers:
-                if buffer._version != version:
-                    buffer.copy_(before)
-
-
-@contextmanager
-def _plain_execution(model: nn.Module) -> Iterator[None]:
-    """Run eagerly, with autograd, outside autocast, whatever the caller has switched on."""
-    first = next(model.parameters(), None)
-    device = "cpu" if first is None else first.device.type
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device, enabled=False))
-        if "torch._dynamo" in sys.modules:  # imported by whoever compiles; importing it here would take a second
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield

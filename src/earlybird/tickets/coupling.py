@@ -7,22 +7,17 @@ autograd graph to find all that (Fang et al., DepGraph, arXiv 2301.12900); here 
 
 from __future__ import annotations
 
-import contextlib
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from earlybird.calls import as_call, undisturbed, unwrapped
 from earlybird.errors import ShrinkError
-
-Side = Literal["out", "in", "both"]
-ConvNd = nn.modules.conv._ConvNd
-ConvTransposeNd = nn.modules.conv._ConvTransposeNd
-BatchNorm = nn.modules.batchnorm._NormBase  # batch and instance norms
+from earlybird.tickets.layers import Conv, Side, TransposedConv, blocks, layer_of, mixes_channels, width
 
 
 @dataclass(frozen=True)
@@ -34,14 +29,14 @@ class Member:
         side: Which channels of the layer: what it writes, what it reads, or both at once (norms, depthwise).
         local: Channel indices in the layer, shape (n,).
         root: For each of them the channel index in the group, shape (n,).
-        dim: For a bare parameter, the dimension that holds the channels; -1 for modules.
+        dim: For a bare parameter, the dimension that holds the channels; None for modules.
     """
 
     name: str
     side: Side
     local: Tensor
     root: Tensor
-    dim: int = -1
+    dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class Group:
         size: Number of channels in the group.
         members: Every layer that writes, scales or reads them.
         producers: Layers that write them; more than one means a residual sum (or another elementwise join).
-        output: They are outputs of the model, and must stay.
+        output: No layer is seen to read them: they are outputs of the model, or go where the graph cannot follow.
         macs_of: Multiply-accumulates for one sample, forward, of each convolution and linear layer among the members.
         covers: For each layer that reads the group, the share of its inputs that the group makes up.
         blocks: For each member that works in blocks of channels (grouped convolution, group norm), the block of each
@@ -78,43 +73,6 @@ class Group:
         return len(self.producers) > 1
 
 
-def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return ``(args, kwargs)`` for a call of the model: a tensor, a tuple or list, or a dict of keyword arguments."""
-    if isinstance(example_inputs, dict):
-        return (), example_inputs
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the model in eval mode, without anybody's hooks, and leave modes, buffers and generators as they were.
-
-    Forward hooks belong to the user's loop and to the ledger; a call made here is none of theirs.
-    """
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in modules]
-    try:
-        for module in modules:
-            module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
-        model.eval()
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for module, mode, (after, before) in zip(modules, modes, hooks):
-            module.training = mode
-            module._forward_hooks, module._forward_pre_hooks = after, before
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether every channel is convolved on its own."""
-    return (
-        isinstance(module, ConvNd) and module.groups > 1 and module.groups == module.in_channels == module.out_channels
-    )
-
-
 def find_groups(model: nn.Module, example_inputs: Any) -> list[Group]:
     """Trace ``model`` and return its groups of coupled channels, in the order of the producing layers.
 
@@ -125,17 +83,24 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[Group]:
     Raises:
         ShrinkError: The model cannot run on ``example_inputs``, or its graph cannot be followed.
     """
-    args, kwargs = as_arguments(example_inputs)
+    model = unwrapped(model)
+    args, kwargs = as_call(example_inputs)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     macs: dict[str, int] = {}
-    last: list[str] = []
-    with undisturbed(model), torch.enable_grad():
-        handles = []
+    last = ""
+
+    def enter(name: str) -> None:
+        nonlocal last
+        last = name
+
+    with undisturbed(model):
         for name, module in model.named_modules():
             if not list(module.children()):
-                handles.append(module.register_forward_pre_hook(lambda m, i, name=name: last.append(name)))
-            if isinstance(module, (ConvNd, nn.Linear)):
-                handles.append(module.register_forward_hook(lambda m, i, o, name=name: _add_macs(macs, name, m, i, o)))
+                module.register_forward_pre_hook(lambda m, i, name=name: enter(name))
+            if isinstance(module, (Conv, nn.Linear)):
+                module.register_forward_hook(
+                    lambda m, i, k, o, name=name: _add_macs(macs, name, m, (*i, *k.values()), o), with_kwargs=True
+                )
         graph = tp.DependencyGraph()
         try:
             for parameter in frozen:  # without a gradient a layer is invisible to the trace
@@ -144,19 +109,19 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[Group]:
                 model, example_inputs, forward_fn=lambda m, _: m(*args, **kwargs), verbose=False,
                 output_transform=_tensors_with_graph,
             )  # fmt: skip
+            return _read_groups(graph, model, macs)
+        except ShrinkError:
+            raise
         except Exception as error:
-            where = f" at layer '{last[-1]}'" if last else ""
+            where = f" at layer '{last}'" if last else ""
             raise ShrinkError(
                 f"{type(model).__name__} cannot be traced{where}: {type(error).__name__}: {error}",
-                needed="a model that runs on example_inputs",
+                needed="a model that runs on example_inputs, in eval mode and without forward hooks",
                 hint="pass example_inputs as a batch the model accepts; nothing was changed",
             ) from error
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
-            for handle in handles:
-                handle.remove()
-        return _read_groups(graph, model, macs)
 
 
 def _read_groups(graph: Any, model: nn.Module, macs: dict[str, int]) -> list[Group]:
@@ -169,7 +134,7 @@ def _read_groups(graph: Any, model: nn.Module, macs: dict[str, int]) -> list[Gro
         output = False
         macs_of: dict[str, int] = {}
         covers: dict[str, float] = {}
-        blocks: list[Tensor] = []
+        in_blocks: list[Tensor] = []
         size = len(traced[0].idxs)
         name: str
         side: Side
@@ -178,63 +143,53 @@ def _read_groups(graph: Any, model: nn.Module, macs: dict[str, int]) -> list[Gro
             if isinstance(module, tp.ops._OutputOp):
                 output = True
                 continue
-            dim = -1
+            dim = None
             if isinstance(module, nn.Parameter):
                 name, side, dim = parameter_names[id(module)], "both", int(item.dep.target.pruning_dim)
+                extent: int | None = module.shape[dim]
             elif module in names:
-                name, side = names[module], _side(module, graph.is_out_channel_pruning_fn(item.dep.handler))
+                name = names[module]
+                side = _side(module, graph.is_out_channel_pruning_fn(item.dep.handler))
+                extent = width(module, side)
             else:  # the graph's own bookkeeping nodes: concat, split, reshape, elementwise
                 continue
-            if item.root_idxs is None or any(root is None for root in item.root_idxs):
+            local, root = item.idxs, item.root_idxs
+            if root is None or any(r is None for r in root) or (extent is not None and max(local) >= extent):
                 raise ShrinkError(
-                    f"channels of layer '{name}' cannot be followed through the graph; nothing was changed"
+                    f"channels of layer '{name}' cannot be followed through the graph (a reshape that mixes them?)",
+                    hint="nothing was changed; train this model dense, or cut it by hand",
                 )
-            members[name, side] = Member(name, side, torch.tensor(item.idxs), torch.tensor(item.root_idxs), dim)
-            blocks.extend(_blocks_of(module, members[name, side], size))
-            if isinstance(module, (ConvNd, nn.Linear)):
+            member = members[name, side] = Member(name, side, torch.tensor(local), torch.tensor(root), dim)
+            if dim is None and blocks(module) > 1 and extent is not None:
+                block = torch.full((size,), -1)
+                block[member.root] = member.local // (extent // blocks(module))
+                in_blocks.append(block)
+            if isinstance(module, (Conv, nn.Linear)):
                 macs_of[name] = macs.get(name, 0)
                 if side == "out":
                     producers.append(name)
-                elif side == "in":
-                    covers[name] = len(item.idxs) / _inputs(module)
-        output = output or not any(side == "in" for _, side in members)  # nothing in the model reads them
-        groups.append(Group(size, tuple(members.values()), tuple(producers), output, macs_of, covers, tuple(blocks)))
+                elif side == "in" and extent:
+                    covers[name] = len(local) / extent
+        output = output or not any(side == "in" for _, side in members)
+        groups.append(Group(size, tuple(members.values()), tuple(producers), output, macs_of, covers, tuple(in_blocks)))
     return groups
 
 
 def _side(module: nn.Module, writes: bool) -> Side:
-    if isinstance(module, (ConvNd, nn.Linear)) and not is_depthwise(module):
+    layer = layer_of(module)
+    if mixes_channels(module) or layer is None:
         return "out" if writes else "in"
-    if isinstance(module, nn.Embedding):
-        return "out"
     return "both"
 
 
-def _blocks_of(module: nn.Module, member: Member, size: int) -> list[Tensor]:
-    count, width = 1, 0
-    if isinstance(module, ConvNd) and not is_depthwise(module):
-        count, width = module.groups, module.in_channels if member.side == "in" else module.out_channels
-    elif isinstance(module, nn.GroupNorm):
-        count, width = module.num_groups, module.num_channels
-    if count == 1:
-        return []
-    block = torch.full((size,), -1)
-    block[member.root] = member.local // (width // count)
-    return [block]
-
-
-def _inputs(module: nn.Module) -> int:
-    return int(module.in_features if isinstance(module, nn.Linear) else module.in_channels)  # type: ignore[arg-type]
-
-
-def _add_macs(macs: dict[str, int], name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+def _add_macs(macs: dict[str, int], name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
     if isinstance(module, nn.Linear):
         count = output.numel() * module.in_features
     else:
-        assert isinstance(module, ConvNd)
+        assert isinstance(module, Conv)
         taps = module.weight[0, 0].numel()
-        moved = inputs[0] if isinstance(module, ConvTransposeNd) else output
-        others = module.out_channels if isinstance(module, ConvTransposeNd) else module.in_channels
+        moved = inputs[0] if isinstance(module, TransposedConv) else output
+        others = module.out_channels if isinstance(module, TransposedConv) else module.in_channels
         count = moved.numel() * taps * others // module.groups
     macs[name] = macs.get(name, 0) + count // max(output.shape[0], 1)
 
@@ -243,8 +198,5 @@ def _tensors_with_graph(output: Any) -> list[Tensor]:
     """Flatten whatever a model returns into the tensors that autograd knows."""
     if isinstance(output, Tensor):
         return [output] if output.grad_fn is not None else []
-    if isinstance(output, dict):
-        return [tensor for value in output.values() for tensor in _tensors_with_graph(value)]
-    if isinstance(output, (tuple, list)):
-        return [tensor for value in output for tensor in _tensors_with_graph(value)]
-    return []
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return [tensor for value in values for tensor in _tensors_with_graph(value)]

@@ -20,6 +20,7 @@ once at five, and has a deadline.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -29,11 +30,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from earlybird.calls import Call, Hook, batch_size, first_sample, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger
 from earlybird.step import Step
 from earlybird.tickets.coupling import Group, find_groups
-from earlybird.tickets.draw import Coupled, draw_coupled
+from earlybird.tickets.draw import Coupled, Scope, check_share, draw_coupled
 from earlybird.tickets.refit import dense_outputs, estimate_batch_norms, least_squares
 from earlybird.tickets.scores import SCORES, batch_norms, score_channels
 from earlybird.tickets.shrink import Change, shrink
@@ -70,6 +72,7 @@ class EarlyBird:
     )
     sparsity: float = _option(0.0, "L1 subgradient added to batch-norm scales during the search.")
     sparsity_after: bool = _option(False, "Keep the L1 term on after the draw.")
+    scope: Scope = _option("network", "Rank the whole 'network' together, or each 'layer' by itself.")
     coupled: Coupled = _option(
         "group", "Channels of residual sums: 'whole' never cuts them, 'group' cuts them together."
     )
@@ -89,11 +92,15 @@ class EarlyBird:
     }  # fmt: skip
 
     def __post_init__(self) -> None:
-        ratios = self.keep if isinstance(self.keep, tuple) else (self.keep,)
-        if not ratios or not all(isinstance(k, (int, float)) and 0 < k <= 1 for k in ratios):
-            raise InputError(f"keep is {self.keep!r}", needed="a share greater than 0 and at most 1")
+        several = isinstance(self.keep, (tuple, list))
+        ratios = tuple(check_share("keep", k) for k in (self.keep if several else (self.keep,)))  # type: ignore[union-attr]
+        if not ratios:
+            raise InputError("keep names no ratio", needed="a share greater than 0 and at most 1")
         if len(set(ratios)) != len(ratios):
             raise InputError(f"keep names a ratio twice: {self.keep!r}")
+        object.__setattr__(self, "keep", ratios if several else ratios[0])
+        if str(self.deadline) == "none":
+            object.__setattr__(self, "deadline", None)
         for name in ("look_every", "skip", "deadline"):
             value = getattr(self, name)
             if value is not None:
@@ -101,21 +108,27 @@ class EarlyBird:
         if self.look_every == Step():
             raise InputError("look_every is zero", needed="a positive step such as '0.25ep' or '50it'")
         for name, allowed in (
-            ("score", SCORES), ("coupled", ("whole", "group")), ("weights", ("continue", "reinitialise")),
-            ("optimizer_state", ("keep", "reset")), ("refit", ("none", "batch_norm", "least_squares")),
+            ("score", SCORES), ("scope", ("network", "layer")), ("coupled", ("whole", "group")),
+            ("weights", ("continue", "reinitialise")), ("optimizer_state", ("keep", "reset")),
+            ("refit", ("none", "batch_norm", "least_squares")),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
-        for name, low, high in (
-            ("score_memory", 0.0, 1.0), ("tolerance", 0.0, 1.0), ("sparsity", 0.0, math.inf), ("window", 2, math.inf),
-        ):  # fmt: skip
+        for name, low, high in (("score_memory", 0.0, 1.0), ("tolerance", 0.0, 1.0), ("sparsity", 0.0, math.inf)):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise InputError(f"{name} is {value!r}", needed=f"a number between {low} and {high}")
-        if self.macs_share is not None and not 0 < self.macs_share <= 1:
-            raise InputError(f"macs_share is {self.macs_share!r}", needed="a share greater than 0 and at most 1")
-        if self.round_to is not None and self.round_to < 1:
-            raise InputError(f"round_to is {self.round_to!r}", needed="a whole number of at least 1")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not low <= value <= high or (value == high and name != "tolerance"):
+                raise InputError(f"{name} is {value!r}", needed=f"a number from {low:g} to {high:g}")
+        for name, least, optional in (("window", 2, False), ("round_to", 1, True)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (whole and value >= least) and not (optional and value is None):
+                raise InputError(f"{name} is {value!r}", needed=f"a whole number of at least {least}")
+        for name in ("sparsity_after", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} is {getattr(self, name)!r}", needed="true or false")
+        if self.macs_share is not None:
+            object.__setattr__(self, "macs_share", check_share("macs_share", self.macs_share))
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> EarlyBird:
@@ -132,7 +145,7 @@ class EarlyBird:
     def attach(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
         *,
         example_inputs: Any = None,
         steps_per_epoch: int | None = None,
@@ -143,8 +156,9 @@ class EarlyBird:
         """Start the search; from here on an ordinary training loop does the rest.
 
         Args:
-            model: The module that is trained (not its DDP wrapper).
-            optimizer: The optimizer over its parameters; the draw happens inside its ``step()``.
+            model: The module that is trained; wrappers of DDP and torch.compile are seen through.
+            optimizer: The optimizer over its parameters; the draw happens inside its ``step()``. Of several, all are
+                sliced, and the first one keeps the clock.
             example_inputs: A tensor, tuple or dict the model runs on; a batch of one is enough. Default: the first
                 training batch.
             steps_per_epoch: Optimizer steps in an epoch; needed when a step is given in epochs.
@@ -157,7 +171,8 @@ class EarlyBird:
             The running search.
 
         Raises:
-            InputError: The model has nothing to rank, or the optimizer does not hold its parameters.
+            InputError: The model has nothing to rank or is searched already, or no optimizer holds its parameters.
+            ShrinkError: The graph of the model cannot be followed (with ``example_inputs``; else at the first look).
         """
         return Search(self, model, optimizer, example_inputs, steps_per_epoch, calibration, ledger, seed)
 
@@ -180,7 +195,7 @@ class Search:
         self,
         settings: EarlyBird,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
         example_inputs: Any,
         steps_per_epoch: int | None,
         calibration: Callable[[], Iterable[Any]] | None,
@@ -193,9 +208,10 @@ class Search:
         self.change: Change | None = None
         self.drawn_at: int | None = None
         self.history: list[dict[str, Any]] = []
-        self._model, self._optimizer = model, optimizer
+        self._model = model = unwrapped(model)
+        self._optimizers = _as_optimizers(optimizer)
         self._example_inputs, self._calibration, self._seed = example_inputs, calibration, seed
-        self._steps_per_epoch = steps_per_epoch
+        self._steps_per_epoch = _check_steps_per_epoch(steps_per_epoch)
         self._look_every = max(settings.look_every.in_iterations(steps_per_epoch), 1)
         self._skip = settings.skip.in_iterations(steps_per_epoch)
         self._deadline = None if settings.deadline is None else max(settings.deadline.in_iterations(steps_per_epoch), 1)
@@ -203,26 +219,34 @@ class Search:
         self._masks: dict[float, list[Tensor]] = {ratio: [] for ratio in settings.ratios}
         self._looked_at: list[int] = []
         self._groups: list[Group] | None = None
-        self._last_inputs: Any = None
+        self._last_call: Call | None = None
+        self._autocast: tuple[str, torch.dtype] | None = None
+        _check_partners(model, self._optimizers, settings)
+        norms = batch_norms(model) if settings.score != "magnitude" or settings.sparsity else {}
+        trained = {name: norm for name, norm in norms.items() if norm.weight.requires_grad}
+        if settings.score == "taylor" and not trained:
+            raise InputError("all batch norms are frozen", hint="use score='bn_scale', which needs no gradient")
+        self._norms = list(trained.values())
+        self._names = list(trained)
+        self._taylor = (
+            [torch.zeros_like(norm.weight, dtype=torch.float32, requires_grad=False) for norm in self._norms]
+            if settings.score == "taylor" else []
+        )  # fmt: skip
         # The names and sizes of the dense layers: what a saved mask vector is read with.
-        self._sizes = {name: value.numel() for name, value in self._scores_now(dry=True).items()}
-        self._norms = list(batch_norms(model).values()) if settings.score != "magnitude" or settings.sparsity else []
-        self._taylor = [torch.zeros_like(norm.weight) for norm in self._norms] if settings.score == "taylor" else []
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(parameter) in held for parameter in model.parameters()):
-            raise InputError("the optimizer holds no parameter of the model", hint="pass the optimizer that trains it")
+        self._sizes = {name: value.numel() for name, value in self._scores_now().items()}
+        if example_inputs is not None:  # what cannot work is said now, not after an epoch
+            self._groups = find_groups(model, first_sample(example_inputs))
         self._own_ledger = ledger is None
         self._ledger = Ledger(device=next(model.parameters()).device) if ledger is None else ledger
         if self._own_ledger:
-            self._ledger.watch(model, optimizer, example_inputs)
+            self._ledger.watch(model, self._optimizers, example_inputs)
         self._ledger.enter("search")
+        clock = self._optimizers[0]
         self._handles: list[Any] = [
-            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
-            optimizer.register_step_post_hook(lambda *_: self._after_step()),
-            model.register_forward_pre_hook(torch.compiler.disable(self._remember_inputs), with_kwargs=True),
+            clock.register_step_pre_hook(Hook(self._before_step, self)),
+            clock.register_step_post_hook(Hook(self._after_step, self)),
+            model.register_forward_pre_hook(Hook(self._remember_call, self), with_kwargs=True),
         ]
-        if self._skip == 0 and settings.score != "taylor":  # the published first look is at the untrained network
-            self._look()
 
     @property
     def drawn(self) -> bool:
@@ -251,20 +275,26 @@ class Search:
         return list(self._looked_at), torch.cdist(stacked, stacked, p=1) / stacked.shape[1]
 
     def detach(self) -> None:
-        """Take all hooks off model and optimizer."""
+        """Take all hooks off model and optimizer and stop the own ledger's clock; the run goes on as it is."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         if self._own_ledger:
-            self._ledger.unwatch()
+            self._ledger.stop()
+
+    def __repr__(self) -> str:
+        state = f"drawn at step {self.drawn_at}: {self.ticket}" if self.drawn else f"searching, step {self._steps}"
+        return f"Search({state}, {len(self.history)} looks)"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a nested dict of tensors, numbers, strings and lists."""
         return {
             "steps": self._steps,
             "drawn_at": self.drawn_at,
-            "history": self.history,
-            "looked_at": self._looked_at,
+            "score": self.settings.score,
+            "layers": list(self._sizes),
+            "history": [dict(entry) for entry in self.history],
+            "looked_at": list(self._looked_at),
             "masks": {str(ratio): torch.stack(masks) for ratio, masks in self._masks.items() if masks},
             "taylor": {} if self.drawn else {str(i): value.clone() for i, value in enumerate(self._taylor)},
             "tickets": {
@@ -286,6 +316,12 @@ class Search:
             raise InputError(
                 f"the saved search watched keep={list(state['masks'])}", needed=f"keep={self.settings.keep}"
             )
+        if state["score"] != self.settings.score:
+            raise InputError(f"the saved search has score '{state['score']}'", needed=f"'{self.settings.score}'")
+        sizes = {masks.shape[1] for masks in state["masks"].values()} | {sum(self._sizes.values())}
+        fits = all(value.shape == self._taylor[int(key)].shape for key, value in state["taylor"].items())
+        if list(state["layers"]) != list(self._sizes) or len(sizes) > 1 or not fits:
+            raise InputError("the saved search belongs to another model", needed="the model it was drawn from")
         self._steps = int(state["steps"])
         self.history = [dict(entry) for entry in state["history"]]
         self._looked_at = [int(step) for step in state["looked_at"]]
@@ -296,67 +332,72 @@ class Search:
             self._taylor[int(key)].copy_(value)
         self.tickets = {}
         for key, saved in state["tickets"].items():
-            if saved["mask"].numel() != sum(self._sizes.values()):
-                raise InputError("the saved ticket belongs to another model", needed="the model it was drawn from")
             parts = saved["mask"].bool().split(list(self._sizes.values()))
             self.tickets[float(key)] = Ticket(dict(zip(self._sizes, parts)), provenance=saved["provenance"])
         primary = self.tickets.get(self.settings.ratios[0])
         if primary is not None and not self.drawn:
             self.drawn_at = int(state["drawn_at"])
-            self.change = shrink(self._model, primary, self._inputs(), optimizer=self._optimizer)
+            self.change = shrink(self._model, primary, first_sample(self._inputs()), optimizer=self._optimizers)
             self._finish(primary)
 
-    def _scores_now(self, *, dry: bool = False) -> dict[str, Tensor]:
-        """Return the current scores; ``dry`` only asks for names and sizes, before there is any gradient."""
+    def _scores_now(self) -> dict[str, Tensor]:
+        """Return the current scores; those of Taylor are zeros before the first step."""
         if self.settings.score != "taylor":
             return score_channels(self._model, self.settings.score)
-        names = batch_norms(self._model)
-        if dry:
-            return {name: norm.weight.detach() for name, norm in names.items()}
         # Layers differ in the size of their gradients by orders of magnitude: each is taken over its own norm.
         tiny = torch.finfo(torch.float32).tiny
-        return {name: s.float() / s.float().norm().clamp_min(tiny) for name, s in zip(names, self._taylor)}
+        return {name: score / score.norm().clamp_min(tiny) for name, score in zip(self._names, self._taylor)}
 
-    def _remember_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training and not self.drawn:
-            self._last_inputs = dict(kwargs) if kwargs and not args else tuple(args)
+    def _remember_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not module.training or self.drawn:
+            return
+        self._last_call = Call(args, kwargs)
+        device = next(self._model.parameters()).device.type
+        enabled = torch.is_autocast_enabled(device)
+        self._autocast = (device, torch.get_autocast_dtype(device)) if enabled else None
 
     def _inputs(self) -> Any:
-        found = self._last_inputs if self._example_inputs is None else self._example_inputs
+        found = self._last_call if self._example_inputs is None else self._example_inputs
         if found is None:
             raise InputError("no inputs to follow the model's graph with", hint="pass example_inputs=x to attach")
         return found
 
-    def _before_step(self) -> None:
-        after = self.drawn
-        if after and not self.settings.sparsity_after:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._looked_at and not self._steps and self._skip == 0 and self.settings.score != "taylor":
+            self._look()  # the published first look is at the untrained network
+        if _has_closure(args, kwargs):  # the gradients come inside the step
+            if self.settings.sparsity and self._steps == 0:
+                warnings.warn("step(closure) computes gradients anew, so 'sparsity' has no effect", stacklevel=3)
             return
-        norms = [norm for norm in self._norms if norm.weight.grad is not None]
-        if not norms:
-            return
-        with torch.no_grad():
-            gammas = [norm.weight.detach() for norm in norms]
-            gradients: list[Tensor] = [norm.weight.grad for norm in norms]  # type: ignore[misc]
-            if self._taylor and not after:
-                change = torch._foreach_mul(gammas, gradients)
-                shifts = [
-                    norm.bias.detach() * norm.bias.grad if norm.bias is not None and norm.bias.grad is not None
-                    else torch.zeros_like(norm.weight) for norm in norms
-                ]  # fmt: skip
-                torch._foreach_add_(change, shifts)
-                torch._foreach_abs_(change)
-                running = (
-                    [self._taylor[self._norms.index(norm)] for norm in norms]
-                    if len(norms) < len(self._norms)
-                    else self._taylor
-                )
-                torch._foreach_lerp_(
-                    running, [c.to(r.dtype) for c, r in zip(change, running)], 1 - self.settings.score_memory
-                )
-            if self.settings.sparsity:
-                torch._foreach_add_(gradients, torch._foreach_sign(gammas), alpha=self.settings.sparsity)
+        self._score(optimizer)
+        if self.settings.sparsity and (not self.drawn or self.settings.sparsity_after):
+            norms = [norm for norm in self._norms if norm.weight.grad is not None]
+            if norms:
+                signs = torch._foreach_sign([norm.weight.detach() for norm in norms])
+                gradients: list[Tensor] = [norm.weight.grad for norm in norms]  # type: ignore[misc]
+                torch._foreach_add_(gradients, signs, alpha=self.settings.sparsity)
 
-    def _after_step(self) -> None:
+    @torch.no_grad()
+    def _score(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move the running mean of Taylor scores by the gradients at hand; what is not finite moves nothing."""
+        if not self._taylor or self.drawn:
+            return
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer under GradScaler unscales in its own kernel
+        for norm, mean in zip(self._norms, self._taylor):
+            if norm.weight.grad is None:
+                continue
+            change = norm.weight * norm.weight.grad
+            if norm.bias is not None and norm.bias.grad is not None:
+                change += norm.bias * norm.bias.grad
+            change = change.float().abs_()
+            if scale is not None:
+                change /= scale.to(change.device)
+            weight = 1 - self.settings.score_memory
+            mean.lerp_(torch.where(torch.isfinite(change).all(), change, mean), weight)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _has_closure(args, kwargs):
+            self._score(optimizer)
         self._steps += 1
         if self.drawn:
             return
@@ -368,10 +409,21 @@ class Search:
     def _look(self) -> None:
         """Draw one mask a ratio and compare it with the last ones; draw the ticket when they agree."""
         scores = _mean_over_ranks(self._scores_now())
+        everything = torch.cat([score.float() for score in scores.values()])
+        if not torch.isfinite(everything).all():
+            raise InputError(
+                "the scores of the channels are not finite", hint="the training has diverged: lower the rate"
+            )
+        if self._steps and self.settings.score == "taylor" and not everything.any():
+            raise InputError(
+                "no batch norm has had a gradient when the optimizer stepped",
+                hint="step after backward and before zero_grad, or use score='bn_scale'",
+            )
+        if self._groups is None:
+            self._groups = find_groups(self._model, first_sample(self._inputs()))
+        drawn = {ratio: torch.cat(list(self._draw_masks(scores, ratio).values())) for ratio in self.settings.ratios}
         self._looked_at.append(self._steps)
-        for ratio in self.settings.ratios:
-            masks = self._draw_masks(scores, ratio)
-            flat = torch.cat(list(masks.values()))
+        for ratio, flat in drawn.items():
             queue = self._masks[ratio][-(self.settings.window - 1) :]
             distances = [float((flat ^ other).float().mean()) for other in queue]
             self._masks[ratio].append(flat)
@@ -392,11 +444,10 @@ class Search:
             self._draw(primary)
 
     def _draw_masks(self, scores: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
-        if self._groups is None:
-            self._groups = find_groups(self._model, _first_sample(self._inputs()))
+        assert self._groups is not None
         s = self.settings
         return draw_coupled(
-            scores, self._groups, ratio, coupled=s.coupled, macs_share=s.macs_share, strict=s.strict,
+            scores, self._groups, ratio, coupled=s.coupled, scope=s.scope, macs_share=s.macs_share, strict=s.strict,
             round_to=self._round_to(),
         )  # fmt: skip
 
@@ -450,41 +501,96 @@ class Search:
         """Shrink model and optimizer to the ticket, and mend what the settings ask for."""
         settings = self.settings
         with self._ledger.during("draw"):
-            batches = (
-                []
-                if settings.refit == "none"
-                else list(self._calibration() if self._calibration else [self._last_inputs])
-            )
+            batches: list[Any] = []
+            if settings.refit != "none":
+                batches = [self._last_call] if self._calibration is None else list(self._calibration())
             batches = [batch for batch in batches if batch is not None]
-            solve = settings.refit == "least_squares" and settings.weights == "continue" and batches
+            solve = settings.refit == "least_squares" and settings.weights == "continue" and bool(batches)
             joined = _join(batches) if solve else None
-            targets = dense_outputs(self._model, joined) if solve else {}
+            targets: dict[str, Tensor] = {}
             if solve:
-                self._ledger.passes(_samples(joined), batches=1)
-            self.change = shrink(
-                self._model, ticket, _first_sample(self._inputs()), optimizer=self._optimizer, groups=self._groups
-            )
+                with self._as_in_training():
+                    targets = dense_outputs(self._model, joined)
+                self._ledger.passes(batch_size(joined), batches=1)
+            inputs = first_sample(self._inputs())
+            self.change = shrink(self._model, ticket, inputs, optimizer=self._optimizers, groups=self._groups)
+            # From here on the model is the small one, whatever else may fail.
+            self.drawn_at = self._steps
+            self._finish(ticket)
             if settings.weights == "reinitialise":
                 _reinitialise(self._model, self._seed)
-            self._ledger.recount(self._model, self._inputs())
-            changed = bool(self.change.layers or self.change.silenced)  # an identity ticket leaves nothing to mend
-            if solve and changed:
-                least_squares(self._model, joined, targets, self.change.kept)
-                self._ledger.passes(_samples(joined), batches=1)
-            if settings.refit != "none" and changed:
-                estimate_batch_norms(self._model, batches)
-                self._ledger.passes(sum(map(_samples, batches)), batches=len(batches))
             if settings.optimizer_state == "reset" or settings.weights == "reinitialise":
-                self._optimizer.state.clear()
-        self.drawn_at = self._steps
-        self._finish(ticket)
+                for optimizer in self._optimizers:
+                    optimizer.state.clear()
+            self._ledger.recount(self._model, inputs)
+            if self.change.layers or self.change.silenced:  # an identity ticket leaves nothing to mend
+                self._refit(joined if solve else None, targets, batches)
         self._ledger.enter("train")
+
+    def _refit(self, joined: Any, targets: Mapping[str, Tensor], batches: list[Any]) -> None:
+        assert self.change is not None
+        try:
+            with self._as_in_training():
+                if targets:
+                    least_squares(self._model, joined, targets, self.change.kept)
+                    self._ledger.passes(batch_size(joined), batches=1)
+                if batches:
+                    estimate_batch_norms(self._model, batches)
+                    self._ledger.passes(sum(map(batch_size, batches)), batches=len(batches))
+        except (RuntimeError, ValueError) as error:  # the cut stands, and training mends what the refit would have
+            warnings.warn(f"the refit after the cut failed, training goes on without: {error}", stacklevel=2)
+
+    def _as_in_training(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._autocast[0], self._autocast[1])
 
     def _finish(self, ticket: Ticket) -> None:
         self.ticket = ticket
-        self._taylor, self._last_inputs, self._groups = [], None, None
+        self._taylor, self._last_call, self._groups = [], None, None
         if not self.settings.sparsity_after:
             self._norms = []
+
+
+def _as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    found = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    if not found or not all(isinstance(one, torch.optim.Optimizer) for one in found):
+        raise InputError("optimizer is no torch optimizer", needed="a torch.optim.Optimizer, or several")
+    return found
+
+
+def _check_steps_per_epoch(value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InputError(f"steps_per_epoch is {value!r}", needed="a whole number of at least 1, such as len(loader)")
+    return value
+
+
+def _check_partners(model: nn.Module, optimizers: list[torch.optim.Optimizer], settings: EarlyBird) -> None:
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
+    if trainable and len(missing) == len(trainable):
+        raise InputError("the optimizer holds no parameter of the model", hint="pass the optimizer that trains it")
+    if missing:
+        warnings.warn(
+            f"no given optimizer holds {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: if another one "
+            "does, pass it too, or its state will not follow the cut",
+            stacklevel=4,
+        )
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, Hook) and isinstance(hook.owner, Search) and not hook.owner.drawn:
+            raise InputError("a search is attached to this model already", hint="call its detach() first")
+    if settings.weights == "reinitialise":
+        for name, module in model.named_modules():
+            if list(module.parameters(recurse=False)) and not callable(getattr(module, "reset_parameters", None)):
+                raise InputError(
+                    f"layer '{name}' ({type(module).__name__}) has no reset_parameters()",
+                    needed="one for weights='reinitialise'", hint="add it, or use weights='continue'",
+                )  # fmt: skip
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    return kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:])
 
 
 def _mean_over_ranks(scores: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -497,27 +603,9 @@ def _mean_over_ranks(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(scores, flat.split([score.numel() for score in scores.values()])))
 
 
-def _first_sample(inputs: Any) -> Any:
-    """Cut inputs down to a batch of one, which is all that following the graph needs."""
-    if isinstance(inputs, Tensor):
-        return inputs[:1].detach()
-    if isinstance(inputs, dict):
-        return {key: _first_sample(value) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_first_sample(value) for value in inputs)
-    return inputs
-
-
-def _samples(inputs: Any) -> int:
-    if isinstance(inputs, Tensor):
-        return inputs.shape[0]
-    values = inputs.values() if isinstance(inputs, dict) else inputs
-    return next((_samples(value) for value in values if isinstance(value, (Tensor, dict, tuple, list))), 0)
-
-
 def _join(batches: list[Any]) -> Any:
     """Lay batches of plain tensors together; of anything else, take the first."""
-    tensors = [b[0] if isinstance(b, tuple) and len(b) == 1 else b for b in batches]
+    tensors = [b.args[0] if isinstance(b, Call) and len(b.args) == 1 and not b.kwargs else b for b in batches]
     if all(isinstance(tensor, Tensor) for tensor in tensors):
         return torch.cat(tensors)[:512]
     return batches[0]
@@ -525,14 +613,9 @@ def _join(batches: list[Any]) -> Any:
 
 def _reinitialise(model: nn.Module, seed: int) -> None:
     """Draw all weights anew with each module's own ``reset_parameters``; the global generators stay untouched."""
-    with torch.random.fork_rng(devices=[]):
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
         torch.manual_seed(seed)
-        for name, module in model.named_modules():
-            own = list(module.parameters(recurse=False))
-            if own and not callable(getattr(module, "reset_parameters", None)):
-                raise InputError(
-                    f"layer '{name}' ({type(module).__name__}) has no reset_parameters()",
-                    needed="one for weights='reinitialise'", hint="add it, or use weights='continue'",
-                )  # fmt: skip
-            if own:
-                module.reset_parameters()
+        for module in model.modules():
+            if list(module.parameters(recurse=False)):
+                module.reset_parameters()  # type: ignore[operator]

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from earlybird.tickets.coupling import as_arguments
+from earlybird.calls import as_call
+from earlybird.tickets.layers import BatchNorm
 
-_BatchNorm = nn.modules.batchnorm._BatchNorm
 # Rows of A per unknown of a layer: enough that the solution is not noise, few enough that it takes seconds.
 _ROWS_PER_UNKNOWN = 16
 _RIDGE = 1e-3
@@ -34,26 +34,22 @@ def estimate_batch_norms(model: nn.Module, batches: Sequence[Any]) -> None:
         model: Left in the mode it is in; everything but the running statistics stays.
         batches: Inputs as the model takes them in training.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     if not norms or not batches:
         return
-    modes = [(module, module.training) for module in model.modules()]
     saved = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
     try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-        with torch.no_grad(), _silent_forward(model) as forward:
+        with _evaluating(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
             for batch in batches:
-                forward(batch)
+                _forward(model, batch)
     finally:
         for norm, (momentum, tracked) in zip(norms, saved):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(tracked)  # type: ignore[union-attr]
-        for module, mode in modes:
-            module.training = mode
 
 
 def dense_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
@@ -71,8 +67,17 @@ def dense_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     def keep(name: str, module: nn.Module, output: Tensor) -> None:
         found[name] = output[: _images_needed(module, output)].detach().clone()
 
-    with _hooks(model, lambda name, module, inputs, output: keep(name, module, output)), torch.no_grad():
-        _evaluate(model, inputs)
+    handles = [
+        module.register_forward_hook(lambda m, i, o, name=name: keep(name, m, o))
+        for name, module in model.named_modules()
+        if _solvable(module)
+    ]
+    try:
+        with _evaluating(model):
+            _forward(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
     return found
 
 
@@ -86,23 +91,26 @@ def least_squares(model: nn.Module, inputs: Any, targets: Mapping[str, Tensor], 
         kept: Layer name to the output channels of the dense layer that stayed, shape (n,); layers without kept all.
     """
 
-    def solve(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def solve(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name not in targets:
             return
+        value = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         target = targets[name]
         if name in kept:
             dim = target.dim() - 1 if isinstance(module, nn.Linear) else 1
             target = target.index_select(dim, kept[name].to(target.device))
-        _solve(module, args[0][: target.shape[0]].detach(), target)
+        _solve(module, value[: target.shape[0]].detach(), target)
 
     handles = [
-        module.register_forward_pre_hook(lambda m, args, name=name: solve(name, m, args))
+        module.register_forward_pre_hook(
+            lambda m, args, kwargs, name=name: solve(name, m, args, kwargs), with_kwargs=True
+        )
         for name, module in model.named_modules()
         if _solvable(module)
     ]
     try:
-        with torch.no_grad():
-            _evaluate(model, inputs)
+        with _evaluating(model):
+            _forward(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -154,37 +162,20 @@ def _images_needed(module: nn.Module, output: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def _hooks(model: nn.Module, call: Any) -> Iterator[None]:
-    handles = [
-        module.register_forward_hook(lambda m, i, o, name=name: call(name, m, i, o))
-        for name, module in model.named_modules()
-        if _solvable(module)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _evaluate(model: nn.Module, inputs: Any) -> None:
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while, with the random generators as they were; buffers may change."""
     modes = [(module, module.training) for module in model.modules()]
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
     try:
         model.eval()
-        with _silent_forward(model) as forward:
-            forward(inputs)
+        with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
 
 
-@contextlib.contextmanager
-def _silent_forward(model: nn.Module) -> Iterator[Any]:
-    """Run the model below its own hooks, which belong to the user's loop and to the ledger."""
-
-    def forward(inputs: Any) -> Any:
-        args, kwargs = as_arguments(inputs)
-        return model.forward(*args, **kwargs)
-
-    with torch.random.fork_rng(devices=[]):
-        yield forward
+def _forward(model: nn.Module, inputs: Any) -> Any:
+    """Call the model below its own hooks, which belong to the user's loop and to the ledger."""
+    args, kwargs = as_call(inputs)
+    return model.forward(*args, **kwargs)

@@ -16,17 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.errors import InputError
+from earlybird.tickets.layers import BatchNorm, TransposedConv, mixes_channels
 
 SCORES = ("bn_scale", "taylor", "magnitude")
 
-_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+def _has_scale(module: nn.Module) -> TypeGuard[BatchNorm]:
+    return isinstance(module, BatchNorm) and isinstance(module.weight, nn.Parameter)
 
 
-def _has_scale(module: nn.Module) -> TypeGuard[_BatchNorm]:
-    return isinstance(module, _BatchNorm) and isinstance(module.weight, nn.Parameter)
-
-
-def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
     """Return every batch norm with a learned scale, by name, in order of definition.
 
     Raises:
@@ -50,11 +49,15 @@ def bn_scale(model: nn.Module) -> dict[str, Tensor]:
 def taylor(model: nn.Module) -> dict[str, Tensor]:
     """Return ``|gamma * dgamma + beta * dbeta|`` of every batch norm from the gradients at hand: name to scores.
 
+    Frozen batch norms are left out, and so stay whole.
+
     Raises:
         InputError: A batch norm has no gradient: call it between ``backward`` and ``zero_grad``.
     """
     scores: dict[str, Tensor] = {}
     for name, norm in batch_norms(model).items():
+        if not norm.weight.requires_grad:  # frozen: its gradient says nothing about its worth
+            continue
         if norm.weight.grad is None:
             raise InputError(
                 f"batch norm '{name}' has no gradient", needed="gradients for score='taylor'",
@@ -73,18 +76,13 @@ def magnitude(model: nn.Module) -> dict[str, Tensor]:
     Convolutions and linear layers count, in order of definition; the last one is taken for the classifier and left
     out, since its outputs are not free to go. Depthwise convolutions follow the layer that feeds them.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        or (isinstance(module, nn.modules.conv._ConvNd) and (module.groups == 1 or module.groups < module.in_channels))
-    }
+    layers = {name: module for name, module in model.named_modules() if mixes_channels(module)}
     if len(layers) < 2:
         raise InputError(f"{type(model).__name__} has no hidden convolution or linear layer to rank")
     scores: dict[str, Tensor] = {}
     for name, module in list(layers.items())[:-1]:
         weight: Tensor = module.weight.detach()
-        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        if isinstance(module, TransposedConv):
             if module.groups > 1:
                 raise InputError(f"layer '{name}' is a grouped transposed convolution, which 'magnitude' cannot rank")
             weight = weight.transpose(0, 1)

@@ -58,7 +58,12 @@ class Ticket:
         self._masks = MappingProxyType(copied)
         self._kinds = MappingProxyType({name: (kinds or {}).get(name, "channel") for name in copied})
         # a round trip through JSON, so that what is read back equals what was put in
-        self._provenance = MappingProxyType(json.loads(json.dumps(dict(provenance or {}))))
+        try:
+            self._provenance = MappingProxyType(json.loads(json.dumps(dict(provenance or {}))))
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"provenance cannot be written as JSON ({error})", needed="numbers, text, lists"
+            ) from error
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
@@ -123,8 +128,11 @@ class Ticket:
             raise InputError(
                 f"{path} is not a ticket (format {metadata.get('format')!r})", needed=f"a file of format {FORMAT}"
             )
-        masks = {name: tensors[name].to(torch.bool) for name in json.loads(metadata["order"])}
-        return cls(masks, json.loads(metadata["kinds"]), json.loads(metadata["provenance"]))
+        try:
+            masks = {name: tensors[name].to(torch.bool) for name in json.loads(metadata["order"])}
+            return cls(masks, json.loads(metadata["kinds"]), json.loads(metadata["provenance"]))
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{path} is a damaged ticket ({type(error).__name__}: {error})") from error
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Ticket):
@@ -137,6 +145,9 @@ class Ticket:
 
     def __hash__(self) -> int:
         return hash(tuple((name, bytes(mask.to(torch.uint8).tolist())) for name, mask in self._masks.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ticket, (dict(self._masks), dict(self._kinds), dict(self._provenance))
 
     def __repr__(self) -> str:
         kept, total = map(sum, zip(*self.widths.values()))

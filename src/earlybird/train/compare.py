@@ -169,21 +169,22 @@ def _width(recipe: Recipe, ticket: Mapping[str, Any]) -> float:
         raise InputError("small-dense needs a ticket that was drawn, with its MACs counted")
     data = load(recipe.data, image_size=recipe.image_size)
     images = data.train_images[:1].float()
-    low, high = 0.0, recipe.width
-    for _ in range(10):
-        middle = (low + high) / 2
+
+    def cost(width: float) -> int:
         model = build(
             recipe.model,
             classes=len(data.classes),
             in_channels=images.shape[1],
             image_size=images.shape[2],
-            width=middle,
+            width=width,
         )
-        if count(model, images).training_macs > wanted:
-            high = middle
-        else:
-            low = middle
-    return round(high, 4)
+        return count(model, images).training_macs
+
+    low, high = 0.0, recipe.width  # channels come whole, so the cost is a staircase
+    for _ in range(10):
+        middle = round((low + high) / 2, 4)
+        low, high = (low, middle) if cost(middle) > wanted else (middle, high)
+    return min([width for width in (low, high) if width > 0], key=lambda width: abs(cost(width) - wanted))
 
 
 def _run(recipe: Recipe, path: Path, stop: StopSignal, *, quiet: bool) -> None:

@@ -88,6 +88,15 @@ class RunFolder:
                 f"{self.path} is not empty (it holds {others[0]})", needed="a new folder", hint="choose another --out"
             )
 
+    def discard_unless_begun(self) -> None:
+        """Leave no trace of a run that failed before its first step, so that the next try finds the folder free."""
+        if not self.writer or (self.path / "environment.json").exists():
+            return
+        for name in ("recipe.toml", "tune.json", "run.lock"):
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was there before, or holds something else
+            self.path.rmdir()
+
     def beat(self, seconds: float) -> None:
         """Leave word that the run has taken ``seconds`` so far and lives; costs nothing if called at every step."""
         now = time.perf_counter()

@@ -21,10 +21,18 @@ class Display:
         step: Steps that are done already.
         quiet: Show only warnings.
         mute: Show nothing at all; for all ranks but the first.
+        bar: Draw a bar on a terminal; without, lines.
     """
 
     def __init__(
-        self, total: int, steps_per_epoch: int, step: int = 0, *, quiet: bool = False, mute: bool = False
+        self,
+        total: int,
+        steps_per_epoch: int,
+        step: int = 0,
+        *,
+        quiet: bool = False,
+        mute: bool = False,
+        bar: bool = True,
     ) -> None:
         self._total, self._steps_per_epoch = total, steps_per_epoch
         self._quiet, self._mute = quiet or mute, mute
@@ -33,7 +41,7 @@ class Display:
         self._shown = (time.perf_counter(), step)
         self._rate = 0.0
         self._bar: Progress | None = None
-        if self._console.is_terminal and not self._quiet:
+        if self._console.is_terminal and bar and not self._quiet:
             # drawn when a step says so: a thread that redraws would take time from the training
             self._bar = Progress(
                 TextColumn("{task.fields[where]}"),

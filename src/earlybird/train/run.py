@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import math
 import random
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.cost.bill import Bill
-from earlybird.data import Augment, DataSet, Loader, load
+from earlybird.data import CATALOGUE, Augment, DataSet, Loader, load
 from earlybird.errors import CheckpointError, DivergedError, InputError
 from earlybird.files import write_tensors, write_text
 from earlybird.ledger import Ledger
@@ -116,13 +117,20 @@ def train(
         Interrupted: SIGINT or SIGTERM came; `resume` goes on.
         EarlybirdError: The disk is full.
     """
+    if recipe.data not in CATALOGUE and Path(recipe.data).expanduser().exists():
+        # a resume may start from another folder
+        recipe = recipe.replace(data=str(Path(recipe.data).expanduser().absolute()))
     fabric = launch(recipe)
     path = shared_path(fabric, lambda: Path(out or recipe.out or _free_folder(recipe)))
     with RunFolder(path, writer=fabric.is_global_zero) as folder:
         folder.check_unused()
         if folder.writer:
             write_text(path / "recipe.toml", recipe.to_toml())
-        return _execute(recipe, folder, fabric, quiet=quiet, on_event=on_event)
+        try:
+            return _execute(recipe, folder, fabric, quiet=quiet, on_event=on_event)
+        except BaseException:
+            folder.discard_unless_begun()
+            raise
 
 
 def resume(out: str | Path, *, quiet: bool = False, on_event: OnEvent | None = None) -> Result:
@@ -164,12 +172,11 @@ def _execute(recipe: Recipe, folder: RunFolder, fabric: Fabric, *, quiet: bool, 
         stack.enter_context(torch.random.fork_rng(devices))
         stack.callback(checkpoint.set_generators, outer, fabric.device)
         stack.callback(torch.set_num_threads, threads)
-        stop = stack.enter_context(StopSignal())
         run = Run(recipe, folder, fabric, ledger, quiet=quiet, on_event=on_event)
         stack.callback(run.close)
         stack.enter_context(_warnings_shown(lambda text: run.display.warn(text)))
         run.restore()
-        fit(run, stop)
+        fit(run, stack.enter_context(StopSignal()))
         return run.finish()
 
 
@@ -205,10 +212,10 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.fabric, self.ledger = recipe, folder, fabric, ledger
         self._on_event = on_event
-        self.display = Display(1, 1, quiet=True, mute=not folder.writer)
+        self.display = Display(1, 1, quiet=quiet, mute=not folder.writer, bar=False)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        data = _load_data(recipe, fabric)
+        data = _load_data(recipe, fabric, self.display)
         self.loader, self.test = _loaders(recipe, data, fabric)
         self.steps_per_epoch = len(self.loader) // recipe.accumulate
         if not self.steps_per_epoch:
@@ -260,7 +267,7 @@ class Run:
         self.accuracy, self.test_loss = 0.0, math.nan
         self.resumed = False
         self._row_begun = ledger.seconds
-        self._board = _tensorboard(folder) if recipe.tensorboard and folder.writer else None
+        self._board: Any = None
         self._quiet = quiet
         ledger.enter("setup")
 
@@ -513,6 +520,8 @@ class Run:
         )
         for note in notes:
             self.display.warn(note)
+        if self.recipe.tensorboard and self.folder.writer:
+            self._board = _tensorboard(self.folder, self.step)
         if lost > 0:
             # What was computed since the checkpoint and is computed again was paid for, too.
             self.ledger.charge("lost", lost)
@@ -628,10 +637,18 @@ def _free_folder(recipe: Recipe) -> Path:
     return path
 
 
-def _load_data(recipe: Recipe, fabric: Fabric) -> DataSet:
+def _load_data(recipe: Recipe, fabric: Fabric, display: Display) -> DataSet:
+    begun, shown = time.perf_counter(), ""
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal shown
+        if what != shown and time.perf_counter() - begun > 1:  # what is quick needs no words
+            shown = what
+            display.say(f"loading {recipe.data}: {what}")
+
     if fabric.world_size > 1 and fabric.local_rank != 0:
         fabric.barrier()  # the first rank of each machine downloads, the others find the files
-    data = load(recipe.data, image_size=recipe.image_size)
+    data = load(recipe.data, image_size=recipe.image_size, progress=progress)
     if fabric.world_size > 1 and fabric.local_rank == 0:
         fabric.barrier()
     return data
@@ -678,12 +695,12 @@ def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay)
 
 
-def _tensorboard(folder: RunFolder) -> Any:
+def _tensorboard(folder: RunFolder, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise InputError("tensorboard is not installed", hint="pip install 'earlybird[tensorboard]'") from error
-    return SummaryWriter(str(folder.path / "tensorboard"))
+    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
 
 
 @contextlib.contextmanager

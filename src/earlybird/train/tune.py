@@ -25,8 +25,8 @@ MARGIN = 0.03
 """By how much a candidate must be faster than plain fp32."""
 SHARE = 0.01
 """Share of the estimated run that timing may take, once each candidate has had two steps."""
-DROPPED = 1.3
-"""A candidate this many times slower than the best is not timed further."""
+DROPPED = (3.0, 1.3)
+"""A candidate this many times slower than the best is not timed further: after one timed step, and after more."""
 COMPILE_FROM_S = 1800.0
 """Estimated length of the run from which compiling is tried."""
 
@@ -174,7 +174,7 @@ def _race(
         spent = time.perf_counter() - start
         if turn >= 1 and spent > SHARE * best * steps:
             break
-        for candidate in [c for c in racing if c.seconds > DROPPED * best]:
+        for candidate in [c for c in racing if c.seconds > DROPPED[min(turn, 1)] * best]:
             racing.remove(candidate)
             candidate.release()
     for candidate in candidates:

@@ -1,0 +1,149 @@
+"""Calling somebody's model without leaving a trace, and hooks that stay with the object they were put on."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Call(NamedTuple):
+    """What a model is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def as_call(inputs: Any) -> Call:
+    """Read inputs as a call: a tensor, a sequence of positional or a mapping of keyword arguments, or a `Call`."""
+    if isinstance(inputs, Call):
+        return inputs
+    if isinstance(inputs, Mapping):
+        return Call((), dict(inputs))
+    return Call(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+
+
+def _children(inputs: Any) -> list[Any]:
+    if isinstance(inputs, Mapping):
+        return list(inputs.values())
+    return list(inputs) if isinstance(inputs, (tuple, list)) else []
+
+
+def batch_size(inputs: Any) -> int:
+    """Return the first dimension of the first tensor in ``inputs`` (tensor, sequence, mapping, call); 1 without any."""
+    if isinstance(inputs, Tensor):
+        return inputs.shape[0] if inputs.ndim else 1
+    for value in _children(inputs):
+        if isinstance(value, Tensor) and value.ndim:
+            return value.shape[0]
+        if isinstance(value, (Mapping, tuple, list)) and (size := batch_size(value)) > 1:
+            return size
+    return 1
+
+
+def first_sample(inputs: Any) -> Any:
+    """Return ``inputs`` with every tensor of N rows cut to a copy of its first row; the kind of container stays."""
+    with torch.inference_mode(False):  # a copy that autograd may save, and that does not hold the batch in memory
+        return _sliced(inputs, batch_size(inputs))
+
+
+def _sliced(inputs: Any, batch: int) -> Any:
+    if isinstance(inputs, Tensor):
+        return (inputs.detach()[:1] if inputs.ndim and inputs.shape[0] == batch else inputs.detach()).clone()
+    if isinstance(inputs, Mapping):
+        return {key: _sliced(value, batch) for key, value in inputs.items()}
+    if isinstance(inputs, tuple) and hasattr(inputs, "_fields"):
+        return type(inputs)(*(_sliced(value, batch) for value in inputs))
+    if isinstance(inputs, (tuple, list)):
+        return tuple(_sliced(value, batch) for value in inputs)
+    return inputs
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the user's module inside DDP, DataParallel and torch.compile, whose own machinery must not run here."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` in eval mode; afterwards restore its modes, buffers and the random generators."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone(), buffer._version)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for module, name, buffer, before, version in buffers:
+                module._buffers[name] = buffer
+                # batch norm writes its running statistics without telling autograd's version counter
+                if buffer._version != version or not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+@contextmanager
+def plain_execution(model: nn.Module) -> Iterator[None]:
+    """Run eagerly, with autograd, outside autocast, whatever the caller has switched on."""
+    first = next(model.parameters(), None)
+    device = "cpu" if first is None else first.device.type
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device, enabled=False))
+        if "torch._dynamo" in sys.modules:  # imported by whoever compiles; importing it here would take a second
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """`left_as_found`, in `plain_execution`, and below everybody's forward hooks: they belong to the user's loop."""
+    hooks = [(module, module._forward_hooks, module._forward_pre_hooks) for module in model.modules()]
+    with left_as_found(model), plain_execution(model):
+        try:
+            for module, _, _ in hooks:
+                module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+            yield
+        finally:
+            for module, after, before in hooks:
+                module._forward_hooks, module._forward_pre_hooks = after, before
+
+
+class Hook:
+    """A hook of one model or optimizer. Copies and pickles of the model hold an idle one, which does nothing.
+
+    Dynamo leaves it out of its graphs: it would otherwise compile anew whenever a counter in it has changed.
+    """
+
+    def __init__(self, call: Callable[..., Any] | None, owner: Any = None) -> None:
+        self.call, self.owner = call, owner
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any) -> Any:  # noqa: D102
+        return None if self.call is None else self.call(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (None,)

@@ -1,0 +1,113 @@
+"""How each type of layer holds its channels: one table, which tracing, planning and slicing all read.
+
+A layer *writes* channels (rows of a weight), *reads* channels (columns), or does both at once: what a norm or a
+depthwise convolution reads in a channel it writes in the same one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+Side = Literal["out", "in", "both"]
+Conv = nn.modules.conv._ConvNd
+TransposedConv = nn.modules.conv._ConvTransposeNd
+BatchNorm = nn.modules.batchnorm._BatchNorm
+InstanceNorm = nn.modules.instancenorm._InstanceNorm
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where the channels of one type of layer are.
+
+    Attributes:
+        writes: Parameters and the dimension of their written channels.
+        reads: Parameters and the dimension of their read channels; empty when reading and writing are one.
+        write_sizes: Attributes that hold the number of written channels.
+        read_sizes: Attributes that hold the number of read channels.
+        buffers: Buffers with one value a channel.
+        channel_dim: Dimension of the channels in its output.
+    """
+
+    writes: tuple[tuple[str, int], ...]
+    reads: tuple[tuple[str, int], ...] = ()
+    write_sizes: tuple[str, ...] = ()
+    read_sizes: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    channel_dim: int = 1
+
+    @property
+    def joint(self) -> bool:
+        """Whether reading a channel is writing it."""
+        return not self.reads
+
+
+_AFFINE = (("weight", 0), ("bias", 0))
+_CONV = Layer(_AFFINE, (("weight", 1),), ("out_channels",), ("in_channels",))
+_TRANSPOSED = Layer((("weight", 1), ("bias", 0)), (("weight", 0),), ("out_channels",), ("in_channels",))
+_DEPTHWISE = Layer(_AFFINE, (), ("out_channels", "in_channels", "groups"))
+_LINEAR = Layer(_AFFINE, (("weight", 1),), ("out_features",), ("in_features",), channel_dim=-1)
+_RUNNING = Layer(_AFFINE, (), ("num_features",), buffers=("running_mean", "running_var"))
+_GROUP_NORM = Layer(_AFFINE, (), ("num_channels",))
+_LAYER_NORM = Layer((("weight", -1), ("bias", -1)), (), ("normalized_shape",), channel_dim=-1)
+_PRELU = Layer((("weight", 0),), (), ("num_parameters",))
+_EMBEDDING = Layer((("weight", 1),), (), ("embedding_dim",), channel_dim=-1)
+
+
+def layer_of(module: nn.Module | None) -> Layer | None:
+    """Return where ``module`` holds its channels, or None for a type that cannot be cut."""
+    if isinstance(module, Conv):
+        if is_depthwise(module):
+            return _DEPTHWISE
+        return _TRANSPOSED if isinstance(module, TransposedConv) else _CONV
+    for kind, layer in (
+        (nn.Linear, _LINEAR), (BatchNorm, _RUNNING), (InstanceNorm, _RUNNING), (nn.GroupNorm, _GROUP_NORM),
+        (nn.LayerNorm, _LAYER_NORM), (nn.PReLU, _PRELU), (nn.Embedding, _EMBEDDING),
+    ):  # fmt: skip
+        if isinstance(module, kind):
+            return layer
+    return None
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether every channel is convolved on its own."""
+    return isinstance(module, Conv) and module.groups > 1 and module.groups == module.in_channels == module.out_channels
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a batch, instance, group or layer norm."""
+    return isinstance(module, (BatchNorm, InstanceNorm, nn.GroupNorm, nn.LayerNorm))
+
+
+def mixes_channels(module: nn.Module) -> bool:
+    """Whether each of its outputs depends on all of its inputs: a convolution (not depthwise) or a linear layer."""
+    return isinstance(module, (Conv, nn.Linear)) and not is_depthwise(module)
+
+
+def width(module: nn.Module, side: Side = "out") -> int | None:
+    """Return how many channels ``module`` writes (or reads), None for a type that cannot be cut."""
+    layer = layer_of(module)
+    if layer is None:
+        return None
+    size = getattr(module, (layer.read_sizes if side == "in" and not layer.joint else layer.write_sizes)[0])
+    return int(size[-1] if isinstance(size, tuple) else size)
+
+
+def set_width(module: nn.Module, side: Side, size: int) -> None:
+    """Write the new number of channels into the attributes that hold it."""
+    layer = layer_of(module)
+    assert layer is not None
+    for name in layer.read_sizes if side == "in" else layer.write_sizes:
+        old = getattr(module, name)
+        if name == "num_parameters" and old == 1:  # one slope for all channels
+            continue
+        setattr(module, name, (*old[:-1], size) if isinstance(old, tuple) else size)
+
+
+def blocks(module: nn.Module) -> int:
+    """Return in how many blocks the layer's channels fall, each on its own: groups of a convolution or group norm."""
+    if isinstance(module, Conv) and not is_depthwise(module):
+        return module.groups
+    return module.num_groups if isinstance(module, nn.GroupNorm) else 1
