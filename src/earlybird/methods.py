@@ -40,7 +40,7 @@ METHODS: dict[str, MethodInfo] = {
                 "Training of Deep Networks, ICLR 2020"
             ),
             link="https://arxiv.org/abs/1909.11957",
-            saves="measured seconds and bytes, counted MACs, modelled joules, of training after the draw and of inference",
+            saves="measured seconds and bytes, counted MACs and modelled joules, from the draw on and in inference",
             limits="training that ends soon after the draw, and layers already so narrow that the device idles",
         ),
     )
