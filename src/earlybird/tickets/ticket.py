@@ -67,8 +67,8 @@ class Ticket:
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
-        """Layer name to boolean mask of shape ``(units,)``; not to be written to."""
-        return self._masks
+        """Layer name to boolean mask of shape ``(units,)``; copies, since a ticket does not change."""
+        return MappingProxyType({name: mask.clone() for name, mask in self._masks.items()})
 
     @property
     def kinds(self) -> Mapping[str, str]:
@@ -99,11 +99,11 @@ class Ticket:
         Raises:
             InputError: The tickets are not over the same units.
         """
-        mine, theirs = ({n: m.numel() for n, m in ticket.masks.items()} for ticket in (self, other))
+        mine, theirs = ({n: m.numel() for n, m in ticket._masks.items()} for ticket in (self, other))
         if mine != theirs:
             different = sorted(set(mine.items()) ^ set(theirs.items()))[0][0]
             raise InputError(f"tickets over different units, first at '{different}'", needed="tickets of one model")
-        differ = sum(int((mask ^ other.masks[name]).sum()) for name, mask in self._masks.items())
+        differ = sum(int((mask ^ other._masks[name]).sum()) for name, mask in self._masks.items())
         return differ / sum(mine.values())
 
     def save(self, path: str | Path) -> Path:
