@@ -1,0 +1,121 @@
+"""What every method must keep, whatever it does. A new method is tested by one row in `SETTINGS`."""
+
+import copy
+import dataclasses
+import importlib
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from earlybird.errors import InputError
+from earlybird.methods import METHODS
+from tests.tickets.test_early_bird import sgd, train
+from tests.tickets.topologies import images, make
+
+# Name to (settings that do nothing, settings that act within twelve steps).
+SETTINGS = {
+    "early_bird": (
+        {"keep": 1.0, "look_every": "2it", "skip": "2it", "deadline": "8it"},
+        {"keep": 0.5, "look_every": "2it", "skip": "2it", "deadline": "8it", "window": 2, "round_to": 1},
+    ),
+}
+STEPS = 14
+
+
+def method_class(name: str) -> type:
+    module, _, attribute = METHODS[name].path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def attach(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, acting: bool):
+    settings = SETTINGS[name][acting]
+    return method_class(name)(**settings).attach(model, optimizer, example_inputs=images(2), steps_per_epoch=5)
+
+
+@pytest.fixture(autouse=True)
+def _deadline_warnings_are_expected():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no agreement by the deadline")
+        yield
+
+
+def test_every_method_has_a_row():
+    assert set(SETTINGS) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+class TestContract:
+    def test_hyper_parameters_are_frozen_keyword_only_and_explained(self, name):
+        kind = method_class(name)
+        assert kind.__dataclass_params__.frozen
+        for field in dataclasses.fields(kind):
+            assert field.kw_only
+            assert field.metadata.get("help"), field.name
+            assert field.default is not dataclasses.MISSING, field.name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(kind(), dataclasses.fields(kind)[0].name, None)
+
+    def test_the_table_says_who_found_it_and_when_it_does_not_pay(self, name):
+        info = METHODS[name]
+        assert info.link.startswith("https://")
+        assert all((info.citation, info.factor, info.saves, info.limits))
+
+    @pytest.mark.parametrize("topology", ["plain", "residual", "depthwise"])
+    def test_doing_nothing_equals_plain_pytorch_to_the_bit(self, name, topology):
+        plain = make(topology)
+        train(plain, sgd(plain), STEPS)
+        model = make(topology)
+        optimizer = sgd(model)
+        attach(name, model, optimizer, acting=False)
+        train(model, optimizer, STEPS)
+        for (key, one), two in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+            assert torch.equal(one, two), key
+
+    @pytest.mark.parametrize("stop", [1, 5, 8, 11])
+    def test_stopped_and_resumed_ends_in_the_same_bits(self, name, stop):
+        whole = make("residual")
+        optimizer = sgd(whole)
+        attach(name, whole, optimizer, acting=True)
+        train(whole, optimizer, STEPS)
+        first = make("residual")
+        first_optimizer = sgd(first)
+        running = attach(name, first, first_optimizer, acting=True)
+        train(first, first_optimizer, stop)
+        saved = copy.deepcopy((running.state_dict(), first.state_dict(), first_optimizer.state_dict()))
+        second = make("residual")
+        second_optimizer = sgd(second)
+        resumed = attach(name, second, second_optimizer, acting=True)
+        resumed.load_state_dict(saved[0])
+        second.load_state_dict(saved[1])
+        second_optimizer.load_state_dict(saved[2])
+        train(second, second_optimizer, STEPS - stop, stop)
+        for (key, one), two in zip(second.state_dict().items(), whole.state_dict().values(), strict=True):
+            assert torch.equal(one, two), key
+
+    def test_the_bill_adds_up_and_counts_every_step(self, name):
+        model = make("residual")
+        optimizer = sgd(model)
+        running = attach(name, model, optimizer, acting=True)
+        train(model, optimizer, STEPS)
+        running.detach()
+        phases = running._ledger.phases
+        assert sum(record.steps for record in phases.values()) == STEPS
+        assert sum(record.train_images for record in phases.values()) == 16 * STEPS
+        assert sum(record.seconds for record in phases.values()) == pytest.approx(running._ledger.seconds)
+        assert all(record.macs > 0 for record in phases.values() if record.steps)
+        assert "against dense" in str(running.bill())
+
+    def test_parameters_stay_in_the_optimizer_exactly_once(self, name):
+        model = make("residual")
+        optimizer = sgd(model)
+        attach(name, model, optimizer, acting=True)
+        train(model, optimizer, STEPS)
+        held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+        model.eval()(images()).sum().backward()
+
+    def test_unknown_settings_are_refused(self, name):
+        with pytest.raises((TypeError, InputError)):
+            method_class(name)(no_such_setting=1)
