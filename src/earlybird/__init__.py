@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 # Loaded on first use, so that `earlybird --help` answers before torch is imported.
 _HOMES = {
     "EarlyBird": "earlybird.tickets.early_bird",
-    "Search": "earlybird.tickets.early_bird",
+    "Search": "earlybird.tickets.search",
     "Ticket": "earlybird.tickets.ticket",
     "draw": "earlybird.tickets.draw",
     "shrink": "earlybird.tickets.shrink",
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from earlybird.ledger import Ledger
     from earlybird.step import Step
     from earlybird.tickets.draw import draw
-    from earlybird.tickets.early_bird import EarlyBird, Search
+    from earlybird.tickets.early_bird import EarlyBird
+    from earlybird.tickets.search import Search
     from earlybird.tickets.shrink import Change, shrink
     from earlybird.tickets.ticket import Ticket
 

@@ -23,7 +23,7 @@ import torch
 import torch._dynamo  # likewise
 
 from earlybird.errors import EarlybirdError
-from earlybird.tickets import early_bird
+from earlybird.tickets import search
 from earlybird.train import checkpoint, run
 from earlybird.train.recipe import Recipe
 
@@ -48,10 +48,7 @@ def _counting(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 
 def _shrink_that_dies(shrink: Callable[..., Any], count: int) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        select = torch.Tensor.index_select
-        real = _counting(select, count)
-        # a trial on tensors without content comes before the real cut
-        torch.Tensor.index_select = lambda tensor, *rest: (select if tensor.is_meta else real)(tensor, *rest)
+        torch.Tensor.index_select = _counting(torch.Tensor.index_select, count)
         return shrink(*args, **kwargs)
 
     return wrapped
@@ -59,9 +56,9 @@ def _shrink_that_dies(shrink: Callable[..., Any], count: int) -> Callable[..., A
 
 def _arm(where: str, count: int) -> Callable[[str, Any], None]:
     if where == "cut":
-        early_bird.shrink = _shrink_that_dies(early_bird.shrink, count)
+        search.shrink = _shrink_that_dies(search.shrink, count)
     elif where == "refit":
-        early_bird.estimate_batch_norms = _counting(early_bird.estimate_batch_norms, count)
+        search.estimate_batch_norms = _counting(search.estimate_batch_norms, count)
     elif where == "tensors":
         checkpoint.write_json = _counting(checkpoint.write_json, count)
 

@@ -1,0 +1,473 @@
+"""A running search for an early-bird ticket: it scores, looks, draws and shrinks from inside the optimizer's step.
+
+`earlybird.tickets.early_bird` has the method and its source; here is its state, and how it hangs on a training loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from earlybird.calls import Call, Hook, batch_size, first_sample, unwrapped
+from earlybird.errors import InputError
+from earlybird.ledger import Ledger
+from earlybird.step import Step
+from earlybird.tickets.coupling import Group, find_groups
+from earlybird.tickets.draw import draw_coupled
+from earlybird.tickets.refit import dense_outputs, estimate_batch_norms, least_squares
+from earlybird.tickets.scores import batch_norms, score_channels
+from earlybird.tickets.shrink import Change, shrink
+from earlybird.tickets.ticket import Ticket
+
+if TYPE_CHECKING:
+    from earlybird.tickets.early_bird import EarlyBird
+
+
+class Search:
+    """A running search, made by `EarlyBird.attach`; all its state is in `state_dict`.
+
+    Attributes:
+        settings: The hyper-parameters.
+        drawn: Whether the ticket has been drawn and the model shrunk.
+        ticket: The drawn ticket, or None.
+        tickets: Keep ratio to ticket, for every ratio that has been drawn.
+        change: What the shrink changed, or None.
+        drawn_at: Optimizer step after which the ticket was drawn, or None.
+        history: One entry a look and ratio: ``{'step', 'epoch', 'keep', 'distances', 'kept'}``; ``distances`` are
+            those of the newest mask to the others in the window, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        settings: EarlyBird,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+        example_inputs: Any,
+        steps_per_epoch: int | None,
+        calibration: Callable[[], Iterable[Any]] | None,
+        ledger: Ledger | None,
+        seed: int,
+    ) -> None:
+        self.settings = settings
+        self.ticket: Ticket | None = None
+        self.tickets: dict[float, Ticket] = {}
+        self.change: Change | None = None
+        self.drawn_at: int | None = None
+        self.history: list[dict[str, Any]] = []
+        self._model = model = unwrapped(model)
+        self._optimizers = _as_optimizers(optimizer)
+        self._example_inputs, self._calibration, self._seed = example_inputs, calibration, seed
+        self._steps_per_epoch = _check_steps_per_epoch(steps_per_epoch)
+        self._look_every = max(settings.look_every.in_iterations(steps_per_epoch), 1)
+        self._skip = settings.skip.in_iterations(steps_per_epoch)
+        self._deadline = None if settings.deadline is None else max(settings.deadline.in_iterations(steps_per_epoch), 1)
+        self._steps = 0
+        self._masks: dict[float, list[Tensor]] = {ratio: [] for ratio in settings.ratios}
+        self._looked_at: list[int] = []
+        self._groups: list[Group] | None = None
+        self._last_call: Call | None = None
+        self._autocast: tuple[str, torch.dtype] | None = None
+        _check_partners(model, self._optimizers, settings)
+        norms = batch_norms(model) if settings.score != "magnitude" or settings.sparsity else {}
+        trained = {name: norm for name, norm in norms.items() if norm.weight.requires_grad}
+        if settings.score == "taylor" and not trained:
+            raise InputError("all batch norms are frozen", hint="use score='bn_scale', which needs no gradient")
+        self._norms = list(trained.values())
+        self._names = list(trained)
+        self._taylor = (
+            [torch.zeros_like(norm.weight, dtype=torch.float32, requires_grad=False) for norm in self._norms]
+            if settings.score == "taylor" else []
+        )  # fmt: skip
+        # The names and sizes of the dense layers: what a saved mask vector is read with.
+        self._sizes = {name: value.numel() for name, value in self._scores_now().items()}
+        if example_inputs is not None:  # what cannot work is said now, not after an epoch
+            self._groups = find_groups(model, first_sample(example_inputs))
+        self._own_ledger = ledger is None
+        self._ledger = Ledger(device=next(model.parameters()).device) if ledger is None else ledger
+        if self._own_ledger:
+            self._ledger.watch(model, self._optimizers, example_inputs)
+        self._ledger.enter("search")
+        clock = self._optimizers[0]
+        self._handles: list[Any] = [
+            clock.register_step_pre_hook(Hook(self._before_step, self)),
+            clock.register_step_post_hook(Hook(self._after_step, self)),
+            model.register_forward_pre_hook(Hook(self._remember_call, self), with_kwargs=True),
+        ]
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the ticket has been drawn and the model shrunk."""
+        return self.ticket is not None
+
+    def bill(self) -> Any:
+        """Return what was spent so far, as a `Bill`."""
+        return self._ledger.bill()
+
+    def status(self) -> dict[str, float | str]:
+        """Return what a progress bar may show: the last look's largest mask distance, or that the ticket is drawn."""
+        if self.drawn:
+            return {"ticket": f"drawn at step {self.drawn_at}"}
+        distances: list[float] = next(
+            (entry["distances"] for entry in reversed(self.history) if entry["keep"] == self.settings.ratios[0]), []
+        )
+        return {"distance": max(distances)} if distances else {}
+
+    def distance_matrix(self, keep: float | None = None) -> tuple[list[int], Tensor]:
+        """Return the distances of all looks to all looks: steps, and a matrix of shape (looks, looks), 0 to 1."""
+        masks = self._masks[self.settings.ratios[0] if keep is None else keep]
+        if not masks:
+            return [], torch.zeros(0, 0)
+        stacked = torch.stack(masks).float()
+        return list(self._looked_at), torch.cdist(stacked, stacked, p=1) / stacked.shape[1]
+
+    def detach(self) -> None:
+        """Take all hooks off model and optimizer and stop the own ledger's clock; the run goes on as it is."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._own_ledger:
+            self._ledger.stop()
+
+    def __repr__(self) -> str:
+        state = f"drawn at step {self.drawn_at}: {self.ticket}" if self.drawn else f"searching, step {self._steps}"
+        return f"Search({state}, {len(self.history)} looks)"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as a nested dict of tensors, numbers, strings and lists."""
+        return {
+            "steps": self._steps,
+            "drawn_at": self.drawn_at,
+            "score": self.settings.score,
+            "layers": list(self._sizes),
+            "history": [dict(entry) for entry in self.history],
+            "looked_at": list(self._looked_at),
+            "masks": {str(ratio): torch.stack(masks) for ratio, masks in self._masks.items() if masks},
+            "taylor": {} if self.drawn else {str(i): value.clone() for i, value in enumerate(self._taylor)},
+            "tickets": {
+                str(ratio): {
+                    "mask": torch.cat(list(ticket.masks.values())), "provenance": dict(ticket.provenance),
+                } for ratio, ticket in self.tickets.items()
+            },
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state. When its ticket was drawn, the (still dense) model and optimizer are shrunk to it.
+
+        Load the weights and the optimizer's state after this, into the shapes that it leaves.
+
+        Raises:
+            InputError: The state belongs to another model or other keep ratios.
+        """
+        if {float(ratio) for ratio in state["masks"]} - set(self.settings.ratios):
+            raise InputError(
+                f"the saved search watched keep={list(state['masks'])}", needed=f"keep={self.settings.keep}"
+            )
+        if state["score"] != self.settings.score:
+            raise InputError(f"the saved search has score '{state['score']}'", needed=f"'{self.settings.score}'")
+        sizes = {masks.shape[1] for masks in state["masks"].values()} | {sum(self._sizes.values())}
+        fits = all(value.shape == self._taylor[int(key)].shape for key, value in state["taylor"].items())
+        if list(state["layers"]) != list(self._sizes) or len(sizes) > 1 or not fits:
+            raise InputError("the saved search belongs to another model", needed="the model it was drawn from")
+        self._steps = int(state["steps"])
+        self.history = [dict(entry) for entry in state["history"]]
+        self._looked_at = [int(step) for step in state["looked_at"]]
+        self._masks = {
+            ratio: list(state["masks"].get(str(ratio), torch.zeros(0, 0)).bool()) for ratio in self.settings.ratios
+        }
+        for key, value in state["taylor"].items():
+            self._taylor[int(key)].copy_(value)
+        self.tickets = {}
+        for key, saved in state["tickets"].items():
+            parts = saved["mask"].bool().split(list(self._sizes.values()))
+            self.tickets[float(key)] = Ticket(dict(zip(self._sizes, parts)), provenance=saved["provenance"])
+        primary = self.tickets.get(self.settings.ratios[0])
+        if primary is not None and not self.drawn:
+            self.drawn_at = int(state["drawn_at"])
+            self.change = shrink(self._model, primary, first_sample(self._inputs()), optimizer=self._optimizers)
+            self._finish(primary)
+
+    def _scores_now(self) -> dict[str, Tensor]:
+        """Return the current scores; those of Taylor are zeros before the first step."""
+        if self.settings.score != "taylor":
+            return score_channels(self._model, self.settings.score)
+        # Layers differ in the size of their gradients by orders of magnitude: each is taken over its own norm.
+        tiny = torch.finfo(torch.float32).tiny
+        return {name: score / score.norm().clamp_min(tiny) for name, score in zip(self._names, self._taylor)}
+
+    def _remember_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not module.training or self.drawn:
+            return
+        self._last_call = Call(args, kwargs)
+        device = next(self._model.parameters()).device.type
+        enabled = torch.is_autocast_enabled(device)
+        self._autocast = (device, torch.get_autocast_dtype(device)) if enabled else None
+
+    def _inputs(self) -> Any:
+        found = self._last_call if self._example_inputs is None else self._example_inputs
+        if found is None:
+            raise InputError("no inputs to follow the model's graph with", hint="pass example_inputs=x to attach")
+        return found
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._looked_at and not self._steps and self._skip == 0 and self.settings.score != "taylor":
+            self._look()  # the published first look is at the untrained network
+        if _has_closure(args, kwargs):  # the gradients come inside the step
+            if self.settings.sparsity and self._steps == 0:
+                warnings.warn("step(closure) computes gradients anew, so 'sparsity' has no effect", stacklevel=3)
+            return
+        self._score(optimizer)
+        if self.settings.sparsity and (not self.drawn or self.settings.sparsity_after):
+            norms = [norm for norm in self._norms if norm.weight.grad is not None]
+            if norms:
+                signs = torch._foreach_sign([norm.weight.detach() for norm in norms])
+                gradients: list[Tensor] = [norm.weight.grad for norm in norms]  # type: ignore[misc]
+                torch._foreach_add_(gradients, signs, alpha=self.settings.sparsity)
+
+    @torch.no_grad()
+    def _score(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move the running mean of Taylor scores by the gradients at hand; what is not finite moves nothing."""
+        if not self._taylor or self.drawn:
+            return
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer under GradScaler unscales in its own kernel
+        for norm, mean in zip(self._norms, self._taylor):
+            if norm.weight.grad is None:
+                continue
+            change = norm.weight * norm.weight.grad
+            if norm.bias is not None and norm.bias.grad is not None:
+                change += norm.bias * norm.bias.grad
+            change = change.float().abs_()
+            if scale is not None:
+                change /= scale.to(change.device)
+            weight = 1 - self.settings.score_memory
+            mean.lerp_(torch.where(torch.isfinite(change).all(), change, mean), weight)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _has_closure(args, kwargs):
+            self._score(optimizer)
+        self._steps += 1
+        if self.drawn:
+            return
+        if self._steps >= max(self._skip, 1) and self._steps % self._look_every == 0:
+            self._look()
+        if not self.drawn and self._deadline is not None and self._steps >= self._deadline:
+            self._draw_at_deadline()
+
+    def _look(self) -> None:
+        """Draw one mask a ratio and compare it with the last ones; draw the ticket when they agree."""
+        scores = _mean_over_ranks(self._scores_now())
+        everything = torch.cat([score.float() for score in scores.values()])
+        if not torch.isfinite(everything).all():
+            raise InputError(
+                "the scores of the channels are not finite", hint="the training has diverged: lower the rate"
+            )
+        if self._steps and self.settings.score == "taylor" and not everything.any():
+            raise InputError(
+                "no batch norm has had a gradient when the optimizer stepped",
+                hint="step after backward and before zero_grad, or use score='bn_scale'",
+            )
+        if self._groups is None:
+            self._groups = find_groups(self._model, first_sample(self._inputs()))
+        drawn = {ratio: torch.cat(list(self._draw_masks(scores, ratio).values())) for ratio in self.settings.ratios}
+        self._looked_at.append(self._steps)
+        for ratio, flat in drawn.items():
+            queue = self._masks[ratio][-(self.settings.window - 1) :]
+            distances = [float((flat ^ other).float().mean()) for other in queue]
+            self._masks[ratio].append(flat)
+            epoch = self._steps / self._steps_per_epoch if self._steps_per_epoch else None
+            entry = {
+                "step": self._steps,
+                "epoch": epoch,
+                "keep": ratio,
+                "distances": distances,
+                "kept": int(flat.sum()),
+            }
+            self.history.append(entry)
+            full = len(distances) == self.settings.window - 1
+            if ratio not in self.tickets and full and max(distances) <= self.settings.tolerance:
+                self.tickets[ratio] = self._ticket(flat, ratio, "agreement")
+        primary = self.tickets.get(self.settings.ratios[0])
+        if primary is not None:
+            self._draw(primary)
+
+    def _draw_masks(self, scores: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
+        assert self._groups is not None
+        s = self.settings
+        return draw_coupled(
+            scores, self._groups, ratio, coupled=s.coupled, scope=s.scope, macs_share=s.macs_share, strict=s.strict,
+            round_to=self._round_to(),
+        )  # fmt: skip
+
+    def _round_to(self) -> int:
+        if self.settings.round_to is not None:
+            return self.settings.round_to
+        # Vector units and tensor cores work on blocks of 8 or 16 channels; in narrow nets rounding would eat layers.
+        widest = max(self._sizes.values())
+        return 16 if widest >= 128 else 8 if widest >= 64 else 1
+
+    def _ticket(self, flat: Tensor, ratio: float, reason: str) -> Ticket:
+        masks = dict(zip(self._sizes, flat.split(list(self._sizes.values()))))
+        settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
+        return Ticket(
+            masks,
+            provenance={
+                "method": "early_bird", "keep": ratio, "step": self._steps, "reason": reason,
+                "settings": {k: str(v) if isinstance(v, Step) else v for k, v in settings.items()},
+            },
+        )  # fmt: skip
+
+    def _draw_at_deadline(self) -> None:
+        if not self._looked_at:
+            self._look()
+        for ratio in self.settings.ratios:
+            if ratio in self.tickets:
+                continue
+            best, worst = self._best_look(ratio)
+            self.tickets[ratio] = self._ticket(self._masks[ratio][best], ratio, "deadline")
+            warnings.warn(
+                f"no agreement by the deadline ({self.settings.deadline}): keep={ratio} draws the mask of step "
+                f"{self._looked_at[best]}, distance {worst:.3f} (tolerance {self.settings.tolerance})",
+                stacklevel=2,
+            )
+        self._draw(self.tickets[self.settings.ratios[0]])
+
+    def _best_look(self, ratio: float) -> tuple[int, float]:
+        """Return the look that agreed best with those before it (the latest of equals), and its largest distance.
+
+        Looks with a full window go first, since an early one has fewer masks to disagree with; without any, the last.
+        """
+        worst = [
+            (max(entry["distances"], default=1.0), len(entry["distances"]) == self.settings.window - 1)
+            for entry in self.history if entry["keep"] == ratio
+        ]  # fmt: skip
+        full = [i for i, (_, is_full) in enumerate(worst) if is_full]
+        best = min(full, key=lambda i: (worst[i][0], -i)) if full else len(worst) - 1
+        return best, worst[best][0]
+
+    def _draw(self, ticket: Ticket) -> None:
+        """Shrink model and optimizer to the ticket, and mend what the settings ask for."""
+        settings = self.settings
+        with self._ledger.during("draw"):
+            batches: list[Any] = []
+            if settings.refit != "none":
+                batches = [self._last_call] if self._calibration is None else list(self._calibration())
+            batches = [batch for batch in batches if batch is not None]
+            solve = settings.refit == "least_squares" and settings.weights == "continue" and bool(batches)
+            joined = _join(batches) if solve else None
+            targets: dict[str, Tensor] = {}
+            if solve:
+                with self._as_in_training():
+                    targets = dense_outputs(self._model, joined)
+                self._ledger.passes(batch_size(joined), batches=1)
+            inputs = first_sample(self._inputs())
+            self.change = shrink(self._model, ticket, inputs, optimizer=self._optimizers, groups=self._groups)
+            # From here on the model is the small one, whatever else may fail.
+            self.drawn_at = self._steps
+            self._finish(ticket)
+            if settings.weights == "reinitialise":
+                _reinitialise(self._model, self._seed)
+            if settings.optimizer_state == "reset" or settings.weights == "reinitialise":
+                for optimizer in self._optimizers:
+                    optimizer.state.clear()
+            self._ledger.recount(self._model, inputs)
+            if self.change.layers or self.change.silenced:  # an identity ticket leaves nothing to mend
+                self._refit(joined if solve else None, targets, batches)
+        self._ledger.enter("train")
+
+    def _refit(self, joined: Any, targets: Mapping[str, Tensor], batches: list[Any]) -> None:
+        assert self.change is not None
+        try:
+            with self._as_in_training():
+                if targets:
+                    least_squares(self._model, joined, targets, self.change.kept)
+                    self._ledger.passes(batch_size(joined), batches=1)
+                if batches:
+                    estimate_batch_norms(self._model, batches)
+                    self._ledger.passes(sum(map(batch_size, batches)), batches=len(batches))
+        except (RuntimeError, ValueError) as error:  # the cut stands, and training mends what the refit would have
+            warnings.warn(f"the refit after the cut failed, training goes on without: {error}", stacklevel=2)
+
+    def _as_in_training(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._autocast[0], self._autocast[1])
+
+    def _finish(self, ticket: Ticket) -> None:
+        self.ticket = ticket
+        self._taylor, self._last_call, self._groups = [], None, None
+        if not self.settings.sparsity_after:
+            self._norms = []
+
+
+def _as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    found = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    if not found or not all(isinstance(one, torch.optim.Optimizer) for one in found):
+        raise InputError("optimizer is no torch optimizer", needed="a torch.optim.Optimizer, or several")
+    return found
+
+
+def _check_steps_per_epoch(value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InputError(f"steps_per_epoch is {value!r}", needed="a whole number of at least 1, such as len(loader)")
+    return value
+
+
+def _check_partners(model: nn.Module, optimizers: list[torch.optim.Optimizer], settings: EarlyBird) -> None:
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
+    if trainable and len(missing) == len(trainable):
+        raise InputError("the optimizer holds no parameter of the model", hint="pass the optimizer that trains it")
+    if missing:
+        warnings.warn(
+            f"no given optimizer holds {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: if another one "
+            "does, pass it too, or its state will not follow the cut",
+            stacklevel=4,
+        )
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, Hook) and isinstance(hook.owner, Search) and not hook.owner.drawn:
+            raise InputError("a search is attached to this model already", hint="call its detach() first")
+    if settings.weights == "reinitialise":
+        for name, module in model.named_modules():
+            if list(module.parameters(recurse=False)) and not callable(getattr(module, "reset_parameters", None)):
+                raise InputError(
+                    f"layer '{name}' ({type(module).__name__}) has no reset_parameters()",
+                    needed="one for weights='reinitialise'", hint="add it, or use weights='continue'",
+                )  # fmt: skip
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    return kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:])
+
+
+def _mean_over_ranks(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Average scores over all processes of a distributed run, so that every rank draws the same ticket."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return scores
+    flat = torch.cat([score.float() for score in scores.values()])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    return dict(zip(scores, flat.split([score.numel() for score in scores.values()])))
+
+
+def _join(batches: list[Any]) -> Any:
+    """Lay batches of plain tensors together; of anything else, take the first."""
+    tensors = [b.args[0] if isinstance(b, Call) and len(b.args) == 1 and not b.kwargs else b for b in batches]
+    if all(isinstance(tensor, Tensor) for tensor in tensors):
+        return torch.cat(tensors)[:512]
+    return batches[0]
+
+
+def _reinitialise(model: nn.Module, seed: int) -> None:
+    """Draw all weights anew with each module's own ``reset_parameters``; the global generators stay untouched."""
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if list(module.parameters(recurse=False)):
+                module.reset_parameters()  # type: ignore[operator]
