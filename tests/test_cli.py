@@ -241,3 +241,5 @@ def test_methods_and_data_are_listed_with_their_sources(capsys):
     assert run("data") == 0
     printed = capsys.readouterr().out
     assert [name for name in CATALOGUE if f"{name}\n" not in printed] == []
+    assert "50,000 training and 10,000 test images, 10 classes; download 162 MiB" in printed
+    assert max(map(len, printed.splitlines())) <= 110

@@ -2,11 +2,13 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from earlybird import export
 from earlybird.errors import EarlybirdError, InputError
+from earlybird.files import write_tensors
 from earlybird.train.recipe import Recipe
 from earlybird.train.run import train
 
@@ -76,6 +78,18 @@ def test_a_dense_run_is_exported_too(tmp_path):
         assert torch.equal(export.load(file)(IMAGES), export.load(tmp_path / "dense")(IMAGES))
 
 
+def test_a_run_on_a_file_is_exported_when_the_file_is_gone(tmp_path):
+    data = tmp_path / "own.npz"
+    images = np.random.default_rng(0).integers(0, 256, (90, 12, 12, 3), dtype=np.uint8)
+    np.savez(data, images=images, labels=np.arange(90) % 3)
+    values = {"data": str(data), "model": "small_cnn", "width": 0.25, "epochs": 1, "batch_size": 16, "exact": True}
+    train(Recipe.from_values({**values, "dense": True}), tmp_path / "run", quiet=True)
+    data.unlink()
+    assert export.load(tmp_path / "run")(torch.zeros(2, 3, 12, 12)).shape == (2, 3)
+    file = export.export_weights(tmp_path / "run", tmp_path / "model.safetensors")
+    assert export.load(file)(torch.zeros(2, 3, 12, 12)).shape == (2, 3)
+
+
 def test_a_model_from_outside_is_exported(tmp_path, monkeypatch, onnx):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_nets_for_export.py").write_text(MODEL)
@@ -140,6 +154,16 @@ def test_weights_of_another_definition_are_refused(trained, tmp_path):
         (folder / name).write_bytes((trained / name).read_bytes())
     with pytest.raises(InputError, match="do not fit small_cnn"):
         export.load(folder)
+
+
+def test_weights_that_do_not_say_what_they_belong_to_are_refused(trained, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.toml").write_bytes((trained / "recipe.toml").read_bytes())
+    for metadata, found in (({}, "does not say"), ({"blueprint": "{"}, "not a blueprint")):
+        write_tensors(folder / "model.safetensors", {"weight": torch.zeros(1)}, metadata)
+        with pytest.raises(InputError, match=found):
+            export.load(folder)
 
 
 def test_another_safetensors_file_is_refused(trained):

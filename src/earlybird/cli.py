@@ -333,7 +333,7 @@ def methods(
     from earlybird.methods import METHODS
 
     for info in METHODS.values():
-        _entry(info.name, f"Saves {info.saves}.", f"Not in {info.limits}.", f"{info.citation}. {info.link}")
+        _entry(info.name, f"Saves {info.saves}.", f"Does not pay in {info.limits}.", f"{info.citation}. {info.link}")
     if measure is None:
         print("\nOn this device: 'earlybird methods --measure resnet20' times what a cut saves here.")
     else:
@@ -347,10 +347,15 @@ def data() -> None:
     from earlybird.data.catalogue import CATALOGUE
 
     for info in CATALOGUE.values():
-        amount = f"{info.train_images:,} + {info.test_images:,} images, {len(info.class_names)} classes"
-        _entry(info.name, f"{info.description} ({amount})", f"{info.citation}. {info.link}", f"Licence: {info.licence}")
-    print("\nAlso: a folder with one folder of images a class (train/ and test/ are respected), or an .npz file.")
-    print("Files are looked for under EARLYBIRD_DATA and in the user's cache, then downloaded.")
+        amount = f"{info.train_images:,} training and {info.test_images:,} test images, {info.classes} classes"
+        size = f"; download {info.bytes / 2**20:.0f} MiB" if info.bytes else ""
+        source = f"{info.citation}. {info.link}"
+        _entry(info.name, info.description, amount + size, source, f"Licence: {info.licence}")
+    print(
+        "\nFiles are looked for in the folder EARLYBIRD_DATA, then in the user's cache, then downloaded.\n"
+        "--data also takes a folder of images, one subfolder per class (train/ and test/ inside it are kept apart),\n"
+        "and an .npz file."
+    )
 
 
 def _entry(name: str, *texts: str) -> None:

@@ -4,7 +4,8 @@
     export_weights("runs/first", "model.safetensors")         # weights + ticket + model's name in one file
     export_onnx("runs/first", "model.onnx")                   # refused if onnxruntime does not agree with PyTorch
 
-The network is rebuilt from its original definition: build it dense, shrink it to the ticket, put the weights in.
+The network is rebuilt from its original definition: build it dense, shrink it to the ticket, put the weights in. What
+the definition was given (classes, size of the images) lies beside the weights, so the data set is not needed.
 """
 
 from __future__ import annotations
@@ -14,61 +15,24 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from earlybird.errors import EarlybirdError, InputError
 from earlybird.files import read_tensors, write_atomically, write_tensors
+from earlybird.models.blueprint import Blueprint
 from earlybird.tickets.shrink import shrink
 from earlybird.tickets.ticket import Ticket
 
-__all__ = ["Blueprint", "export_onnx", "export_weights", "load"]
+__all__ = ["export_onnx", "export_weights", "load"]
 
 FORMAT = "earlybird-network-1"
 _MASK = "ticket/"
 
 TOLERANCE = 1e-3
 """Largest difference of two outputs that ONNX may show against PyTorch, relative to the largest output."""
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """What the original definition needs to be built again.
-
-    Attributes:
-        model: Zoo name or ``'package.module:function'``.
-        classes: Number of classes.
-        in_channels: Channels of the images.
-        image_size: Height and width of the images, pixels.
-        width: Factor on the channels.
-    """
-
-    model: str
-    classes: int
-    in_channels: int
-    image_size: int
-    width: float
-
-    def build(self) -> nn.Module:
-        """Return the dense model with fresh weights."""
-        from earlybird.models import build
-
-        return build(
-            self.model,
-            classes=self.classes,
-            in_channels=self.in_channels,
-            image_size=self.image_size,
-            width=self.width,
-        )
-
-    def example(self, batch: int = 1) -> Tensor:
-        """Return images of noise, the same ones at each call, shape (batch, in_channels, image_size, image_size)."""
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(batch, self.in_channels, self.image_size, self.image_size, generator=generator)
 
 
 def load(run: str | Path) -> nn.Module:
@@ -101,7 +65,7 @@ def export_weights(run: str | Path, path: str | Path) -> Path:
     masks = {} if ticket is None else {_MASK + name: mask.to(torch.uint8) for name, mask in ticket.masks.items()}
     metadata = {
         "format": FORMAT,
-        "blueprint": json.dumps(asdict(blueprint)),
+        "blueprint": blueprint.to_json(),
         "order": json.dumps(list(ticket.masks) if ticket else []),
         "provenance": json.dumps(dict(ticket.provenance) if ticket else {}),
     }
@@ -195,31 +159,15 @@ def _parts(run: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]]:
 
 
 def _from_folder(run: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]]:
-    from earlybird.train.recipe import Recipe
-
     if not (run / "recipe.toml").is_file():
         raise InputError(f"no run in {run} (no recipe.toml)", hint="name the folder that 'earlybird train' wrote")
     if not (run / "model.safetensors").is_file():
         raise InputError(f"{run} is not finished", hint=f"go on with 'earlybird resume {run}'")
-    recipe = Recipe.from_toml(run / "recipe.toml")
-    weights, _ = read_tensors(run / "model.safetensors")
+    weights, metadata = read_tensors(run / "model.safetensors")
+    if "blueprint" not in metadata:
+        raise InputError(f"{run / 'model.safetensors'} does not say what it was built from", needed="one of a run")
     ticket = run / "ticket.safetensors"
-    return _blueprint(recipe), Ticket.load(ticket) if ticket.is_file() else None, weights
-
-
-def _blueprint(recipe: Any) -> Blueprint:
-    """Return what the model was built with; the data set is loaded only if the catalogue does not know its shape."""
-    from earlybird.data.catalogue import CATALOGUE
-
-    info = CATALOGUE.get(recipe.data)
-    if info is not None:
-        (channels, size, _), classes = info.shape, len(info.class_names)
-    else:
-        from earlybird.data import load as load_data
-
-        data = load_data(recipe.data, image_size=recipe.image_size)
-        channels, size, classes = data.train_images.shape[1], data.train_images.shape[2], len(data.classes)
-    return Blueprint(recipe.model, classes, channels, recipe.image_size or size, recipe.width)
+    return Blueprint.from_json(metadata["blueprint"]), Ticket.load(ticket) if ticket.is_file() else None, weights
 
 
 def _from_file(path: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]]:
@@ -231,7 +179,7 @@ def _from_file(path: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]]
         )
     masks = {name: tensors.pop(_MASK + name).to(torch.bool) for name in json.loads(metadata["order"])}
     ticket = Ticket(masks, provenance=json.loads(metadata["provenance"])) if masks else None
-    return Blueprint(**json.loads(metadata["blueprint"])), ticket, tensors
+    return Blueprint.from_json(metadata["blueprint"]), ticket, tensors
 
 
 def _rebuild(blueprint: Blueprint, ticket: Ticket | None, weights: Mapping[str, Tensor], *, source: Path) -> nn.Module:

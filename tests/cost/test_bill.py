@@ -106,6 +106,23 @@ def test_what_one_phase_lacks_the_total_lacks() -> None:
     assert Bill(phases=phases).total.modelled_joules is None
 
 
+def test_time_lost_to_a_kill_hides_no_peak() -> None:
+    nothing = {"steps": Counted(0, "steps"), "images": Counted(0, "images")}
+    phases = {"train": spending(20, peak=100), "lost": replace(spending(5, peak=None), **nothing)}
+    total = Bill(phases=phases).total
+    assert total.peak_bytes == Measured(100, "B", "VmHWM")
+    assert total.seconds.value == 25
+    phases["lost"] = spending(5, peak=None)  # something ran, so its memory counts
+    assert Bill(phases=phases).total.peak_bytes is None
+
+
+def test_columns_of_the_table_have_titles_of_their_own() -> None:
+    head = str(bill(spending(10, joules=5))).splitlines()[2]
+    titles = [title.strip() for title in head.split("  ") if title.strip()]
+    assert len(titles) == len(set(titles)) == 8
+    assert {"measured energy", "modelled energy"} <= set(titles)
+
+
 def test_absent_numbers_say_so() -> None:
     text = str(bill(replace(spending(10, peak=None), macs=None, bit_macs=None, modelled_joules=None)))
     assert text.count("not measured") == 4  # peak and energy, in the phase and in the total

@@ -57,3 +57,28 @@ class _Explodes(nn.Module):
 
 def explodes(classes: int, in_channels: int) -> nn.Module:
     return _Explodes(classes, in_channels)
+
+
+class _Breaks(nn.Sequential):
+    """Fine for some steps, then of a failure that nobody foresaw."""
+
+    calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += self.training
+        if self.calls == 9:
+            print("printed by the model")
+        if self.calls == 10:
+            raise ValueError("the tenth pass")
+        logits: Tensor = super().forward(images)
+        return logits
+
+
+def breaks(classes: int, in_channels: int) -> nn.Module:
+    return _Breaks(
+        nn.Conv2d(in_channels, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, classes),
+    )

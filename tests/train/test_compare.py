@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from earlybird.cost.bill import Bill
 from earlybird.cost.count import count
 from earlybird.errors import EarlybirdError, InputError, Interrupted
 from earlybird.models import build
@@ -45,14 +46,23 @@ def test_contenders_take_turns_and_the_file_says_who_won(small: Make, tmp_path: 
     ]  # fmt: skip
     assert found["complete"]
     rows = {(row["contender"], row["seed"]): row for row in found["runs"]}
-    ratios = [rows["ticket", seed]["train_seconds"] / rows["dense", seed]["train_seconds"] for seed in (3, 4)]
-    assert found["against_dense"]["ticket"]["train_seconds_ratio"]["mean"] == pytest.approx(sum(ratios) / 2)
+    ratios = [rows["ticket", seed]["seconds"] / rows["dense", seed]["seconds"] for seed in (3, 4)]
+    assert found["against_dense"]["ticket"]["seconds_ratio"]["mean"] == pytest.approx(sum(ratios) / 2)
     assert found["against_dense"]["ticket"]["macs_ratio"]["mean"] < 1
     assert rows["ticket", 3]["parameters"] < rows["dense", 3]["parameters"]
+    for row in found["runs"]:  # one definition of time: the whole run, as the bill has it
+        spent = Bill.from_json(json.loads((tmp_path / row["folder"] / "bill.json").read_text()))
+        assert spent.phases["evaluate"].seconds.value > 0
+        assert row["seconds"] == spent.total.seconds.value == sum(row["phase_seconds"].values())
     assert "ticket took" in found["verdict"]
     table = describe(found)
     assert "dense" in table
     assert found["verdict"] in table
+    assert "evaluation included" in table
+    assert "Resumed" not in table
+    found["runs"][1]["resumed"] = True
+    assert "what was lost: ticket-seed3." in describe(found)
+    found["runs"][1]["resumed"] = False
 
     in_process.clear()
     assert compare(recipe, tmp_path, seeds=(3, 4), quiet=True) == found
@@ -69,7 +79,7 @@ def test_the_sanity_checks_are_what_they_say(small: Make, tmp_path: Path, in_pro
     found = compare(recipe, tmp_path, seeds=(0,), contenders=names, quiet=True)
     rows = {row["contender"]: row for row in found["runs"]}
     assert set(rows) == {"dense", "ticket", *names}
-    ratio = rows["ticket"]["train_seconds"] / rows["dense"]["train_seconds"]
+    ratio = rows["ticket"]["seconds"] / rows["dense"]["seconds"]
     assert rows["dense-equal-time"]["epochs"] == max(1, round(2 * ratio))
     after = rows["ticket"]["macs_per_image_after"]
     assert rows["small-dense"]["macs_per_image_after"] < rows["dense"]["macs_per_image_after"]
@@ -94,7 +104,7 @@ def test_small_dense_costs_what_the_ticket_costs() -> None:
 
 def test_equal_time_scales_a_schedule_by_milestones(small: Make) -> None:
     recipe = small(epochs=100, schedule="step", milestones="50ep,75ep", lr_warmup="10it")
-    done: Any = {("dense", 0): {"train_seconds": 10.0}, ("ticket", 0): {"train_seconds": 4.0}}
+    done: Any = {("dense", 0): {"seconds": 10.0}, ("ticket", 0): {"seconds": 4.0}}
     shorter = module._recipe(recipe, "dense-equal-time", 0, done)
     assert shorter.epochs == 40
     assert [str(point) for point in shorter.milestones] == ["20ep", "30ep"]
@@ -149,12 +159,48 @@ class _Caught:
         return True
 
 
-def test_an_error_of_a_child_is_handed_on(small: Make, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(module.sys, "executable", "/bin/false")
-    with pytest.raises(EarlybirdError, match="ticket-seed0 failed: exit code 1"):
+@pytest.mark.parametrize(
+    ("script", "error", "message"),
+    [
+        ("echo no such data; exit 2", EarlybirdError, "^ticket-seed0 failed: no such data$"),
+        ("echo last words; exit 1", RuntimeError, "ticket-seed0 died with exit code 1.*\nlast words$"),
+        ("exit 1", RuntimeError, "died with exit code 1.*\nIt left no message"),
+        ("yes | head -n 100000; exit 1", RuntimeError, "what is finished stays.\n(y\n){29}y$"),  # fills no pipe
+        ("kill -SEGV $$", RuntimeError, "was killed by SIGSEGV"),
+        ("exit 3", Interrupted, "stopped at ticket-seed0"),
+        ("kill -TERM $$", Interrupted, "stopped at ticket-seed0"),
+    ],
+)
+def test_how_a_child_ended_is_handed_on(
+    script: str, error: type[Exception], message: str, small: Make, tmp_path: Path, monkeypatch: Any
+) -> None:
+    child = tmp_path / "child"
+    child.write_text(f"#!/bin/sh\n{script}\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(child))
+    with pytest.raises(error, match=message) as found:
         module._run(small(), tmp_path / "ticket-seed0", _Silent(), quiet=True)  # type: ignore[arg-type]
+    assert isinstance(found.value, EarlybirdError) == (error is not RuntimeError)
     with pytest.raises(Interrupted, match="ticket-seed0"):
         module._run(small(), tmp_path / "ticket-seed0", _Caught(), quiet=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("model", "code"), [("breaks", 1), ("wrong_classes", 2)])
+def test_the_exit_code_tells_our_failure_from_wrong_input(model: str, code: int, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    keys = {"data": "digits", "model": f"tests.train.nets:{model}", "epochs": "1", "seeds": "1", "out": str(out)}
+    words = [word for name, value in keys.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "earlybird", "compare", *words, "--exact", "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == code
+    if code == 1:
+        assert done.stderr.rstrip().endswith("ValueError: the tenth pass")
+        assert "dense-seed0 died with exit code 1" in done.stderr
+        assert "printed by the model" in done.stderr
+    else:
+        assert done.stderr.startswith("error: dense-seed0 failed: ")
+        assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -178,7 +224,7 @@ def test_what_cannot_be_compared(
 def verdict(ratios: list[float], points: list[float]) -> str:
     dense = module._statistics([0.9] * len(points))
     ticket = module._statistics([0.9 + value / 100 for value in points])
-    against = {"train_seconds_ratio": module._statistics(ratios), "accuracy_points": module._statistics(points)}
+    against = {"seconds_ratio": module._statistics(ratios), "accuracy_points": module._statistics(points)}
     return module._verdict("ticket", {"dense": {"accuracy": dense}, "ticket": {"accuracy": ticket}}, against)
 
 

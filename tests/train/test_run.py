@@ -138,6 +138,44 @@ def test_a_crash_and_resume_gives_the_same_weights_and_rows(small: Make, tmp_pat
         assert result.resumed == (step >= 7)
 
 
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_what_follows_an_evaluation_is_not_charged_to_it(
+    ema: float | None, small: Make, tmp_path: Path, monkeypatch: Any
+) -> None:
+    loading: list[str | None] = []  # phase of the clock while a batch is made, and at each event
+    telling: dict[str, set[str | None]] = {}
+    ledgers: list[Any] = []
+
+    def epoch(self: Any, number: int, start: int = 0) -> Any:
+        batches = original(self, number, start)
+        while True:
+            if self.augment.crop and ledgers:  # the training loader; what tuning and calibration load has no epoch
+                loading.append(ledgers[0].phase)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
+
+    def restore(self: Any) -> None:
+        ledgers.append(self.ledger)
+        begin(self)
+
+    original, begin = Loader.epoch, Run.restore
+    monkeypatch.setattr(Loader, "epoch", epoch)
+    monkeypatch.setattr(Run, "restore", restore)
+
+    def note(kind: str, _: Any) -> None:
+        telling.setdefault(kind, set()).add(ledgers[0].phase if ledgers else None)
+
+    recipe = small(ema=ema, evaluate_every="3it", checkpoint_every="3it")
+    result = train(recipe, tmp_path, quiet=True, on_event=note)
+    assert set(loading) == {"search", "train"}
+    assert telling["row"] == telling["checkpoint"] == {"search", "train"}
+    assert telling["done"] == {"train"}
+    assert result.bill.phases["evaluate"].images.value > 0
+
+
 def test_resume_reuses_what_was_tuned(small: Make, tmp_path: Path, monkeypatch: Any) -> None:
     recipe = small(exact=False, checkpoint_every="5it")
     with pytest.raises(Stop):

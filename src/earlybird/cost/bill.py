@@ -172,10 +172,14 @@ class Bill:
 
     @property
     def total(self) -> Spending:
-        """The sum of all phases; the highest of the peaks. What one phase lacks, the total lacks."""
+        """The sum of all phases; the highest of the peaks. What one phase lacks, the total lacks.
+
+        A phase without a peak in which no image and no step was done ('lost': what was done twice) hides no peak.
+        """
         rows = list(self.phases.values())
         first: Measured | Estimated = rows[0].seconds if rows else Measured(0.0, "s", "clock")
         took_time = [row for row in rows if row.seconds.value > 0]
+        had_memory = [row for row in took_time if row.peak_bytes or row.images.value or row.steps.value]
         return Spending(
             seconds=replace(first, value=sum(row.seconds.value for row in rows)),
             steps=Counted(sum(row.steps.value for row in rows), "steps"),
@@ -183,7 +187,7 @@ class Bill:
             macs=_counted_sum([row.macs for row in rows], "MAC"),
             bit_macs=_counted_sum([row.bit_macs for row in rows], "MAC"),
             moved_bytes=_counted_sum([row.moved_bytes for row in rows], "B"),
-            peak_bytes=_measured([row.peak_bytes for row in took_time], max),
+            peak_bytes=_measured([row.peak_bytes for row in had_memory], max),
             joules=_measured([row.joules for row in took_time], sum),
             modelled_joules=_modelled_sum([row.modelled_joules for row in rows]),
         )
@@ -281,12 +285,12 @@ class Bill:
 _COLUMNS = {
     "seconds": "time",
     "peak_bytes": "peak memory",
-    "joules": "energy",
+    "joules": "measured energy",
     "steps": "steps",
     "images": "images",
     "macs": "MACs",
     "bit_macs": "bit-MACs",
-    "modelled_joules": "energy",
+    "modelled_joules": "modelled energy",
 }
 _LABELS = {
     "seconds": "time",

@@ -1,7 +1,8 @@
 """Compare ways to train on equal terms: same recipe, same seeds, one process each, in turns.
 
 Contenders of one seed run one after the other, and every second seed in reverse order, so that a machine that slows
-down slows all of them. Differences are taken within a seed. What took more than dense is called a loss.
+down slows all of them. Differences are taken within a seed. What took more than dense is called a loss. Time is that of
+the whole measured run, as the bill has it: set-up, search, draw, training, evaluation, and what a kill cost.
 
 Sanity checks among the contenders (Su et al., arXiv 2009.11094; Liu et al., arXiv 1810.05270): a dense run stopped at
 the ticket's time, a small dense network of the ticket's cost, and the ticket with its weights drawn anew.
@@ -9,12 +10,16 @@ the ticket's time, a small dense network of the ticket's cost, and the ticket wi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +48,8 @@ CONTENDERS: dict[str, str] = {
 """What can be compared, and what each is."""
 
 _BASELINE = "dense"
+_LAST_LINES = 30
+"""Lines of a dead contender's message that are handed on."""
 _AFTER = ("dense-equal-time", "small-dense")  # need to know what dense and ticket took
 
 
@@ -72,7 +79,8 @@ def compare(
     Raises:
         InputError: Unknown contender, or the folder belongs to another comparison.
         Interrupted: A signal came; the same command goes on.
-        EarlybirdError: A run failed.
+        EarlybirdError: A run could not be done as asked; says why.
+        RuntimeError: A run died of a failure of our own; ends with the last lines that it wrote.
     """
     names = _check(recipe, seeds, contenders)
     path = Path(out or recipe.out or Path("runs") / f"compare-{recipe.replace(seed=0).name.removesuffix('-seed0')}")
@@ -94,16 +102,19 @@ def describe(comparison: Mapping[str, Any]) -> str:
     """Return what `compare` returned as a table and a verdict, for people."""
     lines = [f"{'':22}{'accuracy':>18}{'seconds':>18}{'MACs':>12}{'time / dense':>14}"]
     for name, row in comparison["summary"].items():
-        accuracy, seconds = row["accuracy"], row["train_seconds"]
-        ratio = comparison["against_dense"].get(name, {}).get("train_seconds_ratio")
+        accuracy, seconds = row["accuracy"], row["seconds"]
+        ratio = comparison["against_dense"].get(name, {}).get("seconds_ratio")
         macs = row["macs"]["mean"] if row["macs"] else None
         lines.append(
             f"{name:22}{_spread(accuracy, 100, '%'):>18}{_spread(seconds, 1, 's'):>18}"
             f"{'not counted' if macs is None else f'{macs:.3g}':>12}"
             f"{'' if ratio is None else format(ratio['mean'], '.3f'):>14}"
         )
-    lines += ["", "Seconds: measured, set-up and search included, evaluation left out. MACs: counted.", ""]
-    return "\n".join([*lines, comparison["verdict"]])
+    lines += ["", "Seconds: measured, of the whole run: set-up, search and evaluation included. MACs: counted."]
+    resumed = [row["folder"] for row in comparison["runs"] if row["resumed"]]
+    if resumed:
+        lines.append(f"Resumed, so their seconds include starting again and what was lost: {', '.join(resumed)}.")
+    return "\n".join([*lines, "", comparison["verdict"]])
 
 
 def _check(recipe: Recipe, seeds: Sequence[int], contenders: Sequence[str]) -> list[str]:
@@ -151,7 +162,7 @@ def _recipe(recipe: Recipe, name: str, seed: int, done: Mapping[tuple[str, int],
     dense, ticket = done["dense", seed], done["ticket", seed]
     if name == "small-dense":
         return own.replace(dense=True, width=_width(own, ticket))
-    epochs = max(1, round(recipe.epochs * ticket["train_seconds"] / dense["train_seconds"]))
+    epochs = max(1, round(recipe.epochs * ticket["seconds"] / dense["seconds"]))
     share = epochs / recipe.epochs
     milestones = tuple(_scaled(point, share) for point in recipe.milestones)
     warmup = None if recipe.lr_warmup is None else _scaled(recipe.lr_warmup, share)
@@ -193,22 +204,30 @@ def _run(recipe: Recipe, path: Path, stop: StopSignal, *, quiet: bool) -> None:
         raise _interrupted(path)
     own = path.parent / "recipes" / f"{path.name}.toml"
     write_text(own, recipe.to_toml())
-    command = [sys.executable, "-m", "earlybird.train.compare", str(own), str(path), *(["--quiet"] if quiet else [])]
+    # with faulthandler, a crash of native code says where it was
+    command = [sys.executable, "-X", "faulthandler", "-m", "earlybird.train.compare", str(own), str(path)]
+    command += ["--quiet"] if quiet else []
     if not quiet:
         print(f"--- {path.name}", file=sys.stderr, flush=True)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # a file, not a pipe: a pipe that nobody reads stops who fills it
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said, subprocess.Popen(command, stdout=said) as process:
         told = False
         while process.poll() is None:
             if stop.caught() and not told:
                 process.terminate()  # after Ctrl-C it has the signal already, and a second one does no harm
                 told = True
             time.sleep(0.05)
-        assert process.stdout is not None
-        message = process.stdout.read().strip()
-    if process.returncode == Interrupted.exit_code or (stop.caught() and process.returncode):
+        said.seek(0)
+        message = said.read().strip()
+    code = process.returncode
+    if code in (Interrupted.exit_code, -signal.SIGINT, -signal.SIGTERM) or (stop.caught() and code):
         raise _interrupted(path)
-    if process.returncode:
-        raise EarlybirdError(f"{path.name} failed: {message or f'exit code {process.returncode}'}")
+    if code == EarlybirdError.exit_code:
+        raise EarlybirdError(f"{path.name} failed: {message}")
+    if code:
+        died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"died with exit code {code}"
+        last = "\n".join(message.splitlines()[-_LAST_LINES:]) or "It left no message but what is on standard error."
+        raise RuntimeError(f"{path.name} {died}; what is finished stays.\n{last}")
 
 
 def _interrupted(path: Path) -> Interrupted:
@@ -216,16 +235,24 @@ def _interrupted(path: Path) -> Interrupted:
 
 
 def _child(arguments: Sequence[str]) -> int:
-    """Do what `_run` asks of the new process; an error of the user goes to standard output, on one line."""
+    """Do what `_run` asks of the new process.
+
+    Standard output takes only what the parent has to know: an error of the user on one line, or the traceback of a
+    failure of our own. All else, what a model prints included, goes to standard error, which both processes share.
+    """
     recipe, path, quiet = Path(arguments[0]), Path(arguments[1]), "--quiet" in arguments[2:]
     try:
-        if (path / "recipe.toml").exists():
-            resume(path, quiet=quiet)
-        else:
-            train(Recipe.from_toml(recipe), path, quiet=quiet)
+        with contextlib.redirect_stdout(sys.stderr):
+            if (path / "recipe.toml").exists():
+                resume(path, quiet=quiet)
+            else:
+                train(Recipe.from_toml(recipe), path, quiet=quiet)
     except EarlybirdError as error:
         print(" ".join(str(error).split()))
         return error.exit_code
+    except Exception:
+        print(traceback.format_exc())
+        return 1
     return 0
 
 
@@ -233,7 +260,6 @@ def _row(path: Path, name: str, seed: int) -> dict[str, Any]:
     result = json.loads((path / "result.json").read_text(encoding="utf-8"))
     bill = Bill.from_json(json.loads((path / "bill.json").read_text(encoding="utf-8")))
     total, after = bill.total, bill.phases.get("train")
-    spent = result["phase_seconds"]
     return {
         "contender": name,
         "seed": seed,
@@ -241,10 +267,8 @@ def _row(path: Path, name: str, seed: int) -> dict[str, Any]:
         "accuracy": result["accuracy"],
         "loss": result["loss"],
         "epochs": result["epochs"],
-        "seconds": result["seconds"],
-        # set-up and search included; the test is no part of training, and time lost to a kill is chance
-        "train_seconds": sum(value for phase, value in spent.items() if phase not in ("evaluate", "lost")),
-        "phase_seconds": spent,
+        "seconds": total.seconds.value,
+        "phase_seconds": result["phase_seconds"],
         "macs": None if total.macs is None else total.macs.value,
         "bit_macs": None if total.bit_macs is None else total.bit_macs.value,
         "peak_bytes": None if total.peak_bytes is None else total.peak_bytes.value,
@@ -263,13 +287,13 @@ def _conclude(
         rows = [done[name, seed] for seed in seeds if (name, seed) in done]
         if not rows:
             continue
-        keys = ("accuracy", "loss", "seconds", "train_seconds", "macs", "bit_macs", "peak_bytes", "parameters")
+        keys = ("accuracy", "loss", "seconds", "macs", "bit_macs", "peak_bytes", "parameters")
         summary[name] = {key: _statistics([row[key] for row in rows]) for key in keys}
         pairs = [(row, done[_BASELINE, row["seed"]]) for row in rows if (_BASELINE, row["seed"]) in done]
         if name != _BASELINE and pairs:
             against[name] = {
                 f"{key}_ratio": _statistics([_ratio(row[key], dense[key]) for row, dense in pairs])
-                for key in ("seconds", "train_seconds", "macs", "bit_macs", "peak_bytes")
+                for key in ("seconds", "macs", "bit_macs", "peak_bytes")
             }
             points = [100 * (row["accuracy"] - dense["accuracy"]) for row, dense in pairs]
             against[name]["accuracy_points"] = _statistics(points)
@@ -287,7 +311,7 @@ def _conclude(
 
 def _verdict(name: str, summary: Mapping[str, Any], against: Mapping[str, Any]) -> str:
     """Say in two sentences what a contender gained and lost."""
-    time_ratio, points = against["train_seconds_ratio"], against["accuracy_points"]
+    time_ratio, points = against["seconds_ratio"], against["accuracy_points"]
     accuracy, dense = summary[name]["accuracy"]["mean"], summary[_BASELINE]["accuracy"]["mean"]
     runs = points["n"]
     faster = time_ratio["mean"] < 1

@@ -63,7 +63,7 @@ class Recipe(BaseModel):
     # the method
     dense: bool = Field(False, description="train the whole model, without a method")
     method: str = Field("early_bird", description="see 'earlybird methods'")
-    preset: str = Field("default", description="named settings of the method: default, published, fast")
+    preset: str = Field("default", description="named settings of the method: default or published")
     settings: dict[str, Any] = Field(default_factory=dict, description="fields of the method; flat in files and flags")
     # where and how it is computed
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order of images, augmentation and dropout")

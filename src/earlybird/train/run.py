@@ -30,7 +30,7 @@ from earlybird.data import CATALOGUE, Augment, DataSet, Loader, load
 from earlybird.errors import CheckpointError, DivergedError, InputError
 from earlybird.files import write_tensors, write_text
 from earlybird.ledger import Ledger
-from earlybird.models import build
+from earlybird.models.blueprint import Blueprint
 from earlybird.tickets.refit import estimate_batch_norms
 from earlybird.train import checkpoint
 from earlybird.train.folder import RunFolder
@@ -192,6 +192,7 @@ class Run:
         on_event: See `train`.
 
     Attributes:
+        blueprint: What the dense model was built from.
         model: The module that is trained, unwrapped.
         forward: What to call for a training step: the model, compiled or wrapped for several processes as need be.
         step: Optimizer steps done.
@@ -226,16 +227,10 @@ class Run:
         self.total = recipe.epochs * self.steps_per_epoch
         self.schedule = Schedule.from_recipe(recipe, self.steps_per_epoch)
         channels, size = data.train_images.shape[1:3]
+        self.blueprint = Blueprint(recipe.model, len(data.classes), channels, size, recipe.width)
 
         def build_model() -> nn.Module:
-            return build(
-                recipe.model,
-                classes=len(data.classes),
-                in_channels=channels,
-                image_size=size,
-                width=recipe.width,
-                seed=recipe.seed,
-            )
+            return self.blueprint.build(recipe.seed)
 
         self.model = build_model().to(fabric.device)
         example = self.loader.sample(2, recipe.seed)
@@ -391,7 +386,8 @@ class Run:
             return
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with swapped(pairs):
-            with self.autocast():
+            # said, not left to the hooks: they would charge what follows (writing the weights, say) to 'evaluate' too
+            with self.ledger.during("evaluate"), self.autocast():
                 estimate_batch_norms(self.model, list(self.calibration()))
             try:
                 yield
@@ -577,7 +573,7 @@ class Run:
             tensors = dict(self.model.state_dict())
             if self.folder.writer:
                 # one key only: safetensors writes several in random order, and equal runs should give equal files
-                metadata = {"recipe": self.recipe.hash()}
+                metadata = {"blueprint": self.blueprint.to_json()}
                 write_tensors(self.folder.path / "model.safetensors", _unshared(tensors), metadata)
         if self.search is not None:
             self._write_history()

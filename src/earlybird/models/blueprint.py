@@ -1,0 +1,68 @@
+"""What a network was built from, in a few plain values, so that it can be built again without its data set."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from earlybird.errors import InputError
+from earlybird.models import build
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["Blueprint"]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What the original definition needs to be built again.
+
+    Attributes:
+        model: Zoo name or ``'package.module:function'``.
+        classes: Number of classes.
+        in_channels: Channels of the images.
+        image_size: Height and width of the images, pixels.
+        width: Factor on the channels.
+    """
+
+    model: str
+    classes: int
+    in_channels: int
+    image_size: int
+    width: float
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """Return the dense model with fresh weights, as `earlybird.models.build` draws them from ``seed``."""
+        return build(
+            self.model,
+            classes=self.classes,
+            in_channels=self.in_channels,
+            image_size=self.image_size,
+            width=self.width,
+            seed=seed,
+        )
+
+    def example(self, batch: int = 1) -> Tensor:
+        """Return images of noise, the same ones at each call, shape (batch, in_channels, image_size, image_size)."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(batch, self.in_channels, self.image_size, self.image_size, generator=generator)
+
+    def to_json(self) -> str:
+        """Return the values as text, the same one for the same blueprint; `from_json` reads it."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Blueprint:
+        """Rebuild what `to_json` wrote.
+
+        Raises:
+            InputError: ``text`` is not a blueprint.
+        """
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"not a blueprint of a network: {text[:80]!r}") from error
