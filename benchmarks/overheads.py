@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 import earlybird as eb
+from earlybird.calls import Hook
 from earlybird.cost.meters import PeakMemory
 from earlybird.data import Augment, Loader, load
 from earlybird.models import build
@@ -52,23 +54,27 @@ def detector(steps: int = 100) -> dict[str, Any]:
     search = eb.EarlyBird(skip="49it", look_every="49it", deadline=None, tolerance=0.0).attach(
         model, optimizer, example_inputs=torch.randn(1, 3, 32, 32), steps_per_epoch=390
     )
-    spent = 0.0
-    for name in ("_before_step", "_after_step"):
-        inner = getattr(search, name)
+    spent, calls = 0.0, 0
 
-        def timed(inner=inner):
-            nonlocal spent
-            start = time.perf_counter()
-            inner()
-            spent += time.perf_counter() - start
+    def timed(inner, *args):
+        nonlocal spent, calls
+        start = time.perf_counter()
+        inner(*args)
+        spent += time.perf_counter() - start
+        calls += 1
 
-        setattr(search, name, timed)
+    hooks = [*model._forward_pre_hooks.values(), *optimizer._optimizer_step_pre_hooks.values()]
+    for hook in [*hooks, *optimizer._optimizer_step_post_hooks.values()]:
+        if isinstance(hook, Hook) and hook.owner is search:
+            hook.call = partial(timed, hook.call)
     start, batches = 0.0, _loader().epoch(0)
     for step in range(steps + 2):
         if step == 2:
             start, spent = time.perf_counter(), 0.0
         _step(model, optimizer, *next(batches))
     total = time.perf_counter() - start
+    if calls < 3 * steps or len(search.history) < 2:
+        raise RuntimeError(f"the detector was timed {calls} times in {steps} steps")
     return {
         "share": spent / total,
         "floor": 0.005,

@@ -2,8 +2,8 @@
 
 Contestants, interleaved seed by seed, each in a process of its own, at equal epochs:
 
-- ``plain``: PyTorch as tutorials write it (`plain_pytorch.py`); its time is extrapolated from timed steps of the same
-  session and labelled so, its accuracy is not measured;
+- ``plain``: PyTorch as tutorials write it (`plain_pytorch.py`); its time is extrapolated from timed steps of the
+  same run and labelled so, its accuracy is not measured;
 - ``dense``: earlybird without a ticket, tuned (bf16, channels_last, data in memory): the strong baseline;
 - ``ticket``: the early ticket at keep 0.5, channels ranked over the whole network (the default);
 - ``ticket_layer``: the same with each layer ranked by itself, which cuts the expensive early layers as deeply as all.
@@ -86,12 +86,16 @@ def table() -> str:
     for width, epochs in sorted({(row["width"], row["epochs"]) for row in everything}):
         block = [row for row in everything if (row["width"], row["epochs"]) == (width, epochs)]
         head = block[-1]
+        dates, revisions = (sorted({row[key] for row in block}) for key in ("date", "revision"))
         lines.append(
             f"Width {width:g}, {epochs} epochs, batch 128; {head['device']}, {head['threads']} threads, "
-            f"torch {head['torch']}, {head['date']}, revision {head['revision']}.\n"
+            f"torch {head['torch']}, {', '.join(dates)}, revision {', '.join(revisions)}, "
+            f"load before a run at most {max(row['load_before'] for row in block):.1f}.\n"
         )
-        lines.append("| contestant | seeds | accuracy % | seconds | plain / this | dense / this | parameters |")
-        lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+        lines.append(
+            "| contestant | seeds | accuracy % | against dense | seconds | plain / this | dense / this | weights |"
+        )
+        lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
         by_seed = {(row["contestant"], row["seed"]): row for row in block}
         for contestant in SETTINGS:
             mine = [row for row in block if row["contestant"] == contestant]
@@ -105,12 +109,22 @@ def table() -> str:
                     for row in mine if (other, row["seed"]) in by_seed and other != contestant
                 ]  # fmt: skip
                 ratios.append(f"{statistics.fmean(pairs):.2f}x" if pairs else "")
+            points = [
+                100 * (row["accuracy"] - by_seed["dense", row["seed"]]["accuracy"])
+                for row in mine
+                if row["accuracy"] is not None and ("dense", row["seed"]) in by_seed and contestant != "dense"
+            ]
             extrapolated = " (extrapolated)" if mine[0]["seconds_kind"] != "measured" else ""
-            lines.append(
-                f"| {contestant} | {len(mine)} | {spread(accuracy) if accuracy else 'not measured'} "
-                f"| {spread([row['seconds'] for row in mine], 0)}{extrapolated} | {ratios[0]} | {ratios[1]} "
-                f"| {format(mine[0]['parameters'], ',') if mine[0].get('parameters') else ''} |"
-            )
+            cells = [
+                contestant,
+                str(len(mine)),
+                spread(accuracy) if accuracy else "not measured",
+                f"{spread(points)} points" if points else "",
+                spread([row["seconds"] for row in mine], 0) + extrapolated,
+                *ratios,
+                format(mine[0]["parameters"], ",") if mine[0].get("parameters") else "",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
@@ -126,7 +140,8 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         for seed in range(options.seeds):
-            for contestant in options.contestants.split(","):
+            order = options.contestants.split(",")
+            for contestant in order if seed % 2 == 0 else reversed(order):
                 key = {"contestant": contestant, "width": options.width, "epochs": options.epochs, "seed": seed}
                 if any(all(row[k] == v for k, v in key.items()) for row in rows(NAME)):
                     continue

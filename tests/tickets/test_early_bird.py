@@ -349,3 +349,19 @@ def test_compiled_models_shrink_too():
     train(torch.compile(model, backend="eager"), optimizer, 14)
     assert search.drawn
     assert model[3].out_channels < 12
+
+
+def test_widths_are_rounded_and_the_change_says_which_channels_stayed():
+    model, optimizer, search = start(keep=0.4, round_to=4, tolerance=1.0)
+    train(model, optimizer, 14)
+    assert model[0].out_channels % 4 == 0
+    assert search.change.rounded
+    for name, channels in search.change.rounded.items():
+        assert search.ticket.masks[name][channels].all()  # the ticket is what stays
+    assert search.ticket.provenance["rounded"] == sum(map(len, search.change.rounded.values()))
+    twin, _, resumed = start(keep=0.4, round_to=4, tolerance=1.0)
+    resumed.load_state_dict(search.state_dict())
+    twin.load_state_dict(model.state_dict())
+    assert resumed.ticket == search.ticket
+    assert resumed.change.rounded == search.change.rounded
+    assert resumed.change.layers == search.change.layers

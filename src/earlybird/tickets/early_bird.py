@@ -73,7 +73,7 @@ class EarlyBird:
     weights: Literal["continue", "reinitialise"] = _option("continue", "Go on with the dense weights, or start anew.")
     optimizer_state: Literal["keep", "reset"] = _option("keep", "Go on with the optimizer's state, or start empty.")
     refit: Literal["none", "batch_norm", "least_squares"] = _option("batch_norm", "What is mended right after the cut.")
-    round_to: int | None = _option(None, "Multiple that widths are rounded to; 'none' takes what suits the device.")
+    round_to: int | None = _option(None, "Multiple that widths are rounded up to; 'none' takes what suits the device.")
     strict: bool = _option(False, "Compare scores with the published 'score > threshold'.")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {

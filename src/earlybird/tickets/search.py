@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +71,7 @@ class Search:
         self._masks: dict[float, list[Tensor]] = {ratio: [] for ratio in settings.ratios}
         self._looked_at: list[int] = []
         self._groups: list[Group] | None = None
+        self._rounded: dict[str, list[int]] = {}
         self._last_call: Call | None = None
         self._autocast: tuple[str, torch.dtype] | None = None
         _check_partners(model, self._optimizers, settings)
@@ -149,6 +150,7 @@ class Search:
             "looked_at": list(self._looked_at),
             "masks": {str(ratio): torch.stack(masks) for ratio, masks in self._masks.items() if masks},
             "taylor": {} if self.drawn else {str(i): value.clone() for i, value in enumerate(self._taylor)},
+            "rounded": self._rounded,
             "tickets": {
                 str(ratio): {
                     "mask": torch.cat(list(ticket.masks.values())), "provenance": dict(ticket.provenance),
@@ -189,7 +191,9 @@ class Search:
         primary = self.tickets.get(self.settings.ratios[0])
         if primary is not None and not self.drawn:
             self.drawn_at = int(state["drawn_at"])
-            self.change = shrink(self._model, primary, first_sample(self._inputs()), optimizer=self._optimizers)
+            change = shrink(self._model, primary, first_sample(self._inputs()), optimizer=self._optimizers)
+            self._rounded = {name: list(channels) for name, channels in state["rounded"].items()}
+            self.change = replace(change, rounded=self._rounded)
             self._finish(primary)
 
     def _scores_now(self) -> dict[str, Tensor]:
@@ -299,16 +303,16 @@ class Search:
         assert self._groups is not None
         s = self.settings
         return draw_coupled(
-            scores, self._groups, ratio, coupled=s.coupled, scope=s.scope, macs_share=s.macs_share, strict=s.strict,
-            round_to=self._round_to(),
-        )  # fmt: skip
+            scores, self._groups, ratio, coupled=s.coupled, scope=s.scope, macs_share=s.macs_share, strict=s.strict
+        )
 
     def _round_to(self) -> int:
         if self.settings.round_to is not None:
             return self.settings.round_to
-        # Vector units and tensor cores work on blocks of 8 or 16 channels; in narrow nets rounding would eat layers.
+        # Tensor cores work on blocks of 8 channels, a CPU's vector units on 16; narrow nets would keep too much.
         widest = max(self._sizes.values())
-        return 16 if widest >= 128 else 8 if widest >= 64 else 1
+        on_cpu = next(self._model.parameters()).device.type == "cpu"
+        return 16 if widest >= 128 and on_cpu else 8 if widest >= 64 else 1
 
     def _ticket(self, flat: Tensor, ratio: float, reason: str) -> Ticket:
         masks = dict(zip(self._sizes, flat.split(list(self._sizes.values()))))
@@ -365,7 +369,13 @@ class Search:
                     targets = dense_outputs(self._model, joined)
                 self._ledger.passes(batch_size(joined), batches=1)
             inputs = first_sample(self._inputs())
-            self.change = shrink(self._model, ticket, inputs, optimizer=self._optimizers, groups=self._groups)
+            self.change = shrink(
+                self._model, ticket, inputs, optimizer=self._optimizers, groups=self._groups,
+                round_to=self._round_to(), scores=self._scores_now(),
+            )  # fmt: skip
+            self._rounded = {name: list(channels) for name, channels in self.change.rounded.items()}
+            ticket = _with_rounded(ticket, self._rounded)
+            self.tickets[self.settings.ratios[0]] = ticket
             # From here on the model is the small one, whatever else may fail.
             self.drawn_at = self._steps
             self._finish(ticket)
@@ -402,6 +412,14 @@ class Search:
         self._taylor, self._last_call, self._groups = [], None, None
         if not self.settings.sparsity_after:
             self._norms = []
+
+
+def _with_rounded(ticket: Ticket, rounded: Mapping[str, list[int]]) -> Ticket:
+    """Return the ticket of what really stays: with the channels that rounding kept."""
+    masks = dict(ticket.masks)
+    for name, channels in rounded.items():
+        masks[name][channels] = True
+    return Ticket(masks, ticket.kinds, {**ticket.provenance, "rounded": sum(map(len, rounded.values()))})
 
 
 def _as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:

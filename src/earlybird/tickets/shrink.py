@@ -100,6 +100,7 @@ def shrink(
     *,
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
     round_to: int = 1,
+    scores: Mapping[str, Tensor] | None = None,
     groups: list[Group] | None = None,
 ) -> Change:
     """Cut ``model`` down to ``ticket``, in place, and its optimizer's state with it.
@@ -113,6 +114,8 @@ def shrink(
             is sliced like the parameter; scalars stay; any other shape is an error.
         round_to: Keep as many further channels as make each cut layer's width a multiple of this. What stayed
             because of it is in ``Change.rounded``; those channels are live, not silenced.
+        scores: Layer name to scores ``(channels,)`` by which the channels to keep further are chosen; by default the
+            scales of the norms, else the size of the filters.
         groups: The model's groups from `find_groups`, where they are already at hand.
 
     Returns:
@@ -136,7 +139,7 @@ def shrink(
     call = as_call(example_inputs)
     groups = find_groups(model, call) if groups is None else groups
     silent, carried = _probe(model, call, removed)
-    plan = _plan(model, groups, removed, silent, carried, round_to)
+    plan = _plan(model, groups, removed, silent, carried, round_to, scores or {})
     _check_optimizers(model, plan.slices, optimizers)
 
     unheard = {
@@ -290,6 +293,7 @@ def _plan(
     silent: Mapping[str, Tensor],
     carried: Mapping[str, Tensor],
     round_to: int,
+    scores: Mapping[str, Tensor],
 ) -> _Plan:
     """Decide, group by group, which channels go, and translate that into slices of parameters."""
     modules = dict(model.named_modules())
@@ -316,7 +320,7 @@ def _plan(
             )  # fmt: skip
         exact = cut = asked & unread
         if cut.any():
-            worth = _worth(group, modules)
+            worth = _worth(group, modules, scores)
             exact = cut = _balance(cut, group, worth)
             if cut.all():
                 raise InputError(
@@ -366,10 +370,13 @@ def _extent(key: CutKey, modules: Mapping[str, nn.Module], parameters: Mapping[s
     return found
 
 
-def _worth(group: Group, modules: Mapping[str, nn.Module]) -> Tensor:
-    """Return what each channel of a group is worth when some must stay anyway: its norm's scale, else its filter."""
+def _worth(group: Group, modules: Mapping[str, nn.Module], scores: Mapping[str, Tensor]) -> Tensor:
+    """Return what each channel of a group is worth when some must stay anyway: its score, else its norm's scale."""
     worth = torch.zeros(group.size)
-    for member in group.members:
+    scored = [member for member in group.members if member.name in scores and member.side != "in"]
+    for member in scored:
+        worth.index_add_(0, member.root, scores[member.name].detach().float().cpu()[member.local])
+    for member in () if scored else group.members:
         weight = getattr(modules.get(member.name), "weight", None)
         if member.side == "in" or not isinstance(weight, Tensor):
             continue
