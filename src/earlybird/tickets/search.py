@@ -22,7 +22,7 @@ from earlybird.tickets.coupling import Group, find_groups
 from earlybird.tickets.draw import draw_coupled
 from earlybird.tickets.refit import dense_outputs, estimate_batch_norms, least_squares
 from earlybird.tickets.scores import batch_norms, score_channels
-from earlybird.tickets.shrink import Change, shrink
+from earlybird.tickets.shrink import Change, as_optimizers, shrink
 from earlybird.tickets.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ class Search:
         self.drawn_at: int | None = None
         self.history: list[dict[str, Any]] = []
         self._model = model = unwrapped(model)
-        self._optimizers = _as_optimizers(optimizer)
+        self._optimizers = as_optimizers(optimizer)
+        if not self._optimizers:
+            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
         self._example_inputs, self._calibration, self._seed = example_inputs, calibration, seed
         self._steps_per_epoch = _check_steps_per_epoch(steps_per_epoch)
         self._look_every = max(settings.look_every.in_iterations(steps_per_epoch), 1)
@@ -420,13 +422,6 @@ def _with_rounded(ticket: Ticket, rounded: Mapping[str, list[int]]) -> Ticket:
     for name, channels in rounded.items():
         masks[name][channels] = True
     return Ticket(masks, ticket.kinds, {**ticket.provenance, "rounded": sum(map(len, rounded.values()))})
-
-
-def _as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    found = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    if not found or not all(isinstance(one, torch.optim.Optimizer) for one in found):
-        raise InputError("optimizer is no torch optimizer", needed="a torch.optim.Optimizer, or several")
-    return found
 
 
 def _check_steps_per_epoch(value: Any) -> int | None:

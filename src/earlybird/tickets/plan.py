@@ -1,0 +1,253 @@
+"""The plan of a cut: which channels of which layers go, what falls silent, and how each parameter is sliced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from earlybird.errors import InputError, ShrinkError
+from earlybird.tickets.coupling import Group
+from earlybird.tickets.layers import Conv, TransposedConv, is_depthwise, layer_of, width
+
+# A key in place of a dimension: each block of a grouped convolution keeps its own inputs.
+IN_BLOCKS = "in blocks"
+Slices = dict[int | str, Tensor]
+# Layer (or bare parameter) name, side, and for bare parameters the dimension.
+CutKey = tuple[str, str, int | None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes and what stays.
+
+    Attributes:
+        cuts: Layer (or bare parameter) and side to the mask of channels that go.
+        slices: Parameter name to the indices that stay, by dimension.
+        silenced: Layer name to the mask of channels that the ticket removes, but that stay and fall silent.
+        rounded: Layer name to the mask of channels that stay, alive, because of rounding.
+    """
+
+    cuts: dict[CutKey, Tensor]
+    slices: dict[str, Slices]
+    silenced: dict[str, Tensor]
+    rounded: dict[str, Tensor]
+
+
+def make_plan(
+    model: nn.Module,
+    groups: list[Group],
+    removed: Mapping[str, Tensor],
+    silent: Mapping[str, Tensor],
+    carried: Mapping[str, Tensor],
+    round_to: int,
+    scores: Mapping[str, Tensor],
+) -> Plan:
+    """Decide, group by group, which channels go, and translate that into slices of parameters."""
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    cuts: dict[CutKey, Tensor] = {}
+    rounded: dict[str, Tensor] = {}
+    for group in groups:
+        asked = torch.zeros(group.size, dtype=torch.bool)
+        unread = torch.ones(group.size, dtype=torch.bool)
+        for member in group.members:
+            if member.name in removed and member.side != "in":
+                asked[member.root[removed[member.name][member.local]]] = True
+            elif member.side == "in":
+                zero = silent.get(member.name)
+                unread[member.root if zero is None else member.root[~zero[member.local]]] = False
+        if not asked.any():
+            continue
+        if group.output:
+            names = [m.name for m in group.members if m.name in removed and m.side != "in"]
+            raise ShrinkError(
+                f"the ticket removes channels of layer '{names[0]}' that no layer is seen to read: outputs of the "
+                "model itself, or read by a function that the graph cannot follow",
+                needed="a ticket over hidden layers", hint="leave that layer out of the ticket; nothing was changed",
+            )  # fmt: skip
+        exact = cut = asked & unread
+        if cut.any():
+            worth = _worth(group, modules, scores)
+            exact = cut = _balance(cut, group, worth)
+            if cut.all():
+                raise InputError(
+                    f"the ticket removes every channel of layer '{group.producers[0]}'",
+                    needed="at least one channel in each layer", hint="earlybird.draw keeps one; nothing was changed",
+                )  # fmt: skip
+            cut = _round(cut, group, worth, round_to)
+        for member in group.members:
+            if member.name in removed and member.side != "in":
+                stayed = torch.zeros_like(removed[member.name])
+                stayed[member.local] = (exact & ~cut)[member.root] & removed[member.name][member.local]
+                rounded[member.name] = rounded.get(member.name, torch.zeros_like(stayed)) | stayed
+            if cut.any():
+                key = (member.name, member.side, member.dim)
+                if key not in cuts:
+                    cuts[key] = torch.zeros(_extent(key, modules, parameters), dtype=torch.bool)
+                cuts[key][member.local] |= cut[member.root]
+    rounded = {name: mask for name, mask in rounded.items() if mask.any()}
+    silenced = {}
+    for name, gone in (dict(removed) | dict(carried)).items():
+        nothing = torch.zeros_like(gone)
+        gone = gone & ~cuts.get((name, "out", None), nothing) & ~cuts.get((name, "both", None), nothing)
+        gone &= ~rounded.get(name, nothing)
+        if gone.any():
+            silenced[name] = gone
+    if rounded:  # a norm that the ticket does not name lives on with the rounded channels that feed it
+        alive = {n: m for n, m in silenced.items() if n in removed}
+        silenced = alive | {n: m for n, m in silenced.items() if n not in removed and not _fed_by(n, rounded, groups)}
+    return Plan(cuts, _plan_slices(cuts, model, modules, parameters), silenced, rounded)
+
+
+def _fed_by(norm: str, rounded: Mapping[str, Tensor], groups: list[Group]) -> bool:
+    return any({norm} & names and names & rounded.keys() for names in ({m.name for m in g.members} for g in groups))
+
+
+def _extent(key: CutKey, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor]) -> int:
+    """Return the number of channels of a layer (or bare parameter) on one side."""
+    name, side, dim = key
+    if dim is not None:
+        return parameters[name].shape[dim]
+    found = width(modules[name], side)  # type: ignore[arg-type]
+    if found is None:
+        raise ShrinkError(
+            f"layer '{name}' ({type(modules[name]).__name__}) is tied to channels the ticket removes and cannot be cut",
+            hint="leave the layers around it out of the ticket; nothing was changed",
+        )
+    return found
+
+
+def _worth(group: Group, modules: Mapping[str, nn.Module], scores: Mapping[str, Tensor]) -> Tensor:
+    """Return what each channel of a group is worth when some must stay anyway: its score, else its norm's scale."""
+    worth = torch.zeros(group.size)
+    scored = [member for member in group.members if member.name in scores and member.side != "in"]
+    for member in scored:
+        worth.index_add_(0, member.root, scores[member.name].detach().float().cpu()[member.local])
+    for member in () if scored else group.members:
+        weight = getattr(modules.get(member.name), "weight", None)
+        if member.side == "in" or not isinstance(weight, Tensor):
+            continue
+        weight = weight.detach().float().cpu()
+        if isinstance(modules[member.name], TransposedConv):
+            weight = weight.transpose(0, 1)
+        value = weight.abs() if weight.dim() == 1 else 1e-6 * weight.flatten(1).norm(dim=1)
+        if value.numel() > int(member.local.max()):
+            worth.index_add_(0, member.root, value[member.local])
+    return worth
+
+
+def _balance(cut: Tensor, group: Group, worth: Tensor) -> Tensor:
+    """Give back channels until grouped convolutions and group norms keep equally many in each of their blocks."""
+    cut = cut.clone()
+    changed = True
+    while changed:
+        changed = False
+        for block in group.blocks:
+            kept = [int((~cut & (block == b)).sum()) for b in range(int(block.max()) + 1)]
+            for b, count in enumerate(kept):
+                if max(kept) > count:
+                    _give_back(cut, block == b, max(kept) - count, worth)
+                    changed = True
+    return cut
+
+
+def _round(cut: Tensor, group: Group, worth: Tensor, round_to: int) -> Tensor:
+    """Give back channels until the width is a multiple of ``round_to``, or whole."""
+    cut = cut.clone()
+    while cut.any() and int((~cut).sum()) % round_to:
+        missing = -int((~cut).sum()) % round_to
+        _give_back(cut, torch.ones_like(cut), 1 if group.blocks else missing, worth)
+        cut = _balance(cut, group, worth)
+    return cut
+
+
+def _give_back(cut: Tensor, among: Tensor, count: int, worth: Tensor) -> None:
+    candidates = (cut & among).nonzero().flatten()
+    best = candidates[worth[candidates].argsort(descending=True, stable=True)[:count]]
+    cut[best] = False
+
+
+def _plan_slices(
+    cuts: Mapping[CutKey, Tensor],
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    parameters: Mapping[str, Tensor],
+) -> dict[str, Slices]:
+    """Translate cut channels into indices that stay: parameter name to ``{dimension: indices}``."""
+    slices: dict[str, Slices] = {}
+    for (name, side, dim), cut in cuts.items():
+        if dim is not None:
+            slices.setdefault(name, {})[dim] = stay(cut)
+            continue
+        module = modules[name]
+        layer = layer_of(module)
+        assert layer is not None  # _extent has refused other types
+        if isinstance(module, TransposedConv) and module.groups > 1 and not is_depthwise(module):
+            raise ShrinkError(
+                f"layer '{name}' is a grouped transposed convolution, which cannot be cut; nothing was changed"
+            )
+        in_blocks = isinstance(module, Conv) and side == "in" and module.groups > 1
+        for attribute, at in layer.reads if side == "in" and not layer.joint else layer.writes:
+            parameter = getattr(module, attribute, None)
+            if parameter is None or (isinstance(module, nn.PReLU) and parameter.numel() == 1):
+                continue
+            path = f"{name}.{attribute}" if name else attribute
+            if path not in parameters:
+                raise ShrinkError(
+                    f"weight '{path}' is computed from other parameters (a reparametrisation), and cannot be sliced",
+                    hint="remove it first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
+                    "prune.remove, ...); nothing was changed",
+                )
+            key: int | str = IN_BLOCKS if in_blocks else at % parameter.dim()
+            slices.setdefault(path, {})[key] = _stay_in_blocks(cut, module) if in_blocks else stay(cut)
+    _check_shared(slices, model)
+    return slices
+
+
+def stay(cut: Tensor) -> Tensor:
+    """Return the indices of the channels that are not cut, ascending, shape (n,)."""
+    return (~cut).nonzero().flatten()
+
+
+def _stay_in_blocks(cut: Tensor, module: nn.Module) -> Tensor:
+    """Return the inputs that stay in each block of a grouped convolution, shape (groups, n)."""
+    per_block = cut.view(int(module.groups), -1)  # type: ignore[arg-type]
+    return torch.stack([stay(block) for block in per_block])
+
+
+def _check_shared(slices: dict[str, Slices], model: nn.Module) -> None:
+    """Make sure that one tensor under several names is asked for one and the same cut."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for shared in names.values():
+        plans = [slices.get(name, {}) for name in shared]
+        for plan in plans[1:]:
+            if plan.keys() != plans[0].keys() or any(not torch.equal(plan[dim], plans[0][dim]) for dim in plan):
+                raise ShrinkError(
+                    f"layers share the weight '{shared[0]}' = '{shared[1]}', but the ticket cuts them differently",
+                    hint="leave these layers out of the ticket; nothing was changed",
+                )
+        for name in shared[1:]:
+            slices.pop(name, None)
+
+
+def check_optimizers(model: nn.Module, slices: Mapping[str, Slices], optimizers: list[torch.optim.Optimizer]) -> None:
+    """Raise a `ShrinkError` for optimizer state that cannot be sliced like its parameter."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        whole = not any(id(p) in names and names[id(p)] in slices for g in optimizer.param_groups for p in g["params"])
+        for parameter, state in () if whole else optimizer.state.items():
+            for key, value in state.items():
+                several = isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value)
+                if several or (isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape):
+                    shown = "several tensors" if several else f"shape {tuple(value.shape)}"
+                    raise ShrinkError(
+                        f"{type(optimizer).__name__} keeps state '{key}' of {shown} for "
+                        f"'{names.get(id(parameter), 'a parameter')}'",
+                        needed=f"the parameter's shape {tuple(parameter.shape)} or a scalar",
+                        hint="shrink before its first step, or use another optimizer; nothing was changed",
+                    )
