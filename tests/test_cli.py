@@ -136,13 +136,13 @@ def test_wrong_input_is_one_line_with_exit_code_2_and_leaves_nothing(words, foun
     assert [path.name for path in left if path.suffix in (".safetensors", ".onnx", ".html")] == []
 
 
-def test_ctrl_c_ends_with_3(monkeypatch, capsys):
+def test_ctrl_c_outside_training_does_not_claim_to_be_resumable(monkeypatch, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_module, "train", stop)
-    assert run("train") == 3
-    assert complaint(capsys) == "error: interrupted\n"
+    assert run("train") == 130
+    assert complaint(capsys) == "error: interrupted; type the same command again\n"
 
 
 def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
@@ -210,6 +210,12 @@ def test_export_of_a_real_run(trained, tmp_path, capsys):
     assert onnx.exists()
     assert weights.exists()
     assert "largest difference" in capsys.readouterr().out
+    weights.write_text("something else")
+    assert run("export", trained, "--weights", weights) == 2
+    assert "--force" in capsys.readouterr().err
+    assert run("export", trained, "--weights", weights, "--force") == 0
+    assert run("export", weights, "--weights", weights, "--model", "other:build") == 2
+    assert "not from other:build" in capsys.readouterr().err
 
 
 def test_compare_prints_one_bill_and_the_verdict_and_reports(tmp_path, capsys):

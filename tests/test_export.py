@@ -126,7 +126,7 @@ def test_a_wrong_onnx_is_not_put_in_place(trained, tmp_path, monkeypatch, onnx):
     monkeypatch.setattr(export, "_to_onnx", broken)
     (tmp_path / "model.onnx").write_bytes(b"older")
     with pytest.raises(EarlybirdError, match="differs from PyTorch"):
-        export.export_onnx(trained, tmp_path / "model.onnx")
+        export.export_onnx(trained, tmp_path / "model.onnx", force=True)
     assert (tmp_path / "model.onnx").read_bytes() == b"older"
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
@@ -169,3 +169,79 @@ def test_weights_that_do_not_say_what_they_belong_to_are_refused(trained, tmp_pa
 def test_another_safetensors_file_is_refused(trained):
     with pytest.raises(InputError, match="not an exported network"):
         export.load(trained / "model.safetensors")
+
+
+def test_a_file_imports_no_code_that_was_not_confirmed(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_nets_in_a_file.py").write_text("open('called', 'w').close()\n" + MODEL)
+    values = {"model": "own_nets_in_a_file:build", "data": "digits", "epochs": 1, "exact": True, "dense": True}
+    train(Recipe.from_values(values), tmp_path / "run", quiet=True)
+    file = export.export_weights(tmp_path / "run", tmp_path / "model.safetensors")
+    (tmp_path / "called").unlink()
+    monkeypatch.delitem(sys.modules, "own_nets_in_a_file")
+    for wrong in (None, "another:build"):
+        with pytest.raises(InputError, match="own_nets_in_a_file:build"):
+            export.load(file, model=wrong)
+    with pytest.raises(InputError, match="--model own_nets_in_a_file:build"):
+        export.export_weights(file, tmp_path / "again.safetensors")
+    assert not (tmp_path / "called").exists()
+    with torch.no_grad():
+        found = export.load(file, model="own_nets_in_a_file:build")(IMAGES)
+        assert torch.equal(found, export.load(tmp_path / "run")(IMAGES))  # a run folder is one's own
+    zoo = export.export_weights(trained, tmp_path / "zoo.safetensors")
+    export.load(zoo)
+    with pytest.raises(InputError, match="built from small_cnn"):
+        export.load(zoo, model="own_nets_in_a_file:build")
+
+
+BLUEPRINT = {"model": "small_cnn", "classes": 10, "in_channels": 1, "image_size": 8, "width": 0.25}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"blueprint": None},
+        {"blueprint": "{"},
+        {"blueprint": "[]"},
+        {"blueprint": json.dumps({"model": "small_cnn"})},
+        {"blueprint": json.dumps({**BLUEPRINT, "model": 3})},
+        {"blueprint": json.dumps({**BLUEPRINT, "classes": "10"})},
+        {"blueprint": json.dumps({**BLUEPRINT, "image_size": -8})},
+        {"blueprint": json.dumps({**BLUEPRINT, "width": None})},
+        {"order": None},
+        {"order": "[1]"},
+        {"order": '["features.0"]'},
+        {"provenance": None},
+    ],
+)
+def test_a_damaged_export_is_named(change, tmp_path):
+    metadata = {"format": export.FORMAT, "blueprint": json.dumps(BLUEPRINT), "order": '["one"]', "provenance": "{}"}
+    metadata = {key: value for key, value in {**metadata, **change}.items() if value is not None}
+    tensors = {"ticket/one": torch.ones(4, dtype=torch.uint8)}
+    file = write_tensors(tmp_path / "model.safetensors", tensors, metadata)
+    with pytest.raises(InputError, match="damaged export"):
+        export.load(file)
+
+
+def test_an_export_replaces_only_an_export(trained, tmp_path):
+    file = tmp_path / "model.safetensors"
+    for path in (file, trained / "ticket.safetensors"):
+        before = path.read_bytes() if path.exists() else b"something else"
+        path.write_bytes(before)
+        with pytest.raises(InputError, match=r"exists and is no export.*--force"):
+            export.export_weights(trained, path)
+        assert path.read_bytes() == before
+    export.export_weights(trained, file, force=True)
+    export.export_weights(trained, file)  # its own
+    with pytest.raises(InputError, match="is a folder"):
+        export.export_weights(trained, tmp_path, force=True)
+
+
+def test_an_onnx_export_replaces_only_an_export(trained, tmp_path, onnx):
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"something else")
+    with pytest.raises(InputError, match=r"exists and is no export.*--force"):
+        export.export_onnx(trained, file)
+    assert file.read_bytes() == b"something else"
+    export.export_onnx(trained, file, force=True)
+    export.export_onnx(trained, file)  # its own

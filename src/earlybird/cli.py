@@ -4,7 +4,8 @@ Every key of a recipe is also a flag of ``train`` and ``compare``; the flags are
 `earlybird.train.recipe`. That definition needs torch, so it is loaded only when one of these two commands is typed, and
 ``earlybird --help`` answers at once.
 
-Exit codes: 0 done, 2 wrong input, 3 interrupted and resumable, 1 our own failure (with a traceback).
+Exit codes: 0 done, 2 wrong input, 3 interrupted and resumable, 130 interrupted outside training (nothing to resume),
+1 our own failure (with a traceback).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from earlybird.errors import EarlybirdError, InputError, Interrupted
+from earlybird.errors import EarlybirdError, InputError
 
 if TYPE_CHECKING:
     from earlybird.train.recipe import Key, Recipe
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = _SIGINT
     if code == _SIGINT:
-        return _complain("interrupted", Interrupted.exit_code)
+        return _complain("interrupted; type the same command again", _SIGINT)
     return code if isinstance(code, int) else 0
 
 
@@ -297,6 +298,11 @@ def export(
     weights: Annotated[
         Path | None, typer.Option(help="Write weights and ticket as one safetensors file for earlybird.export.load.")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PACKAGE:FUNCTION", help="Confirm code of your own that an exported file names."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no export.")] = False,
 ) -> None:
     """Take the trained small network out of a run.
 
@@ -310,9 +316,9 @@ def export(
     if onnx is None and weights is None:
         raise InputError("nothing to export", hint="add --onnx model.onnx or --weights model.safetensors")
     if weights is not None:
-        print(f"weights: {exporting.export_weights(run, weights)}")
+        print(f"weights: {exporting.export_weights(run, weights, model=model, force=force)}")
     if onnx is not None:
-        path, difference = exporting.export_onnx(run, onnx)
+        path, difference = exporting.export_onnx(run, onnx, model=model, force=force)
         print(f"onnx: {path} (largest difference to PyTorch {difference:.1e})")
 
 

@@ -14,10 +14,11 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from earlybird.errors import EarlybirdError, InputError
@@ -30,37 +31,46 @@ __all__ = ["export_onnx", "export_weights", "load"]
 
 FORMAT = "earlybird-network-1"
 _MASK = "ticket/"
+_PRODUCER = "earlybird"
 
 TOLERANCE = 1e-3
 """Largest difference of two outputs that ONNX may show against PyTorch, relative to the largest output."""
 
 
-def load(run: str | Path) -> nn.Module:
+def load(run: str | Path, *, model: str | None = None) -> nn.Module:
     """Rebuild the trained network of a run, or of a file that `export_weights` wrote.
+
+    A file may come from anywhere, so what it names is imported and called only if it is a model of our own table, or
+    if ``model`` confirms it.
 
     Args:
         run: Run folder or file.
+        model: The ``'package.module:function'`` that the file may name, and no other.
 
     Returns:
         A plain module in eval mode, on the CPU.
 
     Raises:
-        InputError: The run is not finished, a file is missing or damaged, or its weights do not fit the definition.
+        InputError: The run is not finished, a file is missing or damaged, its weights do not fit the definition, or it
+            names another model than ``model``, or one from outside without it.
     """
-    return _rebuild(*_parts(Path(run)), source=Path(run))
+    return _rebuild(*_parts(Path(run), model), source=Path(run))
 
 
-def export_weights(run: str | Path, path: str | Path) -> Path:
+def export_weights(run: str | Path, path: str | Path, *, model: str | None = None, force: bool = False) -> Path:
     """Write weights, ticket and the name of the model as one safetensors file that `load` reads.
 
     Args:
-        run: Run folder.
-        path: The file; replaced if it is there.
+        run: Run folder, or a file that this function wrote.
+        path: The file; an older export is replaced, anything else is not.
+        model: As for `load`.
+        force: Replace whatever is there.
 
     Raises:
-        InputError: As for `load`.
+        InputError: As for `load`; or ``path`` is something else than an export.
     """
-    blueprint, ticket, weights = _parts(Path(run))
+    _check_target(Path(path), _is_weights, force=force)
+    blueprint, ticket, weights = _parts(Path(run), model)
     _rebuild(blueprint, ticket, weights, source=Path(run))  # what is written can be read
     masks = {} if ticket is None else {_MASK + name: mask.to(torch.uint8) for name, mask in ticket.masks.items()}
     metadata = {
@@ -72,7 +82,9 @@ def export_weights(run: str | Path, path: str | Path) -> Path:
     return write_tensors(path, {**weights, **masks}, metadata)
 
 
-def export_onnx(run: str | Path, path: str | Path) -> tuple[Path, float]:
+def export_onnx(
+    run: str | Path, path: str | Path, *, model: str | None = None, force: bool = False
+) -> tuple[Path, float]:
     """Write the trained network as ONNX with a free batch size, after checking it against PyTorch.
 
     The input ``images`` takes normalised images, float32 of shape (batch, channels, height, width); the output
@@ -80,13 +92,16 @@ def export_onnx(run: str | Path, path: str | Path) -> tuple[Path, float]:
 
     Args:
         run: Run folder, or a file that `export_weights` wrote.
-        path: The file; replaced if it is there and the new one passed the check.
+        path: The file; an older export is replaced once the new one passed the check, anything else is not.
+        model: As for `load`.
+        force: Replace whatever is there.
 
     Returns:
         ``path`` and the largest difference that was seen, relative to the largest output.
 
     Raises:
-        InputError: As for `load`; or the packages of the extra ``onnx`` are missing.
+        InputError: As for `load`; or the packages of the extra ``onnx`` are missing, or ``path`` is something else than
+            an export.
         EarlybirdError: The exporter cannot express the model, or onnxruntime does not agree with PyTorch. Nothing was
             written.
     """
@@ -95,14 +110,15 @@ def export_onnx(run: str | Path, path: str | Path) -> tuple[Path, float]:
         raise InputError(
             f"ONNX export needs {', '.join(missing)}, not installed here", hint="pip install 'earlybird[onnx]'"
         )
-    blueprint, ticket, weights = _parts(Path(run))
-    model = _rebuild(blueprint, ticket, weights, source=Path(run))
+    _check_target(Path(path), _is_onnx, force=force)
+    blueprint, ticket, weights = _parts(Path(run), model)
+    network = _rebuild(blueprint, ticket, weights, source=Path(run))
     difference = 0.0
 
     def write(temporary: Path) -> None:
         nonlocal difference
-        _to_onnx(model, blueprint, temporary)
-        difference = _difference(model, blueprint, temporary)
+        _to_onnx(network, blueprint, temporary)
+        difference = _difference(network, blueprint, temporary)
         if not difference <= TOLERANCE:
             raise EarlybirdError(
                 f"onnxruntime differs from PyTorch by {difference:.1e} of the largest output",
@@ -134,6 +150,7 @@ def _to_onnx(model: nn.Module, blueprint: Blueprint, path: Path) -> None:
                 needed="a forward pass without data-dependent control flow; nothing was written",
             ) from error
     assert program is not None
+    program.model.producer_name = _PRODUCER
     program.save(str(path))
 
 
@@ -153,9 +170,39 @@ def _difference(model: nn.Module, blueprint: Blueprint, path: Path) -> float:
     return worst
 
 
-def _parts(run: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]]:
+def _check_target(path: Path, ours: Callable[[Path], bool], *, force: bool) -> None:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder", needed="a file name")
+    if path.exists() and not force and not ours(path):
+        raise InputError(f"{path} exists and is no export of this kind", hint="choose another name, or add --force")
+
+
+def _is_weights(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
+def _is_onnx(path: Path) -> bool:
+    with open(path, "rb") as file:  # an ONNX file begins with its version and its producer
+        return _PRODUCER.encode() in file.read(64)
+
+
+def _parts(run: Path, model: str | None) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]]:
     """Return blueprint, ticket (None for a dense run) and final weights."""
-    return _from_file(run) if run.is_file() else _from_folder(run)
+    from_file = run.is_file()
+    parts = _from_file(run) if from_file else _from_folder(run)
+    named = parts[0].model
+    if model is not None and model != named:
+        raise InputError(f"{run} was built from {named}, not from {model}", hint="name the model that was trained")
+    if from_file and model is None and not parts[0].in_zoo:
+        raise InputError(
+            f"{run} asks to import and call {named}, which is none of our own models",
+            hint=f"if you trust that code and this file, confirm it with --model {named} (in Python: model='{named}')",
+        )
+    return parts
 
 
 def _from_folder(run: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]]:
@@ -177,9 +224,15 @@ def _from_file(path: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]]
             f"{path} is not an exported network (format {metadata.get('format')!r})",
             needed=f"a file of format {FORMAT}",
         )
-    masks = {name: tensors.pop(_MASK + name).to(torch.bool) for name in json.loads(metadata["order"])}
-    ticket = Ticket(masks, provenance=json.loads(metadata["provenance"])) if masks else None
-    return Blueprint.from_json(metadata["blueprint"]), ticket, tensors
+    try:
+        blueprint = Blueprint.from_json(metadata["blueprint"])
+        masks = {name: tensors.pop(_MASK + name).to(torch.bool) for name in json.loads(metadata["order"])}
+        ticket = Ticket(masks, provenance=json.loads(metadata["provenance"])) if masks else None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path} is a damaged export ({type(error).__name__}: {error})", hint="export the run again"
+        ) from error
+    return blueprint, ticket, tensors
 
 
 def _rebuild(blueprint: Blueprint, ticket: Ticket | None, weights: Mapping[str, Tensor], *, source: Path) -> nn.Module:

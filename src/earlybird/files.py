@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 from earlybird.errors import EarlybirdError, InputError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
     """Call ``write`` on a temporary file beside ``path``, sync it to disk and rename it over ``path``.
@@ -37,11 +39,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
         _sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        # safetensors reports a full disk as its own error, with the system's text in it
-        full = getattr(error, "errno", None) == errno.ENOSPC or (
-            isinstance(error, SafetensorError) and "No space left" in str(error)
-        )
-        if full:
+        if is_disk_full(error):
             raise EarlybirdError(
                 f"no space left on the disk of {path.parent}",
                 needed=f"{path.name} was not written; an older version, if there was one, is untouched",
@@ -49,6 +47,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
             ) from error
         raise
     return path
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether a write failed because the disk, or the user's share of it, is full."""
+    # safetensors reports it as its own error, with the system's text in it
+    return getattr(error, "errno", None) in _FULL or (
+        isinstance(error, SafetensorError) and any(os.strerror(number) in str(error) for number in _FULL)
+    )
 
 
 def write_text(path: str | Path, text: str) -> Path:

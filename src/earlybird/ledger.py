@@ -173,7 +173,6 @@ class Ledger:
     Attributes:
         cost: Count of the model as it is now, or None before the first.
         dense_cost: Count of the model as it was first seen, or None.
-        last_step_seconds: Time from the optimizer step before to the last one, in the phases 'search' and 'train' only.
     """
 
     def __init__(
@@ -186,7 +185,6 @@ class Ledger:
         self.device = torch.device(device)
         self.cost: ModelCost | None = None
         self.dense_cost: ModelCost | None = None
-        self.last_step_seconds = 0.0
         self._world_size = world_size
         self._clock = clock
         self._records: dict[str, PhaseRecord] = {}
@@ -195,7 +193,6 @@ class Ledger:
         self._current: str | None = None  # phase of the clock: the declared one, or for a while 'evaluate'
         self._since: float | None = None  # None: the clock stands
         self._pending = Work()  # passes of the current phase, width and model that are not priced yet
-        self._step_seconds = 0.0
         self._open: str | None = None  # phase in which the training pass that awaits its optimizer step was made
         self._counting = False
         self._uncounted = ""  # why there is no count
@@ -404,7 +401,6 @@ class Ledger:
             self._price()
             self._warm_up = (record.seconds, record.steps, record.train_images)
         self._open = None
-        self.last_step_seconds, self._step_seconds = self._step_seconds, 0.0
         if self._energy is not None and self._since - self._energy_read_at > _METER_EVERY_S:
             self._energy_read_at = self._since
             self._energy.read()
@@ -460,10 +456,8 @@ class Ledger:
         if self._since is None or self._current is None:
             return
         now = self._clock()
-        elapsed, self._since = now - self._since, now
-        self._records[self._current].seconds += elapsed
-        if self._current in _LOOP_PHASES:
-            self._step_seconds += elapsed
+        self._records[self._current].seconds += now - self._since
+        self._since = now
 
     def _price(self) -> None:
         """Move the pending passes into the current record, at the current model's and width's price."""
@@ -509,16 +503,15 @@ class Ledger:
 
     # ---- the bill ----
 
-    def bill(self, dense: Bill | None = None, *, dense_estimate: bool = True) -> Bill:
+    def bill(self, dense: Bill | None = None) -> Bill:
         """Return what was spent so far, against a dense run.
 
         Args:
-            dense: The bill of a dense run that was measured.
-            dense_estimate: Without ``dense``, estimate it from this run's own search phase (nothing to compare with
-                before a ticket is drawn).
+            dense: The bill of a dense run that was measured. Without it, dense is estimated from this run's own search
+                phase, once a ticket is drawn.
         """
         self._close()
-        if dense is None and dense_estimate:
+        if dense is None:
             dense = self._dense_estimate()
         return Bill(
             phases={name: self._spending(record) for name, record in self.phases.items()},
@@ -537,12 +530,19 @@ class Ledger:
             macs=Counted(record.macs, "MAC") if known else None,
             bit_macs=Counted(record.bit_macs, "MAC") if known else None,
             moved_bytes=Counted(record.moved_bytes, "B") if known else None,
-            peak_bytes=None if record.peak_bytes is None else Measured(record.peak_bytes, "B", self._peak.name),
+            peak_bytes=self._peak_spent(record, estimated=bool(basis)),
             joules=None
             if record.joules is None or self._energy is None or basis
             else Measured(record.joules, "J", self._energy.name),
             modelled_joules=Modelled(energy.low, energy.high, "J", CITATION) if known else None,
         )
+
+    def _peak_spent(self, record: PhaseRecord, *, estimated: bool) -> Measured | Estimated | None:
+        if record.peak_bytes is None:
+            return None
+        if estimated:  # dense was not run: what it would have needed is taken from the phases that this run had
+            return Estimated(record.peak_bytes, "B", "this run's own peak")
+        return Measured(record.peak_bytes, "B", self._peak.name)
 
     def _dense_estimate(self) -> Bill | None:
         """Bill of a dense run over the same samples: time from this run's search, work from the first count."""

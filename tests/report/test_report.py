@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+from earlybird.cost.verdict import judge
 from earlybird.errors import InputError
 from earlybird.report import write
 from earlybird.report.page import compose
@@ -25,7 +26,7 @@ def test_a_win_says_by_how_much_in_time_and_accuracy(tmp_path):
     )
     assert page["headline"] == (
         "The ticket trained in 2.50\N{MULTIPLICATION SIGN} less time than dense "
-        "and ended 1.0 points above it in accuracy"
+        "and ended 1.00 points above it in accuracy"
     )
     assert not page["loss"]
     assert tiles(page)["Time"].kind == "measured"
@@ -40,11 +41,32 @@ def test_a_loss_is_called_a_loss(tmp_path):
         write_run(tmp_path / "dense", dense=True), write_run(tmp_path / "ticket", seconds=120, accuracy=0.85)
     )
     assert page["headline"].startswith("The ticket lost: it took 1.20\N{MULTIPLICATION SIGN} MORE time than dense")
-    assert "5.0 points below" in page["headline"]
+    assert "5.00 points below" in page["headline"]
     assert page["loss"]
     assert tiles(page)["Time"].loss
     assert tiles(page)["Accuracy"].loss
     assert "MORE" in page["contenders"].rows[1].cells[4]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "accuracy", "verdict", "loss"),
+    [
+        (40, 0.88, "Less time, but a loss of accuracy", True),
+        (40, 0.895, "A win: less time, accuracy within 0.5 points", False),
+        (100.2, 0.85, "A loss: less accurate in the same time", True),
+        (120, 0.92, "More accurate, but a loss of time", True),
+    ],
+)
+def test_the_verdict_is_the_one_of_compare(tmp_path, seconds, accuracy, verdict, loss):
+    page, _ = page_of(
+        write_run(tmp_path / "dense", dense=True, accuracy=0.9),
+        write_run(tmp_path / "ticket", seconds=seconds, accuracy=accuracy),
+    )
+    said = str(judge(seconds / 100, 100 * (accuracy - 0.9), runs=1))
+    assert said[1:] in page["lead"][0]
+    assert page["lead"][0].startswith(verdict)
+    assert page["loss"] == loss
+    assert tiles(page)["Accuracy"].loss == ("loss of accuracy" in said or "less accurate" in said)
 
 
 def test_without_a_dense_run_the_comparison_is_labelled_an_estimate(tmp_path):
@@ -67,8 +89,9 @@ def test_seeds_of_one_recipe_are_one_contender_compared_seed_by_seed(tmp_path):
     assert ticket[1] == "91.00 % (90.00 % to 92.00 %)"
     assert ticket[3] == "51.0 s (50.0 s to 52.0 s)"
     assert len([line for line in figures["accuracy-curves"]["data"] if line["mode"] == "lines+markers"]) == 6
-    # each seed against its own dense run: total dense time over total ticket time
-    assert ticket[4].startswith(f"{303 / 153:.2f}")
+    # each seed against its own dense run, as compare does it
+    mean = sum((50 + seed) / (100 + seed) for seed in range(3)) / 3
+    assert ticket[4].startswith(f"{1 / mean:.2f}")
 
 
 def test_a_comparison_keeps_its_contenders_names_and_order(tmp_path):

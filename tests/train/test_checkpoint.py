@@ -112,6 +112,58 @@ def test_a_damaged_newest_one_falls_back_and_says_so(end: str, damage: Any, tmp_
     assert all("checkpoint-00000002" in line and "\n" not in line for line in said)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace('"lr": 0.5', '"lr": 0.7'),
+        lambda text: text.replace('"recipe": "r"', '"recipe": "q"'),
+        lambda text: text.replace('"step": 2', '"step": 3'),
+        lambda text: text.replace('"format": 2', '"format": 3'),
+        lambda text: text.replace('"checksum"', '"checksun"'),
+        lambda text: text.replace('"$tensor"', '"$tensoR"'),
+        lambda text: "[]",
+        lambda text: "[" * 100_000,
+        lambda text: "{}",
+        lambda text: "null",
+    ],
+)
+def test_a_record_is_taken_only_as_it_was_written(damage: Any, tmp_path: Path) -> None:
+    for step in (1, 2):
+        path = checkpoint.save(tmp_path, step, "r", {"x": torch.ones(2), "lr": 0.5})
+    before = path.read_text()
+    path.write_text(damage(before))
+    assert path.read_text() != before
+    (step, _), said = warnings_of(tmp_path)
+    assert step == 1
+    assert len(said) == 1
+    assert "\n" not in said[0]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, ValueError, KeyError])
+def test_tensors_that_cannot_be_unpacked_are_damage(error: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, "r", {"x": torch.full((2,), float(step))})
+    read = checkpoint.read_tensors
+
+    def fail(path: Path) -> Any:
+        if "2" in path.name:
+            raise error("two\nlines")
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "read_tensors", fail)
+    (step, _), said = warnings_of(tmp_path)
+    assert (step, len(said)) == (1, 1)
+
+
+def test_what_lies_after_the_current_step_is_dropped(tmp_path: Path) -> None:
+    for step in (10, 20):
+        cut_short(checkpoint.save(tmp_path, step, "r", {"x": torch.ones(2)}))
+    (tmp_path / "checkpoint-mine.json").touch()
+    checkpoint.save(tmp_path, 4, "r", {"x": torch.ones(2)})
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["checkpoint-00000004.json", "checkpoint-mine.json"]
+    assert warnings_of(tmp_path)[0][0] == 4
+
+
 def test_a_crash_between_the_two_files_never_gives_a_mismatched_pair(tmp_path: Path, monkeypatch: Any) -> None:
     checkpoint.save(tmp_path, 1, "r", {"x": torch.zeros(4)})
     checkpoint.save(tmp_path, 2, "r", {"x": torch.zeros(4)})
@@ -139,7 +191,9 @@ def test_another_recipe_and_another_format_are_refused(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 1, "mine", {"x": torch.ones(1)})
     with pytest.raises(CheckpointError, match="another recipe"):
         warnings_of(tmp_path, "yours")
-    path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
+    record = json.loads(path.read_text())
+    del record["checksum"]
+    path.write_text(json.dumps({**record, "format": 99}))
     with pytest.raises(CheckpointError, match="format 99"):
         warnings_of(tmp_path, "mine")
 
@@ -169,7 +223,7 @@ def test_the_record_is_plain_json_and_holds_no_tensor(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 1, "r", {"x": torch.ones(3)})
     record = json.loads(path.read_text())
     assert record["state"] == {"x": {"$tensor": "x"}}
-    assert set(record) == {"format", "step", "recipe", "sha256", "state"}
+    assert set(record) == {"format", "step", "recipe", "sha256", "state", "checksum"}
 
 
 def trained(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer]:

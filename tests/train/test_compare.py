@@ -231,13 +231,25 @@ def verdict(ratios: list[float], points: list[float]) -> str:
 @pytest.mark.parametrize(
     ("ratios", "points", "said"),
     [
-        ([0.40, 0.42, 0.41], [-0.2, 0.3, -0.1], "a win: less time, no clear difference in accuracy"),
-        ([0.40, 0.42, 0.41], [1.1, 1.0, 0.9], "a win: less time, and more accurate"),
-        ([0.40, 0.42, 0.41], [-1.1, -1.0, -0.9], "less time, but a loss of accuracy"),
-        ([1.20, 1.30, 1.10], [1.1, 1.0, 0.9], "more accurate, but a loss of time"),
-        ([1.20, 1.30, 1.10], [0.1, -0.1, 0.0], "a loss: more time for no clear gain in accuracy"),
-        ([1.20, 1.30, 1.10], [-1.1, -1.0, -0.9], "a loss: more time and less accuracy"),
-        ([0.5], [-0.5], "a loss of accuracy (fewer than three seeds: chance is not told apart)"),
+        ([0.40, 0.42, 0.41], [-0.2, 0.3, -0.1], "a win: less time, accuracy within 0.5 points."),
+        ([0.40, 0.42, 0.41], [1.1, 1.0, 0.9], "a win: less time, and more accurate."),
+        ([0.40, 0.42, 0.41], [-1.1, -1.0, -0.9], "less time, but a loss of accuracy."),
+        (
+            [0.40, 0.42, 0.41],
+            [-6.0, 1.0, -1.0],
+            "a loss of accuracy (the difference in accuracy could be chance over 3",
+        ),
+        ([0.40, 0.42, 0.41], [-0.4, -0.41, -0.39], "within 0.5 points (the small difference in accuracy is more than"),
+        ([1.20, 1.30, 1.10], [1.1, 1.0, 0.9], "more accurate, but a loss of time."),
+        ([1.20, 1.30, 1.10], [0.1, -0.1, 0.0], "a loss: more time, accuracy within 0.5 points."),
+        ([1.20, 1.30, 1.10], [-1.1, -1.0, -0.9], "a loss: more time and less accuracy."),
+        ([0.5], [-2.0], "a loss of accuracy (fewer than three seeds: chance is not told apart)"),
+        ([0.5], [-0.5], "accuracy within 0.5 points (fewer than three seeds"),
+        (
+            [0.998],
+            [0.0],
+            "took the same time as dense, and reached 90.00% against 90.00% (+0.00 points): no gain: the same",
+        ),
     ],
 )
 def test_a_loss_is_called_a_loss(ratios: list[float], points: list[float], said: str) -> None:
@@ -246,8 +258,17 @@ def test_a_loss_is_called_a_loss(ratios: list[float], points: list[float], said:
     if ratios[0] > 1:
         assert "MORE" in sentence
         assert "win" not in sentence
-    else:
+    elif ratios[0] < 0.99:
         assert "times less time than dense" in sentence
+
+
+def test_a_ticket_drawn_at_the_last_step_has_no_price_afterwards(small: Make, tmp_path: Path) -> None:
+    result = train(small(epochs=1), tmp_path / "run", quiet=True)
+    assert result.drawn_at == result.steps
+    row = module._row(tmp_path / "run", "ticket", 0)
+    assert row["macs_per_image_after"] is None
+    with pytest.raises(InputError, match="before the last step"):
+        module._width(small(), row)
 
 
 def test_what_one_run_lacks_the_summary_lacks() -> None:

@@ -40,6 +40,12 @@ def test_two_processes_agree_write_once_and_resume(tmp_path: Path) -> None:
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "stopped")
+    ]
+    for one, two in zip(*rows):  # of the row in which it was stopped, too
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
     result = json.loads((tmp_path / "whole" / "result.json").read_text())
     assert result["steps"] == 66
     assert result["drawn_at"] <= 22

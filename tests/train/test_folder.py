@@ -1,4 +1,5 @@
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -61,10 +62,48 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file")
 
 
-def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
-    (tmp_path / ".model.safetensors.abc.tmp").touch()
-    RunFolder(tmp_path).close()
+def test_leftovers_of_a_killed_write_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    ours = ("model.safetensors", "recipe.toml", "checkpoint-00000012.json", "checkpoint-00000012.safetensors")
+    for name in ours:
+        (tmp_path / f".{name}.a_c12xyz.tmp").touch()
+    with RunFolder(tmp_path) as folder:  # killed at its very beginning: there is no recipe
+        folder.check_unused()
     assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    for name in (*ours, "recipe.toml"):
+        (tmp_path / f".{name}.a_c12xyz.tmp").touch()
+    for name in ("recipe.toml", ".theirs.tmp", ".letter.txt.abc.tmp"):
+        (tmp_path / name).touch()
+    with RunFolder(tmp_path) as folder:
+        folder.accept()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".letter.txt.abc.tmp", ".theirs.tmp", "recipe.toml", "run.lock",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [["photo.jpg", ".x.tmp"], [".x.tmp"], ["recipe.toml", ".model.safetensors.a.tmp"]])
+def test_a_refused_folder_is_left_as_it_was(names: list[str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).write_text(name)
+    with pytest.raises(InputError), RunFolder(tmp_path) as folder:
+        folder.check_unused()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: name for name in names}
+
+
+def test_a_new_run_does_not_take_over_a_heartbeat(tmp_path: Path) -> None:
+    (tmp_path / "run.lock").write_text("12.000\n")
+    with RunFolder(tmp_path) as folder:
+        folder.check_unused()
+        assert folder.last_beat() == 0
+
+
+def test_rows_are_synced_on_demand(tmp_path: Path, monkeypatch: Any) -> None:
+    synced: list[str] = []
+    with RunFolder(tmp_path) as folder:
+        folder.sync_rows()  # there are none yet
+        folder.append_row({"step": 1})
+        monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
+        folder.sync_rows()
+    assert [Path(name).name for name in synced] == ["metrics.jsonl"]
 
 
 def test_rows_after_a_checkpoint_are_cut_off_and_a_torn_last_line_too(tmp_path: Path) -> None:
@@ -83,6 +122,7 @@ def test_rows_after_a_checkpoint_are_cut_off_and_a_torn_last_line_too(tmp_path: 
 def test_heartbeat_tells_how_long_the_run_was_alive(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "_BEAT_EVERY_S", 0.0)
     with RunFolder(tmp_path) as folder:
+        folder.accept()
         assert folder.last_beat() == 0
         for seconds in (1234567.125, 8.5):  # a shorter text over a longer one
             folder.beat(seconds)
@@ -91,9 +131,10 @@ def test_heartbeat_tells_how_long_the_run_was_alive(tmp_path: Path, monkeypatch:
         assert folder.last_beat() == 8.5
 
 
-def test_full_disk_says_how_to_go_on(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_says_how_to_go_on(number: int, tmp_path: Path, monkeypatch: Any) -> None:
     def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     with RunFolder(tmp_path) as folder:
         monkeypatch.setattr("builtins.open", full)

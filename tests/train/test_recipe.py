@@ -175,3 +175,12 @@ def test_recipes_are_frozen_and_names_tell_them_apart() -> None:
     assert math.isclose(recipe.settings["keep"][0], 0.3)
     with pytest.raises(ValueError, match="frozen"):
         recipe.lr = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", ["../../x", "/", "..", "a/b:../c", "nets:x\n y", "-", "\0", "x" * 300])
+def test_the_name_is_always_a_plain_file_name(text: str) -> None:
+    name = Recipe.from_values({"model": text, "data": text}).name
+    assert not set(name) & set("/\\:\n \0")
+    assert name[0] not in ".-"
+    assert len(name) < 200
+    assert ".." not in name

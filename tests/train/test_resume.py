@@ -144,6 +144,7 @@ def test_killed_by_the_clock_from_outside(undisturbed: dict[str, tuple[Path, int
             time.sleep(0.005)
         time.sleep(random.Random(1).random() * 0.2)
         process.kill()
+    assert process.returncode == KILLED
     done = subprocess.run(
         [*command, "resume", str(folder), "--quiet"], cwd=ROOT, env=environment, timeout=60, check=False
     )

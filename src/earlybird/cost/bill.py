@@ -129,7 +129,7 @@ class Spending:
         macs: Multiply-accumulates, or None if the model could not be counted.
         bit_macs: MACs weighted with (bits / 32) squared, or None.
         moved_bytes: Bytes moved, each tensor once per pass, or None.
-        peak_bytes: Peak memory, or None if not measured.
+        peak_bytes: Peak memory, an estimate in a dense run that was not run, or None if not measured.
         joules: Energy of a meter, or None if there was none.
         modelled_joules: Energy of the price table, low and high with the DRAM price, or None.
     """
@@ -140,7 +140,7 @@ class Spending:
     macs: Counted | None
     bit_macs: Counted | None
     moved_bytes: Counted | None
-    peak_bytes: Measured | None
+    peak_bytes: Measured | Estimated | None
     joules: Measured | None
     modelled_joules: Modelled | None
 
@@ -187,8 +187,8 @@ class Bill:
             macs=_counted_sum([row.macs for row in rows], "MAC"),
             bit_macs=_counted_sum([row.bit_macs for row in rows], "MAC"),
             moved_bytes=_counted_sum([row.moved_bytes for row in rows], "B"),
-            peak_bytes=_measured([row.peak_bytes for row in had_memory], max),
-            joules=_measured([row.joules for row in took_time], sum),
+            peak_bytes=_metered([row.peak_bytes for row in had_memory], max),
+            joules=_metered([row.joules for row in took_time], sum),
             modelled_joules=_modelled_sum([row.modelled_joules for row in rows]),
         )
 
@@ -389,7 +389,7 @@ def _modelled_sum(parts: Sequence[Modelled | None]) -> Modelled | None:
     return Modelled(sum(part.low for part in known), sum(part.high for part in known), "J", CITATION)
 
 
-def _measured(parts: Sequence[Measured | None], combine: Callable[[list[float]], float]) -> Measured | None:
+def _metered(parts: Sequence[Measured | Estimated | None], combine: Callable[[list[float]], float]) -> Any:
     known = [part for part in parts if part is not None]
     if not known or len(known) < len(parts):
         return None

@@ -1,4 +1,4 @@
-"""Count what a model does for one sample: multiply-accumulates, parameters, bytes kept and numbers moved.
+"""Count what a model does for one sample: multiply-accumulates, parameters and numbers moved.
 
 The forward pass runs once, on one sample, and every operation that PyTorch really executes is seen below autograd
 (`TorchDispatchMode`), so functional calls, attention and shared layers count like modules do. One MAC is one
@@ -22,11 +22,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from earlybird.calls import as_call, batch_size, first_sample, left_as_found, plain_execution, unwrapped
+from earlybird.calls import as_call, first_sample, left_as_found, plain_execution, unwrapped
 from earlybird.errors import InputError
 
 __all__ = ["LayerCost", "ModelCost", "count"]
@@ -64,26 +63,20 @@ class ModelCost:
         forward_macs: MACs of the forward pass, per sample.
         backward_macs: MACs of the backward pass, per sample.
         parameters: Number of parameters.
-        parameter_bytes: Their size.
-        activation_bytes: Bytes that autograd keeps for the backward pass, per sample, in the dtype of the count.
         forward_elements: Activation numbers read and written by the forward pass, per sample: each tensor moved once.
         backward_elements: The same for the backward pass: saved inputs read again, output gradients read, input
             gradients written.
         weight_elements: Weight numbers of the counted operations, read once per batch and pass.
         layers: Cost by module name, in the order of execution; ``""`` is the model itself.
-        batch: Samples in ``example_inputs``; one of them was run.
     """
 
     forward_macs: int
     backward_macs: int
     parameters: int
-    parameter_bytes: int
-    activation_bytes: int
     forward_elements: int
     backward_elements: int
     weight_elements: int
     layers: Mapping[str, LayerCost] = field(default_factory=dict)
-    batch: int = 1
 
     @property
     def training_macs(self) -> int:
@@ -113,7 +106,7 @@ class ModelCost:
     @classmethod
     def from_json(cls, state: Mapping[str, int]) -> ModelCost:
         """Rebuild the totals that `to_json` wrote."""
-        totals: dict[str, Any] = {key: int(value) for key, value in state.items()}
+        totals: dict[str, Any] = {key.name: int(state[key.name]) for key in fields(cls) if key.name != "layers"}
         return cls(**totals)
 
 
@@ -133,45 +126,28 @@ def count(model: nn.Module, example_inputs: Any) -> ModelCost:
     """
     model = unwrapped(model)
     args, kwargs = as_call(first_sample(example_inputs))
-    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     counter = _Counter(model, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()})
-    saved: dict[int, int] = {}
-
-    def note_saved(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     with ExitStack() as stack:
         stack.enter_context(left_as_found(model))
         stack.enter_context(plain_execution(model))
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(note_saved, lambda tensor: tensor))
         stack.enter_context(counter)
         try:
-            # the output is bound so that no saved tensor's memory is given to a later one before the sum is taken
-            output = model(*args, **kwargs)
+            model(*args, **kwargs)
         except Exception as error:
             raise InputError(
                 f"the model does not run on one sample of example_inputs: {type(error).__name__}: {error}",
                 needed="a tensor (N, ...), a tuple of positional or a dict of keyword arguments",
                 hint="pass example_inputs=x with a batch as the training loop uses it",
             ) from error
-        activation_bytes = sum(saved.values())
-        del output
-    parameters = list(model.parameters())
     total = sum(counter.layers.values(), LayerCost())
     return ModelCost(
         forward_macs=total.macs,
         backward_macs=total.backward_macs,
-        parameters=sum(parameter.numel() for parameter in parameters),
-        parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        activation_bytes=activation_bytes,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         forward_elements=total.input_elements + total.output_elements,
         backward_elements=total.backward_elements,
         weight_elements=total.weight_elements,
         layers=counter.layers,
-        batch=batch_size(example_inputs),
     )
 
 

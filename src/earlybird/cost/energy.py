@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from earlybird.cost.count import ModelCost
 from earlybird.errors import InputError
 
-__all__ = ["CITATION", "MAC_PICOJOULES", "PRICES", "Energy", "Price", "energy", "joules"]
+__all__ = ["CITATION", "MAC_PICOJOULES", "PRICES", "Energy", "Price", "joules"]
 
 CITATION = "Horowitz, ISSCC 2014, 45 nm"
 
@@ -141,22 +140,3 @@ def joules(macs: float, moved_bytes: float, bits: int = 32) -> Energy:
     dram = PRICES["dram_64bit"]
     accesses = moved_bytes * 8 / 64
     return Energy(macs * MAC_PICOJOULES[kind] * 1e-12, accesses * dram.low * 1e-12, accesses * dram.high * 1e-12)
-
-
-def energy(
-    cost: ModelCost, images: int, bits: int = 32, *, batches: int, updates: int | None = None, training: bool = True
-) -> Energy:
-    """Model the energy of running ``images`` samples through a model.
-
-    Args:
-        cost: What `earlybird.cost.count.count` found.
-        images: Samples.
-        bits: Width of the arithmetic, 32 or 16.
-        batches: Batches they came in; weights are moved once per batch and pass.
-        updates: Optimizer steps; ``batches`` by default when training, none otherwise.
-        training: Forward and backward, or forward only.
-    """
-    if updates is None:
-        updates = batches if training else 0
-    macs = images * (cost.training_macs if training else cost.forward_macs)
-    return joules(macs, cost.moved_bytes(images, batches, bits, training=training) + updates * cost.update_bytes, bits)

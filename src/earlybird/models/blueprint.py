@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from earlybird.errors import InputError
-from earlybird.models import build
+from earlybird.models import MODELS, build
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,6 +33,11 @@ class Blueprint:
     in_channels: int
     image_size: int
     width: float
+
+    @property
+    def in_zoo(self) -> bool:
+        """Whether `model` is a name of our own table; building anything else imports and calls what it names."""
+        return self.model in MODELS
 
     def build(self, seed: int = 0) -> nn.Module:
         """Return the dense model with fresh weights, as `earlybird.models.build` draws them from ``seed``."""
@@ -63,6 +69,11 @@ class Blueprint:
             InputError: ``text`` is not a blueprint.
         """
         try:
-            return cls(**json.loads(text))
+            found = cls(**json.loads(text))
+            sizes = (found.classes, found.in_channels, found.image_size)
+            fits = isinstance(found.model, str) and all(type(size) is int and size > 0 for size in sizes)
+            if not fits or not 0 < found.width < math.inf:
+                raise ValueError("a name, whole sizes and a width above 0 are needed")
         except (ValueError, TypeError) as error:
             raise InputError(f"not a blueprint of a network: {text[:80]!r}") from error
+        return found

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from earlybird.cost.bill import Bill, Estimated, Modelled, Quantity, Ratio, Spending
+from earlybird.cost.verdict import Verdict, judge, judge_accuracy
 from earlybird.report import charts, units
 from earlybird.report.read import Contender, RunRecord
 
@@ -123,29 +124,44 @@ def _headline(contenders: Sequence[Contender]) -> tuple[str, bool, list[str]]:
         return "The ticket was trained; there is nothing to compare it with", False, []
     time = ratios["seconds"]
     change = _accuracy_change(dense, ticket)
-    lost_points = change is not None and change < -0.005
+    verdict = _verdict(time, dense, ticket)
     accuracy_text = "" if change is None else f" and ended {_change_text(change)}"
     word = "an estimated " if time.kind == "estimated" else ""
-    if time.loss:
-        text = f"The ticket lost: it took {word}{1 / time.high:.2f}{units.TIMES} MORE time than dense{accuracy_text}"
-    elif time.gain:
-        text = f"The ticket trained in {word}{time.low:.2f}{units.TIMES} less time than dense{accuracy_text}"
+    subject = "The ticket lost: it" if verdict.lost else "The ticket"
+    if verdict.time < 0:
+        text = f"{subject} took {word}{1 / time.high:.2f}{units.TIMES} MORE time than dense{accuracy_text}"
+    elif verdict.time > 0:
+        text = f"{subject} trained in {word}{time.low:.2f}{units.TIMES} less time than dense{accuracy_text}"
     else:
-        text = f"The ticket took the same time as dense{accuracy_text}"
-    lead = []
+        text = f"{subject} took the same time as dense{accuracy_text}"
+    lead = [f"{str(verdict)[0].upper()}{str(verdict)[1:]}."]
     if change is None and (accuracy := _accuracy(ticket)) is not None:
         lead.append(f"It reached {_percent(accuracy)}.")
-    if time.gain and lost_points:
-        lead.append("Less time, but at a price in accuracy: judge whether it is worth it.")
     for remark in dict.fromkeys(r for bill in _compared(dense, ticket) for r in bill.remarks):
         lead.append(remark)
-    return text, time.loss or (lost_points and not time.gain), lead
+    return text, verdict.any_loss, lead
+
+
+def _verdict(time: Ratio, dense: Contender | None, ticket: Contender) -> Verdict:
+    """Judge the ticket as `earlybird compare` does."""
+    change = _accuracy_change(dense, ticket)
+    points = None if change is None else 100 * change
+    differences = [] if dense is None else _differences(dense, ticket)
+    std = stdev(differences) if len(differences) > 1 else None
+    return judge(1 / time.low, points, std=std, runs=len(differences) or None)
+
+
+def _differences(dense: Contender, ticket: Contender) -> list[float]:
+    """Return points of accuracy above dense, for each seed that both have."""
+    theirs = {run.recipe.get("seed"): run.final_accuracy for run in dense.runs}
+    pairs = [(run.final_accuracy, theirs.get(run.recipe.get("seed"))) for run in ticket.runs]
+    return [100 * (a - b) for a, b in pairs if a is not None and b is not None]
 
 
 def _change_text(change: float) -> str:
-    if abs(change) < 0.0005:
+    if abs(change) < 0.00005:
         return "at the same accuracy"
-    return f"{abs(100 * change):.1f} points {'above' if change > 0 else 'below'} it in accuracy"
+    return f"{abs(100 * change):.2f} points {'above' if change > 0 else 'below'} it in accuracy"
 
 
 def _compared(dense: Contender | None, contender: Contender) -> list[Bill]:
@@ -167,16 +183,14 @@ def _billed(contenders: Sequence[Contender]) -> list[tuple[Contender, list[Bill]
 
 
 def _ratios(dense: Contender | None, ticket: Contender) -> dict[str, Ratio]:
-    """Return dense over ticket, of the sums over all seeds."""
+    """Return dense over ticket: one over the mean within seeds of ticket over dense, as `earlybird compare` has it."""
     bills = _compared(dense, ticket)
     found: dict[str, Ratio] = {}
     for key in bills[0].ratios if bills else ():
         parts = [bill.ratios[key] for bill in bills if key in bill.ratios]
-        weights = [_level(getattr(bill.total, key)) or 0.0 for bill in bills if key in bill.ratios]
-        whole = sum(weights) or 1.0
-        low = sum(part.low * weight for part, weight in zip(parts, weights)) / whole
-        high = sum(part.high * weight for part, weight in zip(parts, weights)) / whole
-        found[key] = Ratio(low, high, parts[0].kind)
+        if all(part.low > 0 and part.high > 0 for part in parts):
+            low, high = (1 / fmean(1 / side for side in sides) for sides in zip(*((p.low, p.high) for p in parts)))
+            found[key] = Ratio(low, high, parts[0].kind)
     return found
 
 
@@ -195,7 +209,13 @@ def _tiles(contenders: Sequence[Contender]) -> list[Tile]:
             f"dense {_percent(reference)}, {units.points(change)}" if change is not None and reference else "test set"
         )
         tiles.append(
-            Tile("Accuracy", "measured", _percent(accuracy), note, loss=change is not None and change < -0.005)
+            Tile(
+                "Accuracy",
+                "measured",
+                _percent(accuracy),
+                note,
+                loss=change is not None and judge_accuracy(100 * change) < 0,
+            )
         )
     for cost in COSTS:
         value = _mean(subject, cost)

@@ -1,8 +1,9 @@
 """Checkpoints: two files a step, whole or absent, never pickle.
 
 ``checkpoint-<step>.safetensors`` holds every tensor; ``checkpoint-<step>.json`` holds the tree they hang in, every
-number beside them, the recipe's hash and the SHA-256 of the tensor file. The JSON is written last and names the tensor
-file by its content, so a crash between the two leaves a pair that does not match and is not taken.
+number beside them, the recipe's hash, the SHA-256 of the tensor file and one of its own content. The JSON is written
+last and names the tensor file by its content, so a crash between the two leaves a pair that does not match and is not
+taken.
 
 Tensors come back with the strides they had: kernels are chosen by memory layout, and another layout would mean other
 last bits after a resume.
@@ -14,6 +15,7 @@ import hashlib
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,12 @@ from torch import Tensor, nn
 from earlybird.errors import CheckpointError, EarlybirdError
 from earlybird.files import read_tensors, write_json, write_tensors
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2
 
 
 def save(folder: Path, step: int, recipe: str, state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint and delete all but the two newest.
+    """Write a checkpoint and delete all but the two newest; those of later steps, too: the run fell back behind them.
 
     Args:
         folder: Run folder.
@@ -46,10 +48,13 @@ def save(folder: Path, step: int, recipe: str, state: Mapping[str, Any]) -> Path
     """
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "", tensors, set())
+    for path in _records(folder):
+        if _step(path) > step:
+            path.unlink(missing_ok=True)
     stem = f"checkpoint-{step:08d}"
     data = write_tensors(folder / f"{stem}.safetensors", tensors, {"step": str(step), "recipe": recipe})
     record = {"format": FORMAT, "step": step, "recipe": recipe, "sha256": _digest(data), "state": tree}
-    path = write_json(folder / f"{stem}.json", record)
+    path = write_json(folder / f"{stem}.json", {**record, "checksum": _checksum(record)})
     for old in _records(folder)[KEPT:]:
         old.unlink(missing_ok=True)  # first what makes it a checkpoint
     kept = {path.stem for path in _records(folder)}
@@ -90,17 +95,24 @@ class _Damaged(Exception):
     """A checkpoint that cannot be read or does not match its own checksum."""
 
 
+# What reading may raise where bytes are not those that were written
+_UNREADABLE = (OSError, KeyError, AttributeError, RuntimeError, TypeError, ValueError)
+
+
 def _read(path: Path, recipe: str) -> tuple[int, dict[str, Any]]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        version, step, digest, tree = record["format"], record["step"], record["sha256"], record["state"]
-        theirs = record["recipe"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _Damaged(f"not a checkpoint record: {error}") from error
-    if version != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {version}", needed=f"format {FORMAT}", hint="resume with the version that wrote it"
-        )
+        version, checksum = record["format"], record.pop("checksum", None)
+        intact = checksum == _checksum(record)
+        if version != FORMAT and (intact or checksum is None):
+            raise CheckpointError(
+                f"{path} has format {version}", needed=f"format {FORMAT}", hint="resume with the version that wrote it"
+            )
+        if not intact:
+            raise _Damaged("it does not match its own checksum")
+        step, digest, tree, theirs = record["step"], record["sha256"], record["state"], record["recipe"]
+    except _UNREADABLE as error:
+        raise _Damaged(f"not a checkpoint record: {_line(error)}") from error
     if theirs != recipe:
         raise CheckpointError(
             f"{path} belongs to another recipe ({theirs})",
@@ -113,13 +125,26 @@ def _read(path: Path, recipe: str) -> tuple[int, dict[str, Any]]:
             raise _Damaged(f"{data.name} does not match its checksum")
         tensors, _ = read_tensors(data)
         return step, _unpack(tree, tensors)
-    except (OSError, KeyError, EarlybirdError) as error:
-        raise _Damaged(str(error)) from error
+    except (*_UNREADABLE, EarlybirdError) as error:
+        raise _Damaged(_line(error)) from error
 
 
 def _records(folder: Path) -> list[Path]:
     """Return the JSON files of a folder's checkpoints, newest first."""
-    return sorted(folder.glob("checkpoint-*.json"), reverse=True)
+    paths = (path for path in folder.glob("checkpoint-*.json") if re.fullmatch(r"checkpoint-[0-9]+", path.stem))
+    return sorted(paths, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.partition("-")[2])
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _digest(path: Path) -> str:

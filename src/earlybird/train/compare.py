@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import signal
 import statistics
 import subprocess
@@ -26,8 +25,9 @@ from typing import Any
 
 import torch
 
-from earlybird.cost.bill import Bill
+from earlybird.cost.bill import Bill, Spending
 from earlybird.cost.count import count
+from earlybird.cost.verdict import judge
 from earlybird.data import load
 from earlybird.errors import EarlybirdError, InputError, Interrupted
 from earlybird.files import write_json, write_text
@@ -143,6 +143,7 @@ def _claim(folder: RunFolder, recipe: Recipe) -> None:
         write_text(mark, recipe.to_toml())
     elif Recipe.from_toml(mark).replace(seed=0).hash() != recipe.replace(seed=0).hash():
         raise InputError(f"{folder.path} holds a comparison of another recipe", hint="choose another --out")
+    folder.accept()
 
 
 def _order(names: list[str], turn: int) -> list[str]:
@@ -177,7 +178,10 @@ def _width(recipe: Recipe, ticket: Mapping[str, Any]) -> float:
     """Find the width at which a model from the start costs what the ticket costs after the draw."""
     wanted = ticket["macs_per_image_after"]
     if wanted is None:
-        raise InputError("small-dense needs a ticket that was drawn, with its MACs counted")
+        raise InputError(
+            "small-dense needs a ticket that was drawn before the last step, with its MACs counted",
+            hint="leave small-dense out, or set an earlier deadline",
+        )
     data = load(recipe.data, image_size=recipe.image_size)
     images = data.train_images[:1].float()
 
@@ -274,9 +278,14 @@ def _row(path: Path, name: str, seed: int) -> dict[str, Any]:
         "peak_bytes": None if total.peak_bytes is None else total.peak_bytes.value,
         "parameters": result["parameters"],
         "drawn_at": result["drawn_at"],
-        "macs_per_image_after": after.macs.value / after.images.value if after and after.macs else None,
+        "macs_per_image_after": _per_image(after) if after else None,
         "resumed": result["resumed"],
     }
+
+
+def _per_image(spent: Spending) -> float | None:
+    """Return MACs a sample, or None where nothing was counted or no sample went through (a draw at the last step)."""
+    return spent.macs.value / spent.images.value if spent.macs and spent.images.value else None
 
 
 def _conclude(
@@ -313,33 +322,16 @@ def _verdict(name: str, summary: Mapping[str, Any], against: Mapping[str, Any]) 
     """Say in two sentences what a contender gained and lost."""
     time_ratio, points = against["seconds_ratio"], against["accuracy_points"]
     accuracy, dense = summary[name]["accuracy"]["mean"], summary[_BASELINE]["accuracy"]["mean"]
-    runs = points["n"]
-    faster = time_ratio["mean"] < 1
-    by = f"{1 / time_ratio['mean']:.2f} times less" if faster else f"{time_ratio['mean']:.2f} times, MORE"
-    took = f"took {by} time than dense"
+    runs, mean = points["n"], time_ratio["mean"]
+    verdict = judge(mean, points["mean"], std=points["std"], runs=runs)
+    took = f"took {_TOOK[verdict.time].format(less=1 / mean, more=mean)} dense"
     spread = f", {time_ratio['low']:.3f} to {time_ratio['high']:.3f} of it over {runs} seeds" if runs > 1 else ""
     reached = f"reached {accuracy:.2%} against {dense:.2%} ({points['mean']:+.2f} points"
     reached += f", standard deviation {points['std']:.2f})" if runs > 1 else ")"
-    # Student's t for 95 %; with fewer than three seeds there is nothing to test, and the bare sign decides
-    clear = points["mean"] != 0 if runs < 3 else abs(points["mean"]) > _t95(runs) * points["std"] / math.sqrt(runs)
-    worse, better = clear and points["mean"] < 0, clear and points["mean"] > 0
-    if faster and not worse:
-        verdict = "a win: less time, " + ("and more accurate" if better else "no clear difference in accuracy")
-    elif faster:
-        verdict = "less time, but a loss of accuracy"
-    elif better:
-        verdict = "more accurate, but a loss of time"
-    else:
-        verdict = "a loss: " + ("more time and less accuracy" if worse else "more time for no clear gain in accuracy")
-    if runs < 3:
-        verdict += " (fewer than three seeds: chance is not told apart)"
     return f"{name} {took}{spread}, and {reached}: {verdict}."
 
 
-def _t95(runs: int) -> float:
-    """Two-sided 95 % quantile of Student's t with ``runs - 1`` degrees of freedom."""
-    quantiles = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-    return quantiles[runs - 2] if runs - 2 < len(quantiles) else 2.23
+_TOOK = {1: "{less:.2f} times less time than", 0: "the same time as", -1: "{more:.2f} times, MORE time than"}
 
 
 def _ratio(value: float | None, dense: float | None) -> float | None:

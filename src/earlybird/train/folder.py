@@ -8,23 +8,31 @@ lost since the last checkpoint, which belongs on the bill.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from earlybird.errors import EarlybirdError, InputError
-from earlybird.files import write_json, write_text
+from earlybird.files import is_disk_full, write_json, write_text
 
 _BEAT_EVERY_S = 0.5
+_LEFTOVER = re.compile(
+    r"\.(recipe\.toml|metrics\.jsonl|(model|ticket|checkpoint-\d+)\.safetensors|comparison\.(toml|json)"
+    r"|(tune|environment|change|history|bill|result|checkpoint-\d+)\.json)\.[a-z0-9_]+\.tmp"
+)
+"""Temporary files that a kill can leave behind, by the names of what a run writes."""
 
 
 class RunFolder:
     """A locked run folder; close it, or use it in a ``with`` statement.
+
+    Until `check_unused` or `accept` has found that the folder is the run's own, nothing in it is changed but the lock,
+    and `close` takes a lock away that was not there before.
 
     Args:
         path: Made if it is not there.
@@ -37,11 +45,13 @@ class RunFolder:
     def __init__(self, path: Path, *, writer: bool = True) -> None:
         self.path, self.writer = path, writer
         self._lock: int | None = None
+        self._accepted = False
         self._beaten = 0.0
         if not writer:
             return
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self._lock_is_new = not (path / "run.lock").exists()
             self._lock = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise InputError(f"cannot write to {path} ({error.strerror})", hint="choose another --out") from error
@@ -49,11 +59,10 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
+            self._lock = None
             raise InputError(
                 f"{path} is in use by another run", hint="wait until it ends, or choose another --out"
             ) from error
-        for left in path.glob(".*.tmp"):  # of a write that a kill cut short
-            left.unlink(missing_ok=True)
 
     def __enter__(self) -> RunFolder:
         return self
@@ -64,11 +73,22 @@ class RunFolder:
     def close(self) -> None:
         """Lift the lock."""
         if self._lock is not None:
+            if self._lock_is_new and not self._accepted:
+                (self.path / "run.lock").unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
 
+    def accept(self) -> None:
+        """Take the folder as the run's own, and remove what writes left behind that a kill cut short."""
+        if not self.writer:
+            return
+        self._accepted = True
+        for left in self.path.glob(".*.tmp"):
+            if _LEFTOVER.fullmatch(left.name):
+                left.unlink(missing_ok=True)
+
     def check_unused(self) -> None:
-        """Make sure that a new run would write over nothing.
+        """Make sure that a new run would write over nothing, and take the folder.
 
         Raises:
             InputError: The folder holds a run, or anything else.
@@ -82,11 +102,16 @@ class RunFolder:
                 f"{self.path} holds an unfinished run",
                 hint=f"go on with 'earlybird resume {self.path}', or choose another --out",
             )
-        others = sorted(entry.name for entry in self.path.iterdir() if entry.name != "run.lock")
+        names = sorted(entry.name for entry in self.path.iterdir())
+        # a run that was killed at its very beginning leaves a lock and a half-written recipe
+        others = [name for name in names if name != "run.lock" and not _LEFTOVER.fullmatch(name)]
         if others:
             raise InputError(
                 f"{self.path} is not empty (it holds {others[0]})", needed="a new folder", hint="choose another --out"
             )
+        self.accept()
+        if self._lock is not None:
+            os.ftruncate(self._lock, 0)  # another run's heartbeat
 
     def discard_unless_begun(self) -> None:
         """Leave no trace of a run that failed before its first step, so that the next try finds the folder free."""
@@ -142,13 +167,30 @@ class RunFolder:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise EarlybirdError(
-                f"no space left on the disk of {self.path}",
-                needed="the last checkpoint is whole",
-                hint=f"free some space and go on with 'earlybird resume {self.path}'",
-            ) from error
+            raise self._explained(error) from error
+
+    def sync_rows(self) -> None:
+        """Wait until the rows are on the disk; a checkpoint makes them final.
+
+        Raises:
+            EarlybirdError: The disk is full.
+        """
+        if not self.writer or not (self.path / "metrics.jsonl").exists():
+            return
+        try:
+            with open(self.path / "metrics.jsonl", "rb+") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: OSError) -> Exception:
+        if not is_disk_full(error):
+            return error
+        return EarlybirdError(
+            f"no space left on the disk of {self.path}",
+            needed="the last checkpoint is whole",
+            hint=f"free some space and go on with 'earlybird resume {self.path}'",
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of ``metrics.jsonl``; a last line that a kill cut short is left out."""

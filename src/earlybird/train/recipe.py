@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import json
 import math
+import re
 import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -154,11 +155,12 @@ class Recipe(BaseModel):
 
     @property
     def name(self) -> str:
-        """A short name for the run folder, such as ``vgg16-cifar10-keep0.5-seed0``."""
+        """A short name for the run folder, such as ``vgg16-cifar10-keep0.5-seed0``; always a plain file name."""
         keep = self.settings.get("keep", "default")
         keep = "-".join(f"{ratio:g}" for ratio in keep) if isinstance(keep, tuple) else keep
         what = "dense" if self.dense else f"keep{keep}"
-        return "-".join([self.model.rpartition(":")[2], Path(self.data).stem, what, f"seed{self.seed}"])
+        model, data = _word(self.model.rpartition(":")[2], "model"), _word(Path(self.data).stem, "data")
+        return "-".join([model, data, what, f"seed{self.seed}"])
 
 
 _NO_EFFECT = frozenset({"out", "tensorboard", "checkpoint_every", "evaluate_every"})
@@ -331,6 +333,11 @@ def _say(error: ValidationError) -> str:
         message = item["msg"].removeprefix("Value error, ")
         parts.append(message[:1].lower() + message[1:])
     return ", or ".join(dict.fromkeys(parts)).removeprefix("input should be ")
+
+
+def _word(text: str, otherwise: str) -> str:
+    """Return ``text`` without what does not belong in the name of a folder."""
+    return re.sub(r"[^\w.+=-]+", "-", text)[:60].strip("-.") or otherwise
 
 
 def _flat(value: Any) -> Iterable[Any]:

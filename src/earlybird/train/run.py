@@ -16,7 +16,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -33,6 +33,7 @@ from earlybird.ledger import Ledger
 from earlybird.models.blueprint import Blueprint
 from earlybird.tickets.refit import estimate_batch_norms
 from earlybird.train import checkpoint
+from earlybird.train.calibration import Calibration
 from earlybird.train.folder import RunFolder
 from earlybird.train.launch import environment, launch, precision, shared_path
 from earlybird.train.loop import StopSignal, evaluate, fit, swapped
@@ -158,6 +159,7 @@ def resume(out: str | Path, *, quiet: bool = False, on_event: OnEvent | None = N
         done = folder.read_json("result.json")
         if done is not None:
             return _read_result(folder, done)
+        folder.accept()
         return _execute(recipe, folder, fabric, quiet=quiet, on_event=on_event)
 
 
@@ -175,8 +177,9 @@ def _execute(recipe: Recipe, folder: RunFolder, fabric: Fabric, *, quiet: bool, 
         run = Run(recipe, folder, fabric, ledger, quiet=quiet, on_event=on_event)
         stack.callback(run.close)
         stack.enter_context(_warnings_shown(lambda text: run.display.warn(text)))
+        stop = stack.enter_context(StopSignal())  # before that, a signal ends the process: there is nothing to save
         run.restore()
-        fit(run, stack.enter_context(StopSignal()))
+        fit(run, stop)
         return run.finish()
 
 
@@ -233,7 +236,11 @@ class Run:
             return self.blueprint.build(recipe.seed)
 
         self.model = build_model().to(fabric.device)
+        # a mask of -inf is fine
+        self._infinite = {name for name, buffer in self.model.named_buffers() if not bool(buffer.isfinite().all())}
         example = self.loader.sample(2, recipe.seed)
+        self._notes: list[str] = []
+        self._found = checkpoint.load_newest(folder.path, recipe.hash(), self._notes.append)
         self.choice = self._choose(build_model)
         torch.set_num_threads(self.choice.threads)
         self.loader.channels_last = self.test.channels_last = self.choice.channels_last
@@ -261,6 +268,7 @@ class Run:
         self.loss_steps = 0
         self.accuracy, self.test_loss = 0.0, math.nan
         self.resumed = False
+        self._saved_s = 0.0
         self._row_begun = ledger.seconds
         self._board: Any = None
         self._quiet = quiet
@@ -269,19 +277,40 @@ class Run:
     # ---- putting together ----
 
     def _choose(self, build_model: Callable[[], nn.Module]) -> Choice:
-        """Take the choice that was written down, else make one; the first rank's holds for all."""
-        if self.fabric.is_global_zero and self.folder.read_json("tune.json") is None:
-            images, labels = next(self.loader.epoch(0))
-            _, record = tune(self.recipe, build_model, images, labels, steps=self.total)
-            self.folder.write_json("tune.json", record)
-            self.emit("tuned", record)
+        """Take the choice that was written down, in the checkpoint before the file, else make one.
+
+        The first rank's holds for all. A file that is damaged is written anew: before a checkpoint nothing hangs on it.
+        """
+        choice = None if self._found is None else Choice.read(self._found[1]["choice"])
+        if self.fabric.is_global_zero:
+            written = self._written_choice()
+            if choice is not None and written is None:
+                record = {"choice": dataclasses.asdict(choice), "reason": "as in the checkpoint", "candidates": []}
+                self.folder.write_json("tune.json", {**record, "seconds": 0.0})
+            elif choice is None and written is None:
+                images, labels = next(self.loader.epoch(0))
+                _, record = tune(self.recipe, build_model, images, labels, steps=self.total)
+                self.folder.write_json("tune.json", record)
+                self.emit("tuned", record)
         self.fabric.barrier()
-        choice = Choice(**self.folder.read_json("tune.json")["choice"])
+        choice = choice or self._written_choice()
+        assert choice is not None
         if choice.device != self.fabric.device.type:
             raise InputError(
                 f"{self.folder.path} was begun on {choice.device}, but this is {self.fabric.device.type}",
                 hint="resume it where it was begun; another device computes other bits",
             )
+        return choice
+
+    def _written_choice(self) -> Choice | None:
+        try:
+            record = self.folder.read_json("tune.json")
+        except InputError as error:
+            self._notes.append(f"{error.found}; it is written anew")
+            return None
+        choice = Choice.read(record.get("choice")) if isinstance(record, dict) else None
+        if choice is None and record is not None:
+            self._notes.append(f"{self.folder.path / 'tune.json'} holds no choice; it is written anew")
         return choice
 
     def _layout(self) -> None:
@@ -314,12 +343,11 @@ class Run:
         self.emit("drawn", {"step": self.step, **self.search.status()})
         self.display.say(f"ticket drawn at step {self.search.drawn_at}: {str(self.search.change).splitlines()[0]}")
 
-    def calibration(self) -> Iterable[Tensor]:
+    def calibration(self) -> Calibration:
         """Return batches of augmented training inputs, the same ones at each call and on each rank."""
         count = min(CALIBRATION_IMAGES, len(self.loader.images))
         size = max(2, min(self.recipe.batch_size, 256))
-        inputs = self.loader.sample(count, self.recipe.seed)
-        return [part for part in torch.split(inputs, size) if len(part) > 1]
+        return Calibration(self.loader, count, size, self.recipe.seed)
 
     # ---- what the loop calls ----
 
@@ -388,7 +416,7 @@ class Run:
         with swapped(pairs):
             # said, not left to the hooks: they would charge what follows (writing the weights, say) to 'evaluate' too
             with self.ledger.during("evaluate"), self.autocast():
-                estimate_batch_norms(self.model, list(self.calibration()))
+                estimate_batch_norms(self.model, self.calibration())
             try:
                 yield
             finally:
@@ -425,10 +453,14 @@ class Run:
         self._row_begun = self.ledger.seconds
 
     def _mean_loss(self) -> float:
+        return self._loss_over_ranks() / max(self.loss_steps, 1)
+
+    def _loss_over_ranks(self) -> float:
+        """Return the sum of losses since the last row, as the mean over ranks."""
         total = self.loss_sum.clone()
         if self.fabric.world_size > 1:
             torch.distributed.all_reduce(total)
-        return float(total) / max(self.loss_steps * self.fabric.world_size, 1)
+        return float(total) / self.fabric.world_size
 
     def beat(self, loss: Tensor) -> None:
         """Say that a step is done: heartbeat, progress bar, event."""
@@ -456,7 +488,8 @@ class Run:
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
             "world_size": self.fabric.world_size,
-            "loss": [float(self.loss_sum), self.loss_steps],
+            "choice": dataclasses.asdict(self.choice),
+            "loss": [self._loss_over_ranks(), self.loss_steps],
             "last_row": [self.accuracy, self.test_loss],
             "model": checkpoint.capture(self.model, self.optimizer),
             "search": None if self.search is None else self.search.state_dict(),
@@ -468,21 +501,23 @@ class Run:
         """Write a checkpoint of this step.
 
         Raises:
-            DivergedError: A weight is not finite.
+            DivergedError: A weight or a buffer is not finite.
             EarlybirdError: The disk is full.
         """
         state = self.state_dict()
+        self._check_weights()
         if self.folder.writer:
-            self._check_weights(state["model"]["parameters"])
+            self.folder.sync_rows()
             path = checkpoint.save(self.folder.path, self.step, self.recipe.hash(), state)
             self.emit("checkpoint", {"step": self.step, "path": path})
 
-    def _check_weights(self, parameters: Mapping[str, Tensor]) -> None:
-        for name, parameter in parameters.items():
-            if not bool(torch.isfinite(parameter).all()):
+    def _check_weights(self) -> None:
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if name not in self._infinite and not bool(torch.isfinite(tensor).all()):
                 newest = max(self.folder.path.glob("checkpoint-*.json"), default=None)
+                what = "weights" if isinstance(tensor, nn.Parameter) else "numbers"
                 raise DivergedError(
-                    f"weights of '{name}' are not finite at step {self.step}",
+                    f"{what} of '{name}' are not finite at step {self.step}",
                     needed=f"last good checkpoint: {newest}" if newest else "no checkpoint had been written yet",
                     hint=f"lower lr (now {self.recipe.lr:g}), raise lr_warmup, or set clip_norm = 1",
                 )
@@ -501,20 +536,19 @@ class Run:
 
     def restore(self) -> None:
         """Take over the newest whole checkpoint; without one, begin."""
-        notes: list[str] = []
-        found = checkpoint.load_newest(self.folder.path, self.recipe.hash(), notes.append)
+        found, self._found = self._found, None
         if found is None:
             self._seed()
             self.folder.write_json("environment.json", environment(self.fabric))
         else:
             self.load_state_dict(found[1])
             self.resumed = True
-        lost = self.folder.last_beat() - self.ledger.seconds if self.folder.writer else 0.0
+        lost = self.folder.last_beat() - self._saved_s if self.folder.writer else 0.0
         self.folder.cut_rows(self.step)
         self.display = Display(
             self.total, self.steps_per_epoch, self.step, quiet=self._quiet, mute=not self.folder.writer
         )
-        for note in notes:
+        for note in self._notes:
             self.display.warn(note)
         if self.recipe.tensorboard and self.folder.writer:
             self._board = _tensorboard(self.folder, self.step)
@@ -551,6 +585,7 @@ class Run:
         checkpoint.restore(self.model, self.optimizer, state["model"])
         self.forward = self._wrap()
         self.ledger.load_state_dict(state["ledger"])
+        self._saved_s = sum(phase["seconds"] for phase in state["ledger"]["phases"].values())
         self.step = int(state["step"])
         total, self.loss_steps = state["loss"]
         self.loss_sum.fill_(total)
@@ -567,8 +602,13 @@ class Run:
     # ---- the end ----
 
     def finish(self) -> Result:
-        """Write the final weights, the bill and the result."""
+        """Write the final weights, the bill and the result.
+
+        Raises:
+            DivergedError: A weight or a buffer is not finite; nothing is written.
+        """
         self.share_buffers()
+        self._check_weights()
         with self.averaged_weights():
             tensors = dict(self.model.state_dict())
             if self.folder.writer:

@@ -49,6 +49,17 @@ class Choice:
     compile: bool = False
     threads: int = 1
 
+    @classmethod
+    def read(cls, value: Any) -> Choice | None:
+        """Return the choice that was written as a dict, or None if ``value`` is not one."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if not isinstance(value, dict) or value.keys() != fields.keys():
+            return None
+        choice = cls(**value)
+        flags = type(choice.channels_last) is type(choice.compile) is bool
+        known = choice.device in ("cpu", "cuda") and choice.precision in ("fp32", "bf16")
+        return choice if flags and known and type(choice.threads) is int and choice.threads > 0 else None
+
     def __str__(self) -> str:
         words = [self.precision, "channels_last" if self.channels_last else "contiguous"]
         return " + ".join([*words, "compiled" if self.compile else "eager"])
