@@ -12,14 +12,14 @@ Neither touches gradients, optimizer state or modes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from earlybird.calls import as_call
+from earlybird.calls import as_call, batch_size
 from earlybird.tickets.layers import BatchNorm
 
 # Rows of A per unknown of a layer: enough that the solution is not noise, few enough that it takes seconds.
@@ -27,29 +27,35 @@ _ROWS_PER_UNKNOWN = 16
 _RIDGE = 1e-3
 
 
-def estimate_batch_norms(model: nn.Module, batches: Sequence[Any]) -> None:
+def estimate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> tuple[int, int]:
     """Set running mean and variance of every batch norm to the plain average over ``batches`` (training statistics).
 
     Args:
         model: Left in the mode it is in; everything but the running statistics stays.
-        batches: Inputs as the model takes them in training.
+        batches: Inputs as the model takes them in training, one after another; without any, nothing changes.
+
+    Returns:
+        Samples and batches that went through the model.
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
-    if not norms or not batches:
-        return
+    samples = count = 0
+    if not norms:
+        return samples, count
     saved = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
     try:
         with _evaluating(model):
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None
-                norm.train()
             for batch in batches:
+                for norm in norms if not count else ():
+                    norm.reset_running_stats()
+                    norm.momentum = None
+                    norm.train()
                 _forward(model, batch)
+                samples, count = samples + batch_size(batch), count + 1
     finally:
         for norm, (momentum, tracked) in zip(norms, saved):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(tracked)  # type: ignore[union-attr]
+    return samples, count
 
 
 def dense_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:

@@ -359,14 +359,14 @@ class Search:
         """Shrink model and optimizer to the ticket, and mend what the settings ask for."""
         settings = self.settings
         with self._ledger.during("draw"):
-            batches: list[Any] = []
+            batches: Iterable[Any] = ()
             if settings.refit != "none":
-                batches = [self._last_call] if self._calibration is None else list(self._calibration())
-            batches = [batch for batch in batches if batch is not None]
-            solve = settings.refit == "least_squares" and settings.weights == "continue" and bool(batches)
-            joined = _join(batches) if solve else None
+                last = [] if self._last_call is None else [self._last_call]
+                batches = last if self._calibration is None else self._calibration()
+            solve = settings.refit == "least_squares" and settings.weights == "continue"
+            joined, batches = _joined(batches) if solve else (None, batches)
             targets: dict[str, Tensor] = {}
-            if solve:
+            if joined is not None:
                 with self._as_in_training():
                     targets = dense_outputs(self._model, joined)
                 self._ledger.passes(batch_size(joined), batches=1)
@@ -388,19 +388,18 @@ class Search:
                     optimizer.state.clear()
             self._ledger.recount(self._model, inputs)
             if self.change.layers or self.change.silenced:  # an identity ticket leaves nothing to mend
-                self._refit(joined if solve else None, targets, batches)
+                self._refit(joined, targets, batches)
         self._ledger.enter("train")
 
-    def _refit(self, joined: Any, targets: Mapping[str, Tensor], batches: list[Any]) -> None:
+    def _refit(self, joined: Any, targets: Mapping[str, Tensor], batches: Iterable[Any]) -> None:
         assert self.change is not None
         try:
             with self._as_in_training():
                 if targets:
                     least_squares(self._model, joined, targets, self.change.kept)
                     self._ledger.passes(batch_size(joined), batches=1)
-                if batches:
-                    estimate_batch_norms(self._model, batches)
-                    self._ledger.passes(sum(map(batch_size, batches)), batches=len(batches))
+                samples, count = estimate_batch_norms(self._model, batches)
+                self._ledger.passes(samples, batches=count)
         except (RuntimeError, ValueError) as error:  # the cut stands, and training mends what the refit would have
             warnings.warn(f"the refit after the cut failed, training goes on without: {error}", stacklevel=2)
 
@@ -468,12 +467,13 @@ def _mean_over_ranks(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(scores, flat.split([score.numel() for score in scores.values()])))
 
 
-def _join(batches: list[Any]) -> Any:
-    """Lay batches of plain tensors together; of anything else, take the first."""
-    tensors = [b.args[0] if isinstance(b, Call) and len(b.args) == 1 and not b.kwargs else b for b in batches]
-    if all(isinstance(tensor, Tensor) for tensor in tensors):
-        return torch.cat(tensors)[:512]
-    return batches[0]
+def _joined(batches: Iterable[Any]) -> tuple[Any, list[Any]]:
+    """Return inputs for the least squares (512 samples of plain tensors, else the first batch), and all batches."""
+    found = list(batches)
+    tensors = [b.args[0] if isinstance(b, Call) and len(b.args) == 1 and not b.kwargs else b for b in found]
+    if found and all(isinstance(tensor, Tensor) for tensor in tensors):
+        return torch.cat(tensors)[:512], found
+    return (found[0] if found else None), found
 
 
 def _reinitialise(model: nn.Module, seed: int) -> None:

@@ -416,7 +416,8 @@ class Run:
         with swapped(pairs):
             # said, not left to the hooks: they would charge what follows (writing the weights, say) to 'evaluate' too
             with self.ledger.during("evaluate"), self.autocast():
-                estimate_batch_norms(self.model, self.calibration())
+                samples, count = estimate_batch_norms(self.model, self.calibration())
+                self.ledger.passes(samples, batches=count)
             try:
                 yield
             finally:
