@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from earlybird.calls import Hook, batch_size, first_sample, unwrapped
+from earlybird.calls import Call, Hook, batch_size, first_sample, unwrapped
 from earlybird.cost.bill import Bill, Counted, Estimated, Measured, Modelled, Spending
 from earlybird.cost.count import ModelCost, count
 from earlybird.cost.energy import CITATION, Energy, joules
@@ -363,7 +363,7 @@ class Ledger:
     def _on_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._since is None or self._counting or self._model is None:
             return
-        inputs = args if args else kwargs
+        inputs = Call(tuple(args), dict(kwargs))
         if self.cost is None and not self._uncounted:
             self._count_or_explain(self._model, inputs)
         samples = batch_size(inputs) * self._world_size
