@@ -138,9 +138,14 @@ class Hook:
     def __init__(self, call: Callable[..., Any] | None, owner: Any = None) -> None:
         self.call, self.owner = call, owner
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any) -> Any:  # noqa: D102
-        return None if self.call is None else self.call(*args)
+        if self.call is None:
+            return None
+        if "torch._dynamo" not in sys.modules:  # imported by whoever compiles; importing it here would take a second
+            return self.call(*args)
+        return torch.compiler.disable(self.call)(*args)
+
+    __call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         return Hook(None)
