@@ -105,10 +105,12 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[Group]:
         try:
             for parameter in frozen:  # without a gradient a layer is invisible to the trace
                 parameter.requires_grad_(True)
-            graph.build_dependency(
-                model, example_inputs, forward_fn=lambda m, _: m(*args, **kwargs), verbose=False,
-                output_transform=_tensors_with_graph,
-            )  # fmt: skip
+            # nobody goes backward through this graph, so it need not hold any activation
+            with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
+                graph.build_dependency(
+                    model, example_inputs, forward_fn=lambda m, _: m(*args, **kwargs), verbose=False,
+                    output_transform=_tensors_with_graph,
+                )  # fmt: skip
             return _read_groups(graph, model, macs)
         except ShrinkError:
             raise
