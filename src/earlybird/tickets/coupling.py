@@ -106,7 +106,8 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[Group]:
             for parameter in frozen:  # without a gradient a layer is invisible to the trace
                 parameter.requires_grad_(True)
             # nobody goes backward through this graph, so it need not hold any activation
-            with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
+            nothing = torch.empty(0)
+            with torch.autograd.graph.saved_tensors_hooks(lambda _: nothing, lambda _: nothing):
                 graph.build_dependency(
                     model, example_inputs, forward_fn=lambda m, _: m(*args, **kwargs), verbose=False,
                     output_transform=_tensors_with_graph,
