@@ -75,16 +75,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in whatever a model returns: a tensor, or sequences and mappings of them, however nested."""
+    return (
+        [value] if isinstance(value, Tensor) else [tensor for child in _children(value) for tensor in tensors_in(child)]
+    )
+
+
 @contextmanager
-def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in eval mode; afterwards restore its modes, buffers and the random generators."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` in eval mode; afterwards restore its modes and the random generators. Buffers may change."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone(), buffer._version)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
     devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=sorted(devices, key=str)):
@@ -93,6 +94,21 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` in eval mode; afterwards restore its modes, buffers and the random generators."""
+    buffers = [
+        (module, name, buffer, buffer.detach().clone(), buffer._version)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        with evaluating(model):
+            yield
+    finally:
         with torch.no_grad():
             for module, name, buffer, before, version in buffers:
                 module._buffers[name] = buffer

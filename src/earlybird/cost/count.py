@@ -17,7 +17,7 @@ Checked against published counts in ``tests/cost/test_count.py`` (VGG-16, ResNet
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from earlybird.calls import as_call, first_sample, left_as_found, plain_execution, unwrapped
+from earlybird.calls import as_call, first_sample, left_as_found, plain_execution, tensors_in, unwrapped
 from earlybird.errors import InputError
 
 __all__ = ["LayerCost", "ModelCost", "count"]
@@ -235,8 +235,8 @@ class _Counter(TorchDispatchMode):
         self, operation: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = operation(*args, **(kwargs or {}))
-        tensors = list(_tensors((*args, *(kwargs or {}).values())))
-        outputs = list(_tensors(result if isinstance(result, (tuple, list)) else (result,)))
+        tensors = tensors_in((*args, *(kwargs or {}).values()))
+        outputs = tensors_in(result)
         if tensors and all(self._is_weight(tensor) for tensor in tensors):
             self._alive += outputs
             self._weights |= {tensor.untyped_storage().data_ptr() for tensor in outputs}
@@ -263,12 +263,3 @@ class _Counter(TorchDispatchMode):
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._weights
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Yield the tensors in ``values`` and in the lists and tuples among them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)

@@ -15,7 +15,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from earlybird.calls import as_call, undisturbed, unwrapped
+from earlybird.calls import as_call, tensors_in, undisturbed, unwrapped
 from earlybird.errors import ShrinkError
 from earlybird.tickets.layers import Conv, Side, TransposedConv, blocks, layer_of, mixes_channels, width
 
@@ -110,7 +110,7 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[Group]:
             with torch.autograd.graph.saved_tensors_hooks(lambda _: nothing, lambda _: nothing):
                 graph.build_dependency(
                     model, example_inputs, forward_fn=lambda m, _: m(*args, **kwargs), verbose=False,
-                    output_transform=_tensors_with_graph,
+                    output_transform=lambda output: [t for t in tensors_in(output) if t.grad_fn is not None],
                 )  # fmt: skip
             return _read_groups(graph, model, macs)
         except ShrinkError:
@@ -195,11 +195,3 @@ def _add_macs(macs: dict[str, int], name: str, module: nn.Module, inputs: tuple[
         others = module.out_channels if isinstance(module, TransposedConv) else module.in_channels
         count = moved.numel() * taps * others // module.groups
     macs[name] = macs.get(name, 0) + count // max(output.shape[0], 1)
-
-
-def _tensors_with_graph(output: Any) -> list[Tensor]:
-    """Flatten whatever a model returns into the tensors that autograd knows."""
-    if isinstance(output, Tensor):
-        return [output] if output.grad_fn is not None else []
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return [tensor for value in values for tensor in _tensors_with_graph(value)]

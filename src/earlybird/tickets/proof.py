@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from earlybird.calls import Call, undisturbed
+from earlybird.calls import Call, tensors_in, undisturbed
 from earlybird.errors import ShrinkError
 from earlybird.tickets.layers import BatchNorm, Conv, is_depthwise, is_norm, layer_of, mixes_channels
 
@@ -107,7 +107,7 @@ def outputs(model: nn.Module, call: Call, unheard: Mapping[str, Tensor]) -> list
             if mixes_channels(module):
                 module.register_forward_hook(partial(note, name=name))
         output = _run(model, call, "with its channels silenced")
-    return found + [("", tensor) for tensor in _tensors(output)]
+    return found + [("", tensor) for tensor in tensors_in(output)]
 
 
 def compare(model: nn.Module, call: Call, wanted: list[tuple[str, Tensor]] | None, kept: Mapping[str, Tensor]) -> None:
@@ -137,7 +137,7 @@ def compare(model: nn.Module, call: Call, wanted: list[tuple[str, Tensor]] | Non
             ) from error
     if wanted is None:  # group and layer norms take their statistics over what remains: the outputs must differ
         return
-    found += [("", tensor) for tensor in _tensors(output)]
+    found += [("", tensor) for tensor in tensors_in(output)]
     modules = dict(model.named_modules())
     before = "the input"
     for (name, value), (other, reference) in zip(found, wanted, strict=True):
@@ -171,10 +171,3 @@ def training_error(model: nn.Module, call: Call) -> Exception | None:
         except Exception as error:
             return error
     return None
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return [tensor for value in values for tensor in _tensors(value)]

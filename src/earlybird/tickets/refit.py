@@ -11,15 +11,15 @@ Neither touches gradients, optimizer state or modes.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
-from earlybird.calls import as_call, batch_size
+from earlybird.calls import as_call, batch_size, evaluating
 from earlybird.tickets.layers import BatchNorm
 
 # Rows of A per unknown of a layer: enough that the solution is not noise, few enough that it takes seconds.
@@ -43,7 +43,7 @@ def estimate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> tuple[int,
         return samples, count
     saved = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
     try:
-        with _evaluating(model):
+        with evaluating(model), torch.no_grad():
             for batch in batches:
                 for norm in norms if not count else ():
                     norm.reset_running_stats()
@@ -78,12 +78,7 @@ def dense_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
         for name, module in model.named_modules()
         if _solvable(module)
     ]
-    try:
-        with _evaluating(model):
-            _forward(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_hooked(model, inputs, handles)
     return found
 
 
@@ -114,12 +109,7 @@ def least_squares(model: nn.Module, inputs: Any, targets: Mapping[str, Tensor], 
         for name, module in model.named_modules()
         if _solvable(module)
     ]
-    try:
-        with _evaluating(model):
-            _forward(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_hooked(model, inputs, handles)
 
 
 def _solve(module: nn.Module, value: Tensor, target: Tensor) -> None:
@@ -167,18 +157,14 @@ def _images_needed(module: nn.Module, output: Tensor) -> int:
     return min(-(-_ROWS_PER_UNKNOWN * unknowns // positions), output.shape[0])
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while, with the random generators as they were; buffers may change."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+def _run_hooked(model: nn.Module, inputs: Any, handles: list[RemovableHandle]) -> None:
+    """Run the model once in eval mode, and take the hooks off again."""
     try:
-        model.eval()
-        with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
-            yield
+        with evaluating(model), torch.no_grad():
+            _forward(model, inputs)
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for handle in handles:
+            handle.remove()
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:
