@@ -97,7 +97,7 @@ def test_flags_win_over_the_recipe(tmp_path, monkeypatch):
     ("words", "found"),
     [
         (["trian"], "train"),
-        (["train", "--keeep", "0.5"], "did you mean --keep?"),
+        (["train", "--keeep", "0.5"], "did you mean '--keep'?"),
         (["train", "--keep"], "--keep"),
         (["train", "--keep", "0"], "keep"),
         (["train", "--keep", "1.5"], "keep"),

@@ -10,7 +10,6 @@ Exit codes: 0 done, 2 wrong input, 3 interrupted and resumable, 130 interrupted 
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import os
@@ -25,11 +24,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from earlybird.errors import EarlybirdError, InputError
+from earlybird.errors import EarlybirdError, InputError, nearest
 
 if TYPE_CHECKING:
     from earlybird.train.recipe import Key, Recipe
-    from earlybird.train.run import Result
+    from earlybird.train.result import Result
 
 # Base of every parsing error, whether this typer brings its own click or uses the separate package
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -78,7 +77,8 @@ def _usage(error: Exception) -> str:
     unknown = getattr(error, "option_name", None)
     if near is not None and unknown:
         found = f"no flag {unknown}"
-        guess = "".join(f"; did you mean {flag}?" for flag in difflib.get_close_matches(unknown, near, n=1))
+        guess = nearest(unknown, near)
+        guess = f"; {guess}" if guess else ""
     else:
         found, guess = error.format_message().rstrip("."), ""  # type: ignore[attr-defined]
     return f"{found}{guess}; '{command} --help' lists what there is"
@@ -214,7 +214,10 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Runs of each contender; their seeds are 0, 1, 2, ...", min=1)] = 3,
     contenders: Annotated[
         str,
-        typer.Option(help="Of dense, ticket, dense-equal-time, small-dense, ticket-reinitialised; dense always runs."),
+        typer.Option(
+            help="Of dense, ticket, dense-equal-time, small-dense, ticket-shuffled, ticket-reinitialised; "
+            "dense always runs."
+        ),
     ] = "dense,ticket",
     quiet: Quiet = False,
     **keys: Any,
@@ -254,7 +257,9 @@ def _bill_against_dense(out: Path, comparison: Mapping[str, Any]) -> str:
 
 
 def resume(run: RunFolder, quiet: Quiet = False) -> None:
-    """Go on with a run after any stop, to the last bit.
+    """Go on with a run after any stop.
+
+    On a CPU the final weights are those of an undisturbed run, to the last bit.
 
     \b
     Example:

@@ -6,6 +6,9 @@ and ends with its exit code. Anything else that escapes is our own failure (exit
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class EarlybirdError(Exception):
     """An error a user can act on.
@@ -47,3 +50,9 @@ class Interrupted(EarlybirdError):
     """The run was stopped by a signal, and its state is saved."""
 
     exit_code = 3
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return a hint with the known name that looks most like ``name``, or ``otherwise`` where none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else otherwise

@@ -67,9 +67,49 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file, or return None where it is not there.
+
+    Raises:
+        InputError: The file is not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error})", hint="delete it and resume the run") from error
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line; without a file, none. A last line that a kill cut short is left out."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write ``tensors`` and string ``metadata`` as one safetensors file, atomically."""
-    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    """Write ``tensors`` and string ``metadata`` as one safetensors file, atomically.
+
+    Tensors that share memory, which the format does not have, are written one by one.
+    """
+    plain: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous().cpu()
+        storage = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if storage in storages else tensor
+        if tensor.numel():
+            storages.add(storage)
     return write_atomically(path, lambda temporary: save_file(plain, temporary, metadata=dict(metadata)))
 
 

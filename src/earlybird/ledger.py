@@ -32,6 +32,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from earlybird import allocator
 from earlybird.calls import Call, Hook, batch_size, first_sample, unwrapped
 from earlybird.cost.bill import Bill, Counted, Estimated, Measured, Modelled, Spending
 from earlybird.cost.count import ModelCost, count
@@ -422,6 +423,8 @@ class Ledger:
             self._note_evaluation()
         if phase == "evaluate" != self._current:
             self._evaluation_begin = (record.seconds, record.images)
+        if "evaluate" not in (phase, self._current):  # there and back, every epoch: the same memory serves both
+            allocator.give_back()
         self._current = phase
         self._peak.reset()
         self._joules_before = self._energy.read() if self._energy else 0.0

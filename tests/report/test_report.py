@@ -87,7 +87,7 @@ def test_seeds_of_one_recipe_are_one_contender_compared_seed_by_seed(tmp_path):
     page, figures = compose(contenders)
     ticket = page["contenders"].rows[1].cells
     assert ticket[1] == "91.00 % (90.00 % to 92.00 %)"
-    assert ticket[3] == "51.0 s (50.0 s to 52.0 s)"
+    assert ticket[3] == "51 s (50 s to 52 s)"
     assert len([line for line in figures["accuracy-curves"]["data"] if line["mode"] == "lines+markers"]) == 6
     # each seed against its own dense run, as compare does it
     mean = sum((50 + seed) / (100 + seed) for seed in range(3)) / 3

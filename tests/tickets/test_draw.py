@@ -9,7 +9,7 @@ from torch import nn
 import earlybird as eb
 from earlybird.errors import InputError
 from earlybird.tickets.coupling import find_groups
-from earlybird.tickets.draw import macs_share_of
+from earlybird.tickets.draw import macs_share_of, shuffle
 from tests.tickets.topologies import TOPOLOGIES, conv, images, make, stem, tail
 
 
@@ -168,6 +168,27 @@ def test_each_layer_by_itself():
     ticket = eb.draw(two_norms([0.1, 0.9, 0.2, 0.3], [8.0, 3.0, 7.0, 9.0]), keep=0.5, scope="layer")
     assert ticket.masks["1"].tolist() == [False, True, False, True]
     assert ticket.masks["3"].tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_a_shuffled_ticket_has_the_same_widths_and_other_channels(name):
+    model = make(name)
+    groups = find_groups(model, images())
+    ticket = eb.draw(model, 0.5, example_inputs=images(), coupled="group")
+    masks, scores = shuffle(ticket.masks, groups, torch.Generator().manual_seed(0))
+    shuffled = eb.Ticket(masks)
+    assert shuffled.widths == ticket.widths
+    assert eb.Ticket(shuffle(ticket.masks, groups, torch.Generator().manual_seed(0))[0]) == shuffled
+    other = [eb.Ticket(shuffle(ticket.masks, groups, torch.Generator().manual_seed(s))[0]) for s in range(1, 6)]
+    assert any(one != shuffled for one in other)
+    for group in groups:  # coupled layers still get one mask, and it is the best of the random scores
+        for member in group.members:
+            if member.name in masks and member.side != "in" and not group.blocks:
+                kept, score = masks[member.name][member.local], scores[member.name][member.local]
+                if len(member.local) == group.size and not kept.all():
+                    assert score[kept].min() > score[~kept].max()
+    change = eb.shrink(model, shuffled, images())
+    assert change.parameters_after < change.parameters_before or name == "sigmoid"
 
 
 def test_scores_that_do_not_fit_are_refused():

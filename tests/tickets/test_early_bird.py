@@ -169,7 +169,7 @@ def test_taylor_scores_are_the_running_mean_of_the_term():
         norm = model[1]
         expected = 0.75 * expected + 0.25 * (norm.weight * norm.weight.grad + norm.bias * norm.bias.grad).abs().detach()
         optimizer.step()
-    torch.testing.assert_close(search._taylor[0], expected)
+    torch.testing.assert_close(search.state_dict()["taylor"]["1"], expected)
 
 
 def test_several_ratios_in_one_search():

@@ -15,6 +15,7 @@ from earlybird.cost.bill import Bill
 from earlybird.cost.count import count
 from earlybird.errors import EarlybirdError, InputError, Interrupted
 from earlybird.models import build
+from earlybird.tickets.ticket import Ticket
 from earlybird.train import compare as module
 from earlybird.train.compare import compare, describe
 from earlybird.train.recipe import Recipe
@@ -75,7 +76,7 @@ def test_contenders_take_turns_and_the_file_says_who_won(small: Make, tmp_path: 
 
 def test_the_sanity_checks_are_what_they_say(small: Make, tmp_path: Path, in_process: list[str]) -> None:
     recipe = small(model="small_cnn", width=0.25, epochs=2)
-    names = ("dense-equal-time", "small-dense", "ticket-reinitialised")
+    names = ("dense-equal-time", "small-dense", "ticket-shuffled", "ticket-reinitialised")
     found = compare(recipe, tmp_path, seeds=(0,), contenders=names, quiet=True)
     rows = {row["contender"]: row for row in found["runs"]}
     assert set(rows) == {"dense", "ticket", *names}
@@ -85,6 +86,10 @@ def test_the_sanity_checks_are_what_they_say(small: Make, tmp_path: Path, in_pro
     assert rows["small-dense"]["macs_per_image_after"] < rows["dense"]["macs_per_image_after"]
     assert rows["small-dense"]["drawn_at"] is None
     assert rows["ticket-reinitialised"]["macs_per_image_after"] == after
+    ticket, shuffled = (Ticket.load(tmp_path / f"{name}-seed0" / "ticket.safetensors") for name in ("ticket", names[2]))
+    assert shuffled.widths == ticket.widths
+    assert shuffled.distance(ticket) > 0.1
+    assert rows["ticket-shuffled"]["drawn_at"] == rows["ticket"]["drawn_at"]
     assert (
         Recipe.from_toml(tmp_path / "ticket-reinitialised-seed0" / "recipe.toml").settings["weights"] == "reinitialise"
     )

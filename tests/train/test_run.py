@@ -18,9 +18,9 @@ from earlybird.cost.bill import Bill
 from earlybird.data import Augment, Loader, load
 from earlybird.errors import CheckpointError, DivergedError, EarlybirdError, InputError, Interrupted
 from earlybird.models import build
-from earlybird.train import checkpoint
-from earlybird.train.calibration import Calibration
+from earlybird.train import checkpoint, ema
 from earlybird.train.folder import RunFolder
+from earlybird.train.loop import fit
 from earlybird.train.recipe import Recipe
 from earlybird.train.run import Run, resume, train
 from earlybird.train.schedule import Schedule
@@ -309,9 +309,15 @@ def test_the_averaged_weights_are_those_of_the_formula(
     seen: list[Run] = []
     averages: dict[str, torch.Tensor] = {}
 
-    def check(run: Run) -> None:
+    def seeing(run: Run, stop: Any) -> None:
+        seen.append(run)
+        fit(run, stop)
+
+    def check(holder: torch.optim.Optimizer, decay: float, step: int) -> None:
+        run = seen[-1]
+        assert holder is run.optimizer
         before = {name: value.clone() for name, value in averages.items()}
-        average(run)
+        average(holder, decay, step)
         decay = min(0.9, (1 + run.step) / (10 + run.step))
         for name, parameter in run.model.named_parameters():
             if "ema" not in run.optimizer.state[parameter]:
@@ -325,10 +331,10 @@ def test_the_averaged_weights_are_those_of_the_formula(
             elif name in before and before[name].shape == parameter.shape:
                 wanted = decay * before[name] + (1 - decay) * parameter.detach()
                 torch.testing.assert_close(averages[name], wanted)
-        seen.append(run)
 
-    average = Run.average
-    monkeypatch.setattr(Run, "average", check)
+    average = ema.average
+    monkeypatch.setattr("earlybird.train.run.fit", seeing)
+    monkeypatch.setattr(ema, "average", check)
     changes = {"optimizer": optimizer, "optimizer_state": state, "nesterov": optimizer == "sgd"}
     train(small(ema=0.9, epochs=2, **changes), tmp_path, quiet=True)
     saved = load_file(tmp_path / "model.safetensors")
@@ -422,7 +428,7 @@ def test_ctrl_c_in_set_up_leaves_no_run(small: Make, tmp_path: Path, monkeypatch
     def loading(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("earlybird.train.run.load", loading)
+    monkeypatch.setattr("earlybird.train.parts.load", loading)
     with pytest.raises(KeyboardInterrupt):
         train(small(), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
@@ -460,7 +466,7 @@ def test_calibration_is_the_sample_in_parts(count: int) -> None:
         data.train_images, data.train_labels, batch_size=64, mean=data.mean, std=data.std, augment=augment,
         channels_last=True,
     )  # fmt: skip
-    batches = Calibration(loader, count, 64, seed=5)
+    batches = loader.sample_in_batches(count, 64, seed=5)
     parts = [part for part in torch.split(loader.sample(count, 5), 64) if len(part) > 1]
     assert len(batches) == len(parts)
     for one, two in zip(batches, parts, strict=True):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from earlybird.cost import units
 from earlybird.cost.energy import CITATION
 from earlybird.errors import InputError
 
@@ -32,7 +33,7 @@ class Measured:
     meter: str
 
     def __str__(self) -> str:
-        return _text(self.value, self.unit)
+        return units.text(self.value, self.unit)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Estimated:
     basis: str
 
     def __str__(self) -> str:
-        return "~" + _text(self.value, self.unit)
+        return "~" + units.text(self.value, self.unit)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Counted:
     unit: str
 
     def __str__(self) -> str:
-        return "#" + _text(self.value, self.unit)
+        return "#" + units.text(self.value, self.unit)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Modelled:
     source: str
 
     def __str__(self) -> str:
-        low, high = _text(self.low, self.unit), _text(self.high, self.unit)
+        low, high = units.text(self.low, self.unit), units.text(self.high, self.unit)
         if low.partition(" ")[2] == high.partition(" ")[2]:
             low = low.partition(" ")[0]
         return f"[{low} .. {high}]"
@@ -339,22 +340,6 @@ def _table(rows: Sequence[Sequence[str]], rules: Sequence[int]) -> list[str]:
         ]
         lines.append("  ".join(padded).rstrip())
     return lines
-
-
-_DECIMAL = tuple((10.0 ** (3 * power), prefix) for power, prefix in enumerate(("n", "u", "m", "", *"kMGTPE"), start=-3))
-_BYTES = tuple((1024.0**power, prefix) for power, prefix in enumerate(("", "Ki", "Mi", "Gi", "Ti")))
-
-
-def _text(value: float, unit: str) -> str:
-    """Write a number with its unit: bytes in powers of 1024, all else with decimal prefixes, seconds as they are."""
-    if unit == "s":
-        return f"{value:.0f} s" if value >= 100 else f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
-    scale = _BYTES if unit == "B" else _DECIMAL if unit == "J" else _DECIMAL[3:]
-    # 0.9995: what would print as 1000 gets the next prefix
-    size, prefix = next(((size, prefix) for size, prefix in reversed(scale) if value >= 0.9995 * size), scale[0])
-    number = value / size if value else 0.0
-    text = f"{number:.0f}" if number >= 100 else f"{number:.3g}"
-    return f"{text} {prefix if value else ''}{unit}".rstrip()
 
 
 def _ratio(ours: Quantity | None, theirs: Quantity | None) -> Ratio | None:

@@ -7,7 +7,8 @@ several ranks agree on every batch without talking to each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import overload
 
 import numpy as np
 import torch
@@ -139,9 +140,24 @@ class Loader:
         Returns:
             (B, C, H, W) in the loader's type, memory format and device.
         """
+        index, choices = self._draw_sample(count, seed)
+        return self._inputs(index, choices)
+
+    def sample_in_batches(self, count: int, size: int, seed: int) -> Sample:
+        """Return what `sample` returns, to the bit, in batches that are made when they are asked for.
+
+        Args:
+            count: See `sample`.
+            size: Images in a batch; a last batch of one image is left out, since batch norm cannot use it.
+            seed: See `sample`.
+        """
+        index, choices = self._draw_sample(count, seed)
+        return Sample(len(index), size, lambda part: self._inputs(index[part], choices.part(part)))
+
+    def _draw_sample(self, count: int, seed: int) -> tuple[Tensor, Choices]:
         generator = _generator(_SAMPLE, seed)
         index = torch.randperm(len(self.images), generator=generator)[:count]
-        return self._inputs(index, self._choose(len(index), generator))
+        return index, self._choose(len(index), generator)
 
     def _walk(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         count = len(self.images)
@@ -179,6 +195,28 @@ class Loader:
         labels = self.labels[index if isinstance(index, slice) else index.to(self.labels.device)]
         # a slice is a view, and callers may change what they are given
         return labels.clone() if labels.device == self.device else labels.to(self.device, non_blocking=True)
+
+
+class Sample(Sequence[Tensor]):
+    """Batches of inputs (B, C, H, W) that are made anew each time they are asked for; see `sample_in_batches`."""
+
+    def __init__(self, count: int, size: int, make: Callable[[slice], Tensor]) -> None:
+        self._count, self._size, self._make = count, size, make
+
+    def __len__(self) -> int:
+        full, rest = divmod(self._count, self._size)
+        return full + (rest > 1)
+
+    @overload
+    def __getitem__(self, batch: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, batch: slice) -> list[Tensor]: ...
+    def __getitem__(self, batch: int | slice) -> Tensor | list[Tensor]:
+        """Make one batch, or several."""
+        if isinstance(batch, slice):
+            return [self[number] for number in range(len(self))[batch]]
+        start = range(len(self))[batch] * self._size
+        return self._make(slice(start, min(start + self._size, self._count)))
 
 
 def _generator(*entropy: int) -> torch.Generator:

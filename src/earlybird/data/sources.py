@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import torch
 
 from earlybird.data.catalogue import CATALOGUE, CONTENT_SHA256, Found, cache_folder, data_folder, find, missing
 from earlybird.data.dataset import DataSet, channel_statistics, resize, stratified_split
-from earlybird.errors import DataError, InputError
+from earlybird.errors import DataError, InputError, nearest
 
 if TYPE_CHECKING:
     from earlybird.data.download import Progress
@@ -53,11 +52,10 @@ def load(
         return _load_npz(path, image_size, seed)
     if path.exists():
         raise InputError(f"data {spec!r} is neither a folder of images nor a .npz file")
-    nearest = difflib.get_close_matches(spec.lower().replace("_", "-"), CATALOGUE, n=1)
     raise InputError(
         f"no data set and no folder or .npz file {spec!r}",
         needed=f"one of {', '.join(CATALOGUE)}, or a path",
-        hint=f"did you mean {nearest[0]!r}?" if nearest else "check the path",
+        hint=nearest(spec.lower().replace("_", "-"), CATALOGUE, otherwise="check the path"),
     )
 
 

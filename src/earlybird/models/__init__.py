@@ -6,7 +6,6 @@ models is built.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from earlybird.errors import InputError
+from earlybird.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,11 +81,10 @@ def build(
 
     info = MODELS.get(spec)
     if info is None and ":" not in spec:
-        near = difflib.get_close_matches(spec, MODELS, n=1)
         raise InputError(
             f"unknown model {spec!r}",
             needed=f"one of {', '.join(MODELS)}, or 'package.module:factory'",
-            hint=f"did you mean {near[0]!r}?" if near else "",
+            hint=nearest(spec, MODELS),
         )
     factory = _find(spec if info is None else info.path)
     offered: dict[str, Any] = {
@@ -143,8 +141,7 @@ def _find(path: str) -> Callable[..., Any]:
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), n=1)
-            raise InputError(f"{module_name} has no {name!r}", hint=f"did you mean {near[0]!r}?" if near else "")
+            raise InputError(f"{module_name} has no {name!r}", hint=nearest(part, dir(found)))
         found = getattr(found, part)
     if not callable(found):
         raise InputError(f"{path} is {type(found).__name__}", needed="a function or class that builds the model")

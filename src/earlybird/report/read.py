@@ -12,6 +12,7 @@ from typing import Any
 
 from earlybird.cost.bill import Bill
 from earlybird.errors import InputError
+from earlybird.files import read_json, read_rows
 from earlybird.tickets.ticket import Ticket
 
 
@@ -130,7 +131,7 @@ def _run_folders(path: Path) -> dict[Path, str]:
     found = sorted(recipe.parent.resolve() for recipe in path.glob("*/recipe.toml"))
     if not found:
         raise InputError(f"{path} holds no run (there is no recipe.toml in it, nor one level below)", hint=hint)
-    order = list(_json(path / "comparison.json").get("contenders", {}))
+    order = list(_object(path / "comparison.json").get("contenders", {}))
     names = {folder: folder.name.rpartition("-seed")[0] for folder in found}
     compared = [folder for folder in found if names[folder] in order]
     compared.sort(key=lambda folder: order.index(names[folder]))
@@ -143,39 +144,23 @@ def _read_run(path: Path) -> RunRecord:
         recipe = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path / 'recipe.toml'} is damaged ({error})") from error
-    bill, ticket = _json(path / "bill.json"), path / "ticket.safetensors"
+    bill, ticket = _object(path / "bill.json"), path / "ticket.safetensors"
     return RunRecord(
         path=path,
         recipe=recipe,
         recipe_text=text,
-        metrics=_rows(path / "metrics.jsonl"),
+        metrics=read_rows(path / "metrics.jsonl"),
         bill=Bill.from_json(bill) if bill else None,
         ticket=Ticket.load(ticket) if ticket.is_file() else None,
-        history=_json(path / "history.json"),
-        change=_json(path / "change.json"),
-        tune=_json(path / "tune.json"),
-        environment=_json(path / "environment.json"),
+        history=_object(path / "history.json"),
+        change=_object(path / "change.json"),
+        tune=_object(path / "tune.json"),
+        environment=_object(path / "environment.json"),
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error})") from error
+def _object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
     if value is not None and not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}", needed="an object")
     return value or {}
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break  # a kill cut the last row short
-    return rows

@@ -189,6 +189,39 @@ def draw_coupled(
     return masks
 
 
+def shuffle(
+    masks: Mapping[str, Tensor], groups: list[Group], generator: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Replace a ticket's channels by as many random ones in each coupled group: the control experiment for a score.
+
+    What the ticket is worth beyond the widths it found is what it gains over this (Su et al., arXiv 2009.11094).
+
+    Args:
+        masks: Layer name to mask ``(channels,)``, as `draw_coupled` returns them.
+        groups: From `earlybird.tickets.coupling.find_groups`.
+        generator: On the CPU.
+
+    Returns:
+        The new masks, and the random scores they rank by, both by layer name.
+    """
+    shuffled = dict(masks)
+    scores = {name: torch.zeros(mask.numel()) for name, mask in masks.items()}
+    for group in groups:
+        members = [member for member in group.members if member.name in masks and member.side != "in"]
+        whole = torch.ones(group.size, dtype=torch.bool)
+        for member in members:
+            whole[member.root] = masks[member.name][member.local]
+        score = torch.rand(group.size, generator=generator)
+        chosen = torch.zeros_like(whole)
+        chosen[score.argsort(descending=True)[: int(whole.sum())]] = True
+        chosen = _balanced(chosen, score, group)
+        for member in members:
+            shuffled[member.name] = shuffled[member.name].clone()
+            shuffled[member.name][member.local] = chosen[member.root]
+            scores[member.name][member.local] = score[member.root]
+    return shuffled, scores
+
+
 def macs_share_of(chosen: Mapping[str, Tensor], groups: list[Group]) -> float:
     """Return the forward MACs of a ticket as a share of the dense model's: a layer costs written times read channels.
 

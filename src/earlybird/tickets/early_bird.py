@@ -74,6 +74,9 @@ class EarlyBird:
     optimizer_state: Literal["keep", "reset"] = _option("keep", "Go on with the optimizer's state, or start empty.")
     refit: Literal["none", "batch_norm", "least_squares"] = _option("batch_norm", "What is mended right after the cut.")
     round_to: int | None = _option(None, "Multiple that widths are rounded up to; 'none' takes what suits the device.")
+    shuffle: bool = _option(
+        False, "Control experiment: as many channels a layer as the ticket keeps, but chosen at random."
+    )
     strict: bool = _option(False, "Compare scores with the published 'score > threshold'.")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -118,7 +121,7 @@ class EarlyBird:
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not (whole and value >= least) and not (optional and value is None):
                 raise InputError(f"{name} is {value!r}", needed=f"a whole number of at least {least}")
-        for name in ("sparsity_after", "strict"):
+        for name in ("sparsity_after", "shuffle", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} is {getattr(self, name)!r}", needed="true or false")
         if self.macs_share is not None:

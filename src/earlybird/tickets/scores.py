@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeGuard
 
 import torch
@@ -63,11 +64,67 @@ def taylor(model: nn.Module) -> dict[str, Tensor]:
                 f"batch norm '{name}' has no gradient", needed="gradients for score='taylor'",
                 hint="call loss.backward() before, or use score='bn_scale'",
             )  # fmt: skip
-        change = norm.weight.detach() * norm.weight.grad
-        if norm.bias is not None and norm.bias.grad is not None:
-            change = change + norm.bias.detach() * norm.bias.grad
-        scores[name] = change.abs()
+        scores[name] = _first_order(norm, norm.weight.grad).abs_()
     return scores
+
+
+def _first_order(norm: BatchNorm, gradient: Tensor) -> Tensor:
+    """Return ``gamma * dgamma + beta * dbeta``, shape ``(channels,)``, given the gradient of ``gamma``."""
+    change = norm.weight.detach() * gradient
+    if norm.bias is not None and norm.bias.grad is not None:
+        change += norm.bias.detach() * norm.bias.grad
+    return change
+
+
+class TaylorMean:
+    """The running mean of the Taylor scores over the steps of a training.
+
+    Args:
+        norms: Layer name to batch norm.
+        memory: Share of the mean that a step leaves as it is, 0 to 1.
+    """
+
+    def __init__(self, norms: Mapping[str, BatchNorm], memory: float) -> None:
+        self._norms, self._memory = dict(norms), memory
+        self._means = {name: torch.zeros_like(norm.weight, dtype=torch.float32) for name, norm in norms.items()}
+
+    @torch.no_grad()
+    def move(self, scale: Tensor | None = None) -> None:
+        """Move the mean by the gradients at hand; a layer whose scores are not all finite stays where it is.
+
+        Args:
+            scale: What the gradients are multiplied by, shape ().
+        """
+        for name, mean in self._means.items():
+            norm = self._norms[name]
+            if norm.weight.grad is None:
+                continue
+            change = _first_order(norm, norm.weight.grad).float().abs_()
+            if scale is not None:
+                change /= scale.to(change.device)
+            mean.lerp_(torch.where(torch.isfinite(change).all(), change, mean), 1 - self._memory)
+
+    def scores(self) -> dict[str, Tensor]:
+        """Return name to scores, each layer's over their norm; zeros before the first step.
+
+        Layers differ in the size of their gradients by orders of magnitude.
+        """
+        tiny = torch.finfo(torch.float32).tiny
+        return {name: mean / mean.norm().clamp_min(tiny) for name, mean in self._means.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a copy of the means by name."""
+        return {name: mean.clone() for name, mean in self._means.items()}
+
+    def fits(self, state: Mapping[str, Tensor]) -> bool:
+        """Tell whether ``state`` has the layers of this model."""
+        shapes = {name: mean.shape for name, mean in self._means.items()}
+        return shapes == {name: mean.shape for name, mean in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` returned."""
+        for name, mean in state.items():
+            self._means[name].copy_(mean)
 
 
 def magnitude(model: nn.Module) -> dict[str, Tensor]:

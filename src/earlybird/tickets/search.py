@@ -19,9 +19,9 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger
 from earlybird.step import Step
 from earlybird.tickets.coupling import Group, find_groups
-from earlybird.tickets.draw import draw_coupled
+from earlybird.tickets.draw import draw_coupled, shuffle
 from earlybird.tickets.refit import dense_outputs, estimate_batch_norms, least_squares
-from earlybird.tickets.scores import batch_norms, score_channels
+from earlybird.tickets.scores import TaylorMean, batch_norms, score_channels
 from earlybird.tickets.shrink import Change, as_optimizers, shrink
 from earlybird.tickets.ticket import Ticket
 
@@ -82,11 +82,7 @@ class Search:
         if settings.score == "taylor" and not trained:
             raise InputError("all batch norms are frozen", hint="use score='bn_scale', which needs no gradient")
         self._norms = list(trained.values())
-        self._names = list(trained)
-        self._taylor = (
-            [torch.zeros_like(norm.weight, dtype=torch.float32, requires_grad=False) for norm in self._norms]
-            if settings.score == "taylor" else []
-        )  # fmt: skip
+        self._taylor = TaylorMean(trained, settings.score_memory) if settings.score == "taylor" else None
         # The names and sizes of the dense layers: what a saved mask vector is read with.
         self._sizes = {name: value.numel() for name, value in self._scores_now().items()}
         if example_inputs is not None:  # what cannot work is said now, not after an epoch
@@ -151,7 +147,7 @@ class Search:
             "history": [dict(entry) for entry in self.history],
             "looked_at": list(self._looked_at),
             "masks": {str(ratio): torch.stack(masks) for ratio, masks in self._masks.items() if masks},
-            "taylor": {} if self.drawn else {str(i): value.clone() for i, value in enumerate(self._taylor)},
+            "taylor": {} if self._taylor is None else self._taylor.state_dict(),
             "rounded": self._rounded,
             "tickets": {
                 str(ratio): {
@@ -175,7 +171,7 @@ class Search:
         if state["score"] != self.settings.score:
             raise InputError(f"the saved search has score '{state['score']}'", needed=f"'{self.settings.score}'")
         sizes = {masks.shape[1] for masks in state["masks"].values()} | {sum(self._sizes.values())}
-        fits = all(value.shape == self._taylor[int(key)].shape for key, value in state["taylor"].items())
+        fits = not state["taylor"] or (self._taylor is not None and self._taylor.fits(state["taylor"]))
         if list(state["layers"]) != list(self._sizes) or len(sizes) > 1 or not fits:
             raise InputError("the saved search belongs to another model", needed="the model it was drawn from")
         self._steps = int(state["steps"])
@@ -184,8 +180,8 @@ class Search:
         self._masks = {
             ratio: list(state["masks"].get(str(ratio), torch.zeros(0, 0)).bool()) for ratio in self.settings.ratios
         }
-        for key, value in state["taylor"].items():
-            self._taylor[int(key)].copy_(value)
+        if self._taylor is not None:
+            self._taylor.load_state_dict(state["taylor"])
         self.tickets = {}
         for key, saved in state["tickets"].items():
             parts = saved["mask"].bool().split(list(self._sizes.values()))
@@ -200,11 +196,9 @@ class Search:
 
     def _scores_now(self) -> dict[str, Tensor]:
         """Return the current scores; those of Taylor are zeros before the first step."""
-        if self.settings.score != "taylor":
-            return score_channels(self._model, self.settings.score)
-        # Layers differ in the size of their gradients by orders of magnitude: each is taken over its own norm.
-        tiny = torch.finfo(torch.float32).tiny
-        return {name: score / score.norm().clamp_min(tiny) for name, score in zip(self._names, self._taylor)}
+        if self._taylor is not None:
+            return self._taylor.scores()
+        return score_channels(self._model, self.settings.score)
 
     def _remember_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not module.training or self.drawn:
@@ -235,23 +229,10 @@ class Search:
                 gradients: list[Tensor] = [norm.weight.grad for norm in norms]  # type: ignore[misc]
                 torch._foreach_add_(gradients, signs, alpha=self.settings.sparsity)
 
-    @torch.no_grad()
     def _score(self, optimizer: torch.optim.Optimizer) -> None:
-        """Move the running mean of Taylor scores by the gradients at hand; what is not finite moves nothing."""
-        if not self._taylor or self.drawn:
-            return
-        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer under GradScaler unscales in its own kernel
-        for norm, mean in zip(self._norms, self._taylor):
-            if norm.weight.grad is None:
-                continue
-            change = norm.weight * norm.weight.grad
-            if norm.bias is not None and norm.bias.grad is not None:
-                change += norm.bias * norm.bias.grad
-            change = change.float().abs_()
-            if scale is not None:
-                change /= scale.to(change.device)
-            weight = 1 - self.settings.score_memory
-            mean.lerp_(torch.where(torch.isfinite(change).all(), change, mean), weight)
+        if self._taylor is not None and not self.drawn:
+            # a fused optimizer under GradScaler unscales in its own kernel
+            self._taylor.move(getattr(optimizer, "grad_scale", None))
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _has_closure(args, kwargs):
@@ -371,9 +352,14 @@ class Search:
                     targets = dense_outputs(self._model, joined)
                 self._ledger.passes(batch_size(joined), batches=1)
             inputs = first_sample(self._inputs())
+            scores = self._scores_now()
+            if settings.shuffle:
+                assert self._groups is not None
+                masks, scores = shuffle(ticket.masks, self._groups, torch.Generator().manual_seed(self._seed))
+                ticket = Ticket(masks, ticket.kinds, ticket.provenance)
             self.change = shrink(
                 self._model, ticket, inputs, optimizer=self._optimizers, groups=self._groups,
-                round_to=self._round_to(), scores=self._scores_now(),
+                round_to=self._round_to(), scores=scores,
             )  # fmt: skip
             self._rounded = {name: list(channels) for name, channels in self.change.rounded.items()}
             ticket = _with_rounded(ticket, self._rounded)
@@ -410,7 +396,7 @@ class Search:
 
     def _finish(self, ticket: Ticket) -> None:
         self.ticket = ticket
-        self._taylor, self._last_call, self._groups = [], None, None
+        self._taylor = self._last_call = self._groups = None
         if not self.settings.sparsity_after:
             self._norms = []
 

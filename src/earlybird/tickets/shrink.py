@@ -59,6 +59,20 @@ class Change:
     parameters_after: int = 0
     seconds: float = 0.0
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the change as plain numbers and lists."""
+        return {
+            "layers": {
+                name: {side: list(widths) for side, widths in sides.items()} for name, sides in self.layers.items()
+            },
+            "silenced": {name: list(channels) for name, channels in self.silenced.items()},
+            "rounded": {name: list(channels) for name, channels in self.rounded.items()},
+            "kept": {name: channels.tolist() for name, channels in self.kept.items()},
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "seconds": self.seconds,
+        }
+
     def __str__(self) -> str:
         lines = [
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters "

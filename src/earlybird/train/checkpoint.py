@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from earlybird.errors import CheckpointError, EarlybirdError
 from earlybird.files import read_tensors, write_json, write_tensors
 
-FORMAT = 2
+FORMAT = 3
 KEPT = 2
 
 
@@ -47,7 +47,7 @@ def save(folder: Path, step: int, recipe: str, state: Mapping[str, Any]) -> Path
         EarlybirdError: The disk is full; older checkpoints are untouched.
     """
     tensors: dict[str, Tensor] = {}
-    tree = _pack(state, "", tensors, set())
+    tree = _pack(state, "", tensors)
     for path in _records(folder):
         if _step(path) > step:
             path.unlink(missing_ok=True)
@@ -152,22 +152,18 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _pack(value: Any, name: str, tensors: dict[str, Tensor], storages: set[int]) -> Any:
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Move tensors out of a nested value into ``tensors``; what is left can be written as JSON."""
     if isinstance(value, Tensor):
         strides = value.stride() if value.stride() != _contiguous_stride(value) and _is_dense(value) else None
-        pointer = value.untyped_storage().data_ptr()
-        # safetensors refuses tensors that share memory
-        tensors[name] = value.detach().clone() if pointer in storages else value
-        if value.numel():
-            storages.add(pointer)
+        tensors[name] = value
         return {"$tensor": name} if strides is None else {"$tensor": name, "stride": list(strides)}
     if isinstance(value, Mapping):
         if any(not isinstance(key, str) or key.startswith("$") for key in value):
             raise TypeError(f"keys of '{name}' must be text that does not begin with '$'")
-        return {key: _pack(item, f"{name}/{key}" if name else key, tensors, storages) for key, item in value.items()}
+        return {key: _pack(item, f"{name}/{key}" if name else key, tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_pack(item, f"{name}/{index}", tensors, storages) for index, item in enumerate(value)]
+        return [_pack(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": repr(value)}
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -5,13 +5,13 @@ down slows all of them. Differences are taken within a seed. What took more than
 the whole measured run, as the bill has it: set-up, search, draw, training, evaluation, and what a kill cost.
 
 Sanity checks among the contenders (Su et al., arXiv 2009.11094; Liu et al., arXiv 1810.05270): a dense run stopped at
-the ticket's time, a small dense network of the ticket's cost, and the ticket with its weights drawn anew.
+the ticket's time, a small dense network of the ticket's cost, the ticket's widths with random channels, and the ticket
+with its weights drawn anew.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import statistics
 import subprocess
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from earlybird.cost.bill import Bill, Spending
+from earlybird.cost.bill import Spending
 from earlybird.cost.count import count
 from earlybird.cost.verdict import judge
 from earlybird.data import load
@@ -36,6 +36,7 @@ from earlybird.step import Step
 from earlybird.train.folder import RunFolder
 from earlybird.train.loop import StopSignal
 from earlybird.train.recipe import Recipe
+from earlybird.train.result import Result
 from earlybird.train.run import resume, train
 
 CONTENDERS: dict[str, str] = {
@@ -43,6 +44,7 @@ CONTENDERS: dict[str, str] = {
     "ticket": "the recipe as it is",
     "dense-equal-time": "the whole network, in as many epochs as take the ticket's time",
     "small-dense": "a narrower network from the start, with the MACs of the shrunk one",
+    "ticket-shuffled": "the ticket's widths with channels chosen at random",
     "ticket-reinitialised": "the ticket's shape with weights drawn anew",
 }
 """What can be compared, and what each is."""
@@ -158,6 +160,8 @@ def _recipe(recipe: Recipe, name: str, seed: int, done: Mapping[tuple[str, int],
         return own
     if name == "ticket-reinitialised":
         return own.replace(weights="reinitialise")
+    if name == "ticket-shuffled":
+        return own.replace(shuffle=True)
     if name == "dense":
         return own.replace(dense=True)
     dense, ticket = done["dense", seed], done["ticket", seed]
@@ -261,25 +265,25 @@ def _child(arguments: Sequence[str]) -> int:
 
 
 def _row(path: Path, name: str, seed: int) -> dict[str, Any]:
-    result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-    bill = Bill.from_json(json.loads((path / "bill.json").read_text(encoding="utf-8")))
-    total, after = bill.total, bill.phases.get("train")
+    result = Result.read(path)
+    assert result is not None, f"{path} has no result"
+    total, after = result.bill.total, result.bill.phases.get("train")
     return {
         "contender": name,
         "seed": seed,
         "folder": path.name,
-        "accuracy": result["accuracy"],
-        "loss": result["loss"],
-        "epochs": result["epochs"],
+        "accuracy": result.accuracy,
+        "loss": result.loss,
+        "epochs": result.epochs,
         "seconds": total.seconds.value,
-        "phase_seconds": result["phase_seconds"],
+        "phase_seconds": result.to_json()["phase_seconds"],
         "macs": None if total.macs is None else total.macs.value,
         "bit_macs": None if total.bit_macs is None else total.bit_macs.value,
         "peak_bytes": None if total.peak_bytes is None else total.peak_bytes.value,
-        "parameters": result["parameters"],
-        "drawn_at": result["drawn_at"],
+        "parameters": result.parameters,
+        "drawn_at": result.drawn_at,
         "macs_per_image_after": _per_image(after) if after else None,
-        "resumed": result["resumed"],
+        "resumed": result.resumed,
     }
 
 

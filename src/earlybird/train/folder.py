@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from earlybird.errors import EarlybirdError, InputError
-from earlybird.files import is_disk_full, write_json, write_text
+from earlybird.files import is_disk_full, read_json, read_rows, write_json, write_text
 
 _BEAT_EVERY_S = 0.5
 _LEFTOVER = re.compile(
@@ -148,12 +148,7 @@ class RunFolder:
         Raises:
             InputError: The file is not JSON.
         """
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise InputError(f"{self.path / name} is damaged ({error})", hint="delete it and resume") from error
+        return read_json(self.path / name)
 
     def append_row(self, row: Mapping[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``.
@@ -194,17 +189,7 @@ class RunFolder:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of ``metrics.jsonl``; a last line that a kill cut short is left out."""
-        try:
-            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return []
-        rows = []
-        for line in lines:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        return rows
+        return read_rows(self.path / "metrics.jsonl")
 
     def cut_rows(self, step: int) -> None:
         """Drop the rows after ``step``: the run goes on from there and will write them again."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from earlybird import __version__
+from earlybird import __version__, allocator
 from earlybird.errors import InputError
 from earlybird.train.recipe import Recipe
 from earlybird.train.tune import Choice
@@ -54,6 +54,8 @@ def launch(recipe: Recipe) -> Fabric:
         strategy="ddp" if world > 1 else "auto",
     )
     fabric.launch()
+    if not cuda:
+        allocator.keep_freed()
     return fabric
 
 

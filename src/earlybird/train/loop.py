@@ -6,7 +6,6 @@ about it is to look afterwards whether the model has changed its shape (`Run.aft
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
 import threading
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from earlybird.errors import DivergedError, Interrupted
+from earlybird.train import ema
 
 if TYPE_CHECKING:
     from earlybird.train.run import Run
@@ -118,7 +118,7 @@ def _step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
     run.optimizer.step()
     run.optimizer.zero_grad()
     if recipe.ema is not None:
-        run.average()
+        ema.average(run.optimizer, recipe.ema, run.step)
     run.loss_sum += total / recipe.accumulate
     run.loss_steps += 1
     return total
@@ -177,18 +177,3 @@ def evaluate(run: Run) -> tuple[float, float]:
             torch.distributed.all_reduce(sums)
     loss, right, images_seen = sums.tolist()
     return loss / images_seen, right / images_seen
-
-
-@contextlib.contextmanager
-def swapped(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Let each first tensor hold the second one's numbers for a while."""
-
-    def swap() -> None:
-        for one, other in pairs:
-            one.data, other.data = other.data, one.data
-
-    swap()
-    try:
-        yield
-    finally:
-        swap()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -101,6 +104,29 @@ class Display:
         """Show a warning, quiet or not."""
         if not self._mute:
             self._console.print(f"warning: {text}", markup=False)
+
+
+@contextlib.contextmanager
+def warnings_shown(warn: Callable[[str], None]) -> Iterator[None]:
+    """Send our own warnings to ``warn``, as one line; all others go where they always go."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if Path(__file__).parents[1] in Path(filename).parents:
+                warn(str(message))
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
 
 
 def _field(name: str, value: float | str) -> str:

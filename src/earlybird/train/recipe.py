@@ -8,7 +8,6 @@ the method, TOML file, flags.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import importlib
@@ -23,7 +22,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from earlybird.errors import InputError
+from earlybird.errors import InputError, nearest
 from earlybird.step import Step
 
 Auto = Literal["auto"]
@@ -221,7 +220,7 @@ def method_class(name: str) -> Any:
 
     if name not in METHODS:
         known = ", ".join(METHODS)
-        raise InputError(f"unknown method '{name}'", needed=f"one of {known}", hint=_nearest(name, METHODS))
+        raise InputError(f"unknown method '{name}'", needed=f"one of {known}", hint=nearest(name, METHODS))
     module, _, attribute = METHODS[name].path.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -235,7 +234,7 @@ def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -
     by_name = {key.name: key for key in keys(method if isinstance(method, str) else "")}
     for name in given:
         if name not in by_name:
-            raise InputError(f"{where}: unknown key '{name}'", hint=_nearest(name, by_name))
+            raise InputError(f"{where}: unknown key '{name}'", hint=nearest(name, by_name))
 
     typed: dict[str, Any] = {}
     for name, value in given.items():
@@ -313,17 +312,12 @@ def _preset(cls: Any, name: str) -> Mapping[str, Any]:
     presets: Mapping[str, Mapping[str, Any]] = {"default": {}, **getattr(cls, "PRESETS", {})}
     if name not in presets:
         known = ", ".join(presets)
-        raise InputError(f"unknown preset '{name}'", needed=f"one of {known}", hint=_nearest(name, presets))
+        raise InputError(f"unknown preset '{name}'", needed=f"one of {known}", hint=nearest(name, presets))
     return presets[name]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else ""
 
 
 def _say(error: ValidationError) -> str:

@@ -14,31 +14,29 @@ import contextlib
 import dataclasses
 import math
 import random
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from earlybird.cost.bill import Bill
-from earlybird.data import CATALOGUE, Augment, DataSet, Loader, load
+from earlybird.data import CATALOGUE
+from earlybird.data.loader import Sample
 from earlybird.errors import CheckpointError, DivergedError, InputError
 from earlybird.files import write_tensors, write_text
 from earlybird.ledger import Ledger
 from earlybird.models.blueprint import Blueprint
 from earlybird.tickets.refit import estimate_batch_norms
-from earlybird.train import checkpoint
-from earlybird.train.calibration import Calibration
+from earlybird.train import checkpoint, ema
 from earlybird.train.folder import RunFolder
 from earlybird.train.launch import environment, launch, precision, shared_path
-from earlybird.train.loop import StopSignal, evaluate, fit, swapped
-from earlybird.train.progress import Display
+from earlybird.train.loop import StopSignal, evaluate, fit
+from earlybird.train.parts import free_folder, load_data, make_board, make_loaders, make_optimizer
+from earlybird.train.progress import Display, warnings_shown
 from earlybird.train.recipe import Recipe
+from earlybird.train.result import Result
 from earlybird.train.schedule import Schedule
 from earlybird.train.tune import Choice, tune
 
@@ -50,35 +48,6 @@ OnEvent = Callable[[str, Mapping[str, Any]], None]
 
 CALIBRATION_IMAGES = 2048
 """Training images from which batch-norm statistics are estimated anew, and layers are refitted."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came out of a run.
-
-    Attributes:
-        folder: Run folder.
-        accuracy: On the test images, 0 to 1.
-        loss: On the test images, without label smoothing.
-        epochs: Of the recipe.
-        steps: Optimizer steps.
-        seconds: Measured wall time, set-up included.
-        parameters: Weights of the network at the end.
-        drawn_at: Optimizer step after which the ticket was drawn, or None.
-        bill: What it cost.
-        resumed: Whether it was put together from more than one process.
-    """
-
-    folder: Path
-    accuracy: float
-    loss: float
-    epochs: int
-    steps: int
-    seconds: float
-    parameters: int
-    drawn_at: int | None
-    bill: Bill
-    resumed: bool = False
 
 
 class Attached(Protocol):
@@ -122,7 +91,7 @@ def train(
         # a resume may start from another folder
         recipe = recipe.replace(data=str(Path(recipe.data).expanduser().absolute()))
     fabric = launch(recipe)
-    path = shared_path(fabric, lambda: Path(out or recipe.out or _free_folder(recipe)))
+    path = shared_path(fabric, lambda: Path(out or recipe.out or free_folder(recipe)))
     with RunFolder(path, writer=fabric.is_global_zero) as folder:
         folder.check_unused()
         if folder.writer:
@@ -156,9 +125,9 @@ def resume(out: str | Path, *, quiet: bool = False, on_event: OnEvent | None = N
     recipe = Recipe.from_toml(path / "recipe.toml")
     fabric = launch(recipe)
     with RunFolder(path, writer=fabric.is_global_zero) as folder:
-        done = folder.read_json("result.json")
+        done = Result.read(path)
         if done is not None:
-            return _read_result(folder, done)
+            return done
         folder.accept()
         return _execute(recipe, folder, fabric, quiet=quiet, on_event=on_event)
 
@@ -176,7 +145,7 @@ def _execute(recipe: Recipe, folder: RunFolder, fabric: Fabric, *, quiet: bool, 
         stack.callback(torch.set_num_threads, threads)
         run = Run(recipe, folder, fabric, ledger, quiet=quiet, on_event=on_event)
         stack.callback(run.close)
-        stack.enter_context(_warnings_shown(lambda text: run.display.warn(text)))
+        stack.enter_context(warnings_shown(lambda text: run.display.warn(text)))
         stop = stack.enter_context(StopSignal())  # before that, a signal ends the process: there is nothing to save
         run.restore()
         fit(run, stop)
@@ -219,8 +188,8 @@ class Run:
         self.display = Display(1, 1, quiet=quiet, mute=not folder.writer, bar=False)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        data = _load_data(recipe, fabric, self.display)
-        self.loader, self.test = _loaders(recipe, data, fabric)
+        data = load_data(recipe, fabric, self.display)
+        self.loader, self.test = make_loaders(recipe, data, fabric)
         self.steps_per_epoch = len(self.loader) // recipe.accumulate
         if not self.steps_per_epoch:
             raise InputError(
@@ -247,7 +216,7 @@ class Run:
         ledger.bits = 16 if self.choice.precision == "bf16" else 32
         self._precision = precision(self.choice, fabric.device)
         self._layout()
-        self.optimizer = _optimizer(recipe, self.model)
+        self.optimizer = make_optimizer(recipe, self.model)
         ledger.watch(self.model, self.optimizer, example)
         method = recipe.build_method()
         self.search: Attached | None = None
@@ -338,16 +307,16 @@ class Run:
         self.forward = self._wrap()
         if self.folder.writer:
             self.search.ticket.save(self.folder.path / "ticket.safetensors")
-        self.folder.write_json("change.json", _plain(self.search.change))
+        self.folder.write_json("change.json", self.search.change.to_json())
         self._write_history()
         self.emit("drawn", {"step": self.step, **self.search.status()})
         self.display.say(f"ticket drawn at step {self.search.drawn_at}: {str(self.search.change).splitlines()[0]}")
 
-    def calibration(self) -> Calibration:
+    def calibration(self) -> Sample:
         """Return batches of augmented training inputs, the same ones at each call and on each rank."""
         count = min(CALIBRATION_IMAGES, len(self.loader.images))
         size = max(2, min(self.recipe.batch_size, 256))
-        return Calibration(self.loader, count, size, self.recipe.seed)
+        return self.loader.sample_in_batches(count, size, self.recipe.seed)
 
     # ---- what the loop calls ----
 
@@ -375,45 +344,15 @@ class Run:
         torch.distributed.all_reduce(flags)
         return bool(flags[0]), bool(flags[1])
 
-    @torch.no_grad()
-    def average(self) -> None:
-        """Move the averaged weights towards the weights.
-
-        The average lies in the optimizer's state beside the momentum, so that whatever slices the one slices the other.
-        Its decay grows to ``ema`` as ``(1 + step) / (10 + step)``, so that the first steps are forgotten.
-        """
-        assert self.recipe.ema is not None
-        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        averages: list[Tensor] = []
-        weights: list[Tensor] = []
-        for parameter in self._parameters():
-            state = self.optimizer.state[parameter]
-            if "ema" in state:
-                averages.append(state["ema"])
-                weights.append(parameter)
-            elif self.recipe.optimizer == "sgd" or state:
-                # AdamW sets itself up only in a state that is empty, so its first step comes first.
-                state["ema"] = parameter.detach().clone(memory_format=torch.preserve_format)
-        if averages:
-            torch._foreach_lerp_(averages, weights, 1 - decay)
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Let the model hold the averaged weights, with batch-norm statistics to match, for a while."""
-        state = self.optimizer.state
-        pairs: list[tuple[Tensor, Tensor]] = [
-            (parameter, state[parameter]["ema"])
-            for parameter in self._parameters()
-            if "ema" in state.get(parameter, {})
-        ]
+        pairs = ema.averages(self.optimizer)
         if not pairs:
             yield
             return
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        with swapped(pairs):
+        with ema.swapped(pairs):
             # said, not left to the hooks: they would charge what follows (writing the weights, say) to 'evaluate' too
             with self.ledger.during("evaluate"), self.autocast():
                 samples, count = estimate_batch_norms(self.model, self.calibration())
@@ -436,7 +375,7 @@ class Run:
             "seconds": self.ledger.seconds,
             "phase": self.ledger.phase,
             "loss": train_loss,
-            "test_loss": _finite(self.test_loss),
+            "test_loss": self.test_loss if math.isfinite(self.test_loss) else None,
             "accuracy": self.accuracy,
             "lr": self.schedule(self.step - 1),
             "images_per_s": images / elapsed if elapsed > 0 else 0.0,
@@ -552,7 +491,7 @@ class Run:
         for note in self._notes:
             self.display.warn(note)
         if self.recipe.tensorboard and self.folder.writer:
-            self._board = _tensorboard(self.folder, self.step)
+            self._board = make_board(self.folder.path, self.step)
         if lost > 0:
             # What was computed since the checkpoint and is computed again was paid for, too.
             self.ledger.charge("lost", lost)
@@ -611,11 +550,10 @@ class Run:
         self.share_buffers()
         self._check_weights()
         with self.averaged_weights():
-            tensors = dict(self.model.state_dict())
             if self.folder.writer:
                 # one key only: safetensors writes several in random order, and equal runs should give equal files
                 metadata = {"blueprint": self.blueprint.to_json()}
-                write_tensors(self.folder.path / "model.safetensors", _unshared(tensors), metadata)
+                write_tensors(self.folder.path / "model.safetensors", self.model.state_dict(), metadata)
         if self.search is not None:
             self._write_history()
             if not self.search.drawn:
@@ -635,13 +573,9 @@ class Run:
             bill=bill,
             resumed=self.resumed,
         )
-        fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-        fields = {name: value for name, value in fields.items() if name not in ("folder", "bill")}
         # Written last: a folder with it is a finished run.
-        self.folder.write_json(
-            "result.json", {**fields, "loss": _finite(result.loss), "phase_seconds": _seconds(self.ledger)}
-        )
-        self.emit("done", fields)
+        self.folder.write_json("result.json", result.to_json())
+        self.emit("done", result.to_json())
         return result
 
     def _write_history(self) -> None:
@@ -660,144 +594,3 @@ class Run:
         if self.search is not None:
             self.search.detach()
         self.ledger.unwatch()
-
-
-# ---- parts ----
-
-
-def _free_folder(recipe: Recipe) -> Path:
-    base = Path("runs") / recipe.name
-    path, number = base, 1
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{base.name}-{number}")
-    return path
-
-
-def _load_data(recipe: Recipe, fabric: Fabric, display: Display) -> DataSet:
-    begun, shown = time.perf_counter(), ""
-
-    def progress(what: str, done: int, total: int) -> None:
-        nonlocal shown
-        if what != shown and time.perf_counter() - begun > 1:  # what is quick needs no words
-            shown = what
-            display.say(f"loading {recipe.data}: {what}")
-
-    if fabric.world_size > 1 and fabric.local_rank != 0:
-        fabric.barrier()  # the first rank of each machine downloads, the others find the files
-    data = load(recipe.data, image_size=recipe.image_size, progress=progress)
-    if fabric.world_size > 1 and fabric.local_rank == 0:
-        fabric.barrier()
-    return data
-
-
-def _loaders(recipe: Recipe, data: DataSet, fabric: Fabric) -> tuple[Loader, Loader]:
-    shared: dict[str, Any] = {
-        "mean": data.mean,
-        "std": data.std,
-        "device": fabric.device,
-        "rank": fabric.global_rank,
-        "world_size": fabric.world_size,
-    }
-    augment = Augment(crop=recipe.crop, flip=recipe.flip, cutout=recipe.cutout)
-    training = Loader(
-        data.train_images,
-        data.train_labels,
-        batch_size=recipe.batch_size,
-        augment=augment,
-        seed=recipe.seed,
-        **shared,
-    )
-    test = Loader(
-        data.test_images,
-        data.test_labels,
-        batch_size=min(512 * fabric.world_size, len(data.test_images)),
-        shuffle=False,
-        drop_last=False,
-        **shared,
-    )
-    return training, test
-
-
-def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(),
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            weight_decay=recipe.weight_decay,
-        )
-    betas = (recipe.momentum, 0.999)
-    return torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay)
-
-
-def _tensorboard(folder: RunFolder, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("tensorboard is not installed", hint="pip install 'earlybird[tensorboard]'") from error
-    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
-
-
-@contextlib.contextmanager
-def _warnings_shown(warn: Callable[[str], None]) -> Iterator[None]:
-    """Send our own warnings to ``warn``, as one line; all others go where they always go."""
-    with warnings.catch_warnings():
-        usual = warnings.showwarning
-
-        def show(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
-            if Path(__file__).parents[1] in Path(filename).parents:
-                warn(str(message))
-            else:
-                usual(message, category, filename, lineno, file, line)
-
-        warnings.showwarning = show
-        yield
-
-
-def _read_result(folder: RunFolder, done: Mapping[str, Any]) -> Result:
-    bill = folder.read_json("bill.json")
-    if bill is None:
-        raise InputError(f"{folder.path} has a result, but no bill.json", hint="delete result.json and resume")
-    known = {field.name for field in dataclasses.fields(Result)} - {"folder", "bill"}
-    fields = {name: value for name, value in done.items() if name in known}
-    fields["loss"] = float("nan") if fields["loss"] is None else fields["loss"]
-    return Result(folder=folder.path, bill=Bill.from_json(bill), **fields)
-
-
-def _seconds(ledger: Ledger) -> dict[str, float]:
-    return {name: record.seconds for name, record in ledger.phases.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Turn a dataclass of mappings, numbers and tensors of indices into JSON."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value.tolist() if isinstance(value, Tensor) else value
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that share memory, which safetensors refuses."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        pointer = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if pointer in seen else tensor
-        seen.add(pointer)
-    return result
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -1,0 +1,106 @@
+"""The parts of a run that a recipe alone decides: folder, data, batches, optimizer, TensorBoard."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from earlybird.data import Augment, DataSet, Loader, load
+from earlybird.errors import InputError
+from earlybird.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from earlybird.train.progress import Display
+
+_TEST_BATCH = 256
+"""Images of an evaluation batch on each process."""
+
+
+def free_folder(recipe: Recipe) -> Path:
+    """Return the first path of ``runs/NAME``, ``runs/NAME-2``, ... that is not there."""
+    base = Path("runs") / recipe.name
+    path, number = base, 1
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
+def load_data(recipe: Recipe, fabric: Fabric, display: Display) -> DataSet:
+    """Load the recipe's data; what takes longer than a second says what it does."""
+    begun, shown = time.perf_counter(), ""
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal shown
+        if what != shown and time.perf_counter() - begun > 1:
+            shown = what
+            display.say(f"loading {recipe.data}: {what}")
+
+    if fabric.world_size > 1 and fabric.local_rank != 0:
+        fabric.barrier()  # the first rank of each machine downloads, the others find the files
+    data = load(recipe.data, image_size=recipe.image_size, progress=progress)
+    if fabric.world_size > 1 and fabric.local_rank == 0:
+        fabric.barrier()
+    return data
+
+
+def make_loaders(recipe: Recipe, data: DataSet, fabric: Fabric) -> tuple[Loader, Loader]:
+    """Return the batches of the training images, augmented, and those of the test images."""
+    shared: dict[str, Any] = {
+        "mean": data.mean,
+        "std": data.std,
+        "device": fabric.device,
+        "rank": fabric.global_rank,
+        "world_size": fabric.world_size,
+    }
+    augment = Augment(crop=recipe.crop, flip=recipe.flip, cutout=recipe.cutout)
+    training = Loader(
+        data.train_images,
+        data.train_labels,
+        batch_size=recipe.batch_size,
+        augment=augment,
+        seed=recipe.seed,
+        **shared,
+    )
+    test = Loader(
+        data.test_images,
+        data.test_labels,
+        batch_size=min(_TEST_BATCH * fabric.world_size, len(data.test_images)),
+        shuffle=False,
+        drop_last=False,
+        **shared,
+    )
+    return training, test
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer over all parameters; the schedule sets its rate at each step."""
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=recipe.weight_decay,
+        )
+    betas = (recipe.momentum, 0.999)
+    return torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay)
+
+
+def make_board(folder: Path, step: int) -> Any:
+    """Return a TensorBoard writer that goes on after ``step``.
+
+    Raises:
+        InputError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("tensorboard is not installed", hint="pip install 'earlybird[tensorboard]'") from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
