@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib
+import time
 import warnings
 
 import pytest
@@ -60,7 +61,7 @@ class TestContract:
     def test_the_table_says_who_found_it_and_when_it_does_not_pay(self, name):
         info = METHODS[name]
         assert info.link.startswith("https://")
-        assert all((info.citation, info.factor, info.saves, info.limits))
+        assert all((info.citation, info.saves, info.limits))
 
     @pytest.mark.parametrize("topology", ["plain", "residual", "depthwise"])
     def test_doing_nothing_equals_plain_pytorch_to_the_bit(self, name, topology):
@@ -97,13 +98,15 @@ class TestContract:
     def test_the_bill_adds_up_and_counts_every_step(self, name):
         model = make("residual")
         optimizer = sgd(model)
+        begun = time.perf_counter()
         running = attach(name, model, optimizer, acting=True)
         train(model, optimizer, STEPS)
         running.detach()
+        elapsed = time.perf_counter() - begun
         phases = running._ledger.phases
         assert sum(record.steps for record in phases.values()) == STEPS
         assert sum(record.train_images for record in phases.values()) == 16 * STEPS
-        assert sum(record.seconds for record in phases.values()) == pytest.approx(running._ledger.seconds)
+        assert 0.5 * elapsed < sum(record.seconds for record in phases.values()) <= elapsed
         assert all(record.macs > 0 for record in phases.values() if record.steps)
         assert "against dense" in str(running.bill())
 

@@ -36,18 +36,11 @@ def _children(inputs: Any) -> list[Any]:
 
 def batch_size(inputs: Any) -> int:
     """Return the first dimension of the first tensor in ``inputs`` (tensor, sequence, mapping, call); 1 without any."""
-    if isinstance(inputs, Tensor):
-        return inputs.shape[0] if inputs.ndim else 1
-    for value in _children(inputs):
-        if isinstance(value, Tensor) and value.ndim:
-            return value.shape[0]
-        if isinstance(value, (Mapping, tuple, list)) and (size := batch_size(value)) > 1:
-            return size
-    return 1
+    return next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.ndim), 1)
 
 
 def first_sample(inputs: Any) -> Any:
-    """Return ``inputs`` with every tensor of N rows cut to a copy of its first row; the kind of container stays."""
+    """Return ``inputs`` with every tensor of N rows cut to a copy of its first row, in tuples and dicts."""
     with torch.inference_mode(False):  # a copy that autograd may save, and that does not hold the batch in memory
         return _sliced(inputs, batch_size(inputs))
 
@@ -131,18 +124,27 @@ def plain_execution(model: nn.Module) -> Iterator[None]:
         yield
 
 
+# where a module keeps its forward hooks, and which of them want keyword arguments or to be called in any case
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """`left_as_found`, in `plain_execution`, and below everybody's forward hooks: they belong to the user's loop."""
-    hooks = [(module, module._forward_hooks, module._forward_pre_hooks) for module in model.modules()]
+    hooks = [(module, {name: getattr(module, name) for name in _HOOKS}) for module in model.modules()]
     with left_as_found(model), plain_execution(model):
         try:
-            for module, _, _ in hooks:
-                module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+            for module, _ in hooks:
+                for name in _HOOKS:
+                    setattr(module, name, OrderedDict())
             yield
         finally:
-            for module, after, before in hooks:
-                module._forward_hooks, module._forward_pre_hooks = after, before
+            for module, before in hooks:
+                for name, registered in before.items():
+                    setattr(module, name, registered)
 
 
 class Hook:

@@ -233,10 +233,10 @@ def compare(
       earlybird compare --data digits --contenders dense-equal-time,small-dense   # would less do as well?
     """
     from earlybird.train.compare import compare as compare_runs
-    from earlybird.train.compare import describe
+    from earlybird.train.compare import comparison_folder, describe
 
     settings = _recipe(recipe, keys)
-    out = Path(settings.out or f"runs/compare-{settings.name.removesuffix(f'-seed{settings.seed}')}")
+    out = comparison_folder(settings)
     names = [name.strip() for name in contenders.split(",") if name.strip()]
     comparison = compare_runs(settings, out, seeds=range(seeds), contenders=names, quiet=quiet)
     print(f"\n{_bill_against_dense(out, comparison)}\n\n{describe(comparison)}\n")
@@ -348,7 +348,7 @@ def methods(
     if measure is None:
         print("\nOn this device: 'earlybird methods --measure resnet20' times what a cut saves here.")
     else:
-        from earlybird.cost.gain import measure as measure_gain
+        from earlybird.gain import measure as measure_gain
 
         print(f"\nOn this device: {measure_gain(measure, keep=keep)}")
 

@@ -88,7 +88,8 @@ def export_onnx(
     """Write the trained network as ONNX with a free batch size, after checking it against PyTorch.
 
     The input ``images`` takes normalised images, float32 of shape (batch, channels, height, width); the output
-    ``logits`` is of shape (batch, classes). The check runs onnxruntime on batches of two sizes.
+    ``logits`` is of shape (batch, classes). The file's metadata holds ``mean`` and ``std`` (of pixels in 0 to 1) and
+    ``class_names`` as JSON. The check runs onnxruntime on batches of two sizes.
 
     Args:
         run: Run folder, or a file that `export_weights` wrote.
@@ -108,7 +109,8 @@ def export_onnx(
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
-            f"ONNX export needs {', '.join(missing)}, not installed here", hint="pip install 'earlybird[onnx]'"
+            f"ONNX export needs {', '.join(missing)}, not installed here",
+            hint="pip install onnx onnxscript onnxruntime",
         )
     _check_target(Path(path), _is_onnx, force=force)
     blueprint, ticket, weights = _parts(Path(run), model)
@@ -151,6 +153,8 @@ def _to_onnx(model: nn.Module, blueprint: Blueprint, path: Path) -> None:
             ) from error
     assert program is not None
     program.model.producer_name = _PRODUCER
+    for name in ("mean", "std", "class_names"):
+        program.model.metadata_props[name] = json.dumps(getattr(blueprint, name))
     program.save(str(path))
 
 
@@ -158,7 +162,13 @@ def _difference(model: nn.Module, blueprint: Blueprint, path: Path) -> float:
     import onnxruntime
 
     providers = ["CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=providers)  # type: ignore[attr-defined]
+    try:
+        session = onnxruntime.InferenceSession(path.read_bytes(), providers=providers)  # type: ignore[attr-defined]
+    except Exception as error:  # it has an exception of its own for each way to refuse a graph
+        raise EarlybirdError(
+            f"onnxruntime refuses what the exporter wrote of {blueprint.model} ({_first_line(error)})",
+            needed="operators that this onnxruntime has; nothing was written",
+        ) from error
     worst = 0.0
     for batch in (1, 5):
         images = blueprint.example(batch)

@@ -24,29 +24,45 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
 
     Raises:
         EarlybirdError: The disk is full; the old file, if any, is untouched.
+        InputError: The folder cannot be made or written to.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        if is_disk_full(error):
+            raise _full(path) from error
+        raise InputError(f"cannot write {path} ({error.strerror})", hint="choose another place") from error
     os.close(handle)
     temporary = Path(name)
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets nobody else read
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if is_disk_full(error):
-            raise EarlybirdError(
-                f"no space left on the disk of {path.parent}",
-                needed=f"{path.name} was not written; an older version, if there was one, is untouched",
-                hint="free some space and run the same command again",
-            ) from error
+            raise _full(path) from error
         raise
     return path
+
+
+def _umask() -> int:
+    now = os.umask(0)
+    os.umask(now)
+    return now
+
+
+def _full(path: Path) -> EarlybirdError:
+    return EarlybirdError(
+        f"no space left on the disk of {path.parent}",
+        needed=f"{path.name} was not written; an older version, if there was one, is untouched",
+        hint="free some space and run the same command again",
+    )
 
 
 def is_disk_full(error: BaseException) -> bool:

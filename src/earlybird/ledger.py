@@ -345,10 +345,9 @@ class Ledger:
         self._shrunk = True
         model = self._model if model is None else model
         inputs = self._sample if example_inputs is None else example_inputs
-        if model is None or inputs is None:
-            self.cost = None
-        else:
-            self._count(model, inputs)
+        self.cost = None
+        if model is not None and inputs is not None and not self._uncounted:
+            self._count_or_explain(model, inputs)
         return self.cost
 
     def _count(self, model: nn.Module, inputs: Any) -> None:

@@ -12,7 +12,6 @@ class MethodInfo:
     Attributes:
         name: As on the command line.
         path: ``module:class`` of its hyper-parameters.
-        factor: The factor of the training bill that it attacks.
         citation: Authors, title, venue.
         link: Where the paper is.
         saves: What it saves, and in which column of the bill.
@@ -21,7 +20,6 @@ class MethodInfo:
 
     name: str
     path: str
-    factor: str
     citation: str
     link: str
     saves: str
@@ -34,7 +32,6 @@ METHODS: dict[str, MethodInfo] = {
         MethodInfo(
             name="early_bird",
             path="earlybird.tickets.early_bird:EarlyBird",
-            factor="weights",
             citation=(
                 "You, Li, Xu, Fu, Wang, Chen, Baraniuk, Wang, Lin: Drawing Early-Bird Tickets: Toward More Efficient "
                 "Training of Deep Networks, ICLR 2020"

@@ -56,7 +56,7 @@ class Step:
         return round(self.epochs * (steps_per_epoch or 0)) + self.iterations
 
     def __str__(self) -> str:
-        epochs = f"{float(self.epochs):g}ep" if self.epochs else ""
+        epochs = f"{_decimal(self.epochs)}ep" if self.epochs else ""
         return epochs + (f"{self.iterations}it" if self.iterations or not epochs else "")
 
     @classmethod
@@ -67,3 +67,10 @@ class Step:
         return core_schema.no_info_plain_validator_function(
             cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(str)
         )
+
+
+def _decimal(value: Fraction) -> str:
+    """Write a fraction so that `Step.parse` reads the same one; what no decimal equals is cut after 12 places."""
+    whole, rest = divmod(round(value * 10**12), 10**12)
+    digits = f"{rest:012d}".rstrip("0")
+    return f"{whole}.{digits}" if digits else str(whole)

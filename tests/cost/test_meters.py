@@ -62,11 +62,13 @@ def test_processor_energy_is_packages_plus_memory(tmp_path: Path) -> None:
     package = _zone(tmp_path, "intel-rapl:0", "package-0", 1_000_000)
     memory = _zone(tmp_path, "intel-rapl:0:1", "dram", 5_000_000)
     core = _zone(tmp_path, "intel-rapl:0:0", "core", 0)
+    platform = _zone(tmp_path, "intel-rapl:1", "psys", 0)
     meter = meters._processor_meter(tmp_path)
     assert meter is not None
     (package / "energy_uj").write_text("3000000\n")
     (memory / "energy_uj").write_text("5500000\n")
     (core / "energy_uj").write_text("1000000\n")  # part of the package already
+    (platform / "energy_uj").write_text("9000000\n")  # the whole machine, the package in it
     assert meter.read() == pytest.approx(2.5)
 
 

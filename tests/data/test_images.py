@@ -175,3 +175,11 @@ def test_progress_and_image_size(tmp_path):
     assert data.train_images.shape[2:] == (8, 8)
     assert seen == [(i, 15) for i in range(1, 16)]
     assert data.train_images.dtype == torch.uint8
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("bus", "train"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / name / f"{i}.png")
+    assert load(str(tmp_path)).classes == ("bus", "train")

@@ -129,7 +129,7 @@ def test_channels_before_and_after(tmp_path):
     before, after = figures["channels-0"]["data"]
     assert (before["y"], after["y"]) == ([16, 32, 32, 64], [4, 8, 8, 16])
     assert "500 k weights became 140 k (28%)" in page["channels"][0]["note"]
-    assert "2 of them only because widths were rounded" in page["channels"][0]["note"]
+    assert ", 2 of them only because widths were rounded;" in page["channels"][0]["note"]
 
 
 def test_the_chosen_candidate_is_marked(tmp_path):
@@ -145,9 +145,53 @@ def test_an_unfinished_run_is_reported_as_far_as_it_came(tmp_path):
         file.write('{"step": 2')  # killed while writing
     out = write([run], tmp_path / "report.html")
     assert "accuracy-curves" in out.read_text(encoding="utf-8")
+    page, _ = page_of(run)
+    assert page["headline"] == "The run is under way, at 90.00 %"
+    assert page["lead"] == ["When last seen it was still searching."]
     (run / "metrics.jsonl").unlink()
     page, _ = page_of(run)
     assert page["headline"] == "Nothing was evaluated yet"
+
+
+def test_a_run_that_never_drew_says_so(tmp_path):
+    run = write_run(tmp_path / "ticket")
+    for name in ("ticket.safetensors", "change.json"):
+        (run / name).unlink()
+    page, _ = page_of(run)
+    assert page["headline"] == "No ticket was drawn"
+
+
+def test_runs_of_other_tasks_are_not_compared(tmp_path):
+    dense = write_run(tmp_path / "dense", dense=True, seconds=10)
+    recipe = dense / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("small_cnn", "vgg16"))
+    page, _ = page_of(dense, write_run(tmp_path / "ticket", seconds=40))
+    assert page["headline"].startswith("The ticket trained in an estimated 2.50")
+    assert "Of another model or other data, and so not compared: dense." in page["lead"]
+
+
+def test_a_half_done_comparison_compares_what_is_paired(tmp_path):
+    page, _ = page_of(
+        write_run(tmp_path / "dense0", dense=True, seed=0, seconds=100, accuracy=0.9),
+        write_run(tmp_path / "ticket0", seed=0, seconds=50, accuracy=0.9),
+        write_run(tmp_path / "ticket1", seed=1, seconds=500, accuracy=0.5),
+    )
+    assert (
+        page["headline"]
+        == "The ticket trained in 2.00\N{MULTIPLICATION SIGN} less time than dense and ended at the same accuracy"
+    )
+
+
+def test_contenders_of_two_comparisons_keep_apart(tmp_path):
+    page, _ = page_of(
+        *(write_run(tmp_path / name / "dense-seed0", dense=True, seconds=100 + i) for i, name in enumerate("ab")),
+        *(
+            write_run(tmp_path / name / "ticket-seed0", seconds=50 + i, keep=0.5 + 0.1 * i)
+            for i, name in enumerate("ab")
+        ),
+    )
+    labels = [row.cells[0] for row in page["contenders"].rows]
+    assert len(labels) == len(set(labels)) == 3
 
 
 def test_a_dense_run_alone(tmp_path):

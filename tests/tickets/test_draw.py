@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import earlybird as eb
+from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.tickets.coupling import find_groups
-from earlybird.tickets.draw import macs_share_of, shuffle
+from earlybird.tickets.draw import draw_coupled, macs_share_of, shuffle
+from earlybird.tickets.scores import bn_scale
 from tests.tickets.topologies import TOPOLOGIES, conv, images, make, stem, tail
 
 
@@ -117,18 +119,17 @@ def test_residual_channels_stay_whole_when_asked():
     assert ticket.widths["3.norm1"][0] + ticket.widths["4.norm1"][0] == round(0.4 * 20)
 
 
+def wide() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(*stem(32), conv(32, 64), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2), conv(64, 96),
+                          nn.BatchNorm2d(96), nn.ReLU(), *tail(96))  # fmt: skip
+    for module in model:
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight)
+    return model
+
+
 def test_macs_share_is_a_bound_on_the_real_cost():
-    from earlybird.cost.count import count
-
-    def wide() -> nn.Module:
-        torch.manual_seed(0)
-        model = nn.Sequential(*stem(32), conv(32, 64), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2), conv(64, 96),
-                              nn.BatchNorm2d(96), nn.ReLU(), *tail(96))  # fmt: skip
-        for module in model:
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight)
-        return model
-
     dense = count(wide(), images()).forward_macs
     for bound in (0.3, 0.25):
         model = wide()
@@ -140,14 +141,24 @@ def test_macs_share_is_a_bound_on_the_real_cost():
         assert count(model, images()).forward_macs <= bound * dense * 1.001
 
 
+def test_macs_share_holds_after_rounding_up():
+    dense = count(wide(), images()).forward_macs
+    for round_to in (1, 4, 16):
+        model = wide()
+        groups = find_groups(model, images())
+        masks = draw_coupled(bn_scale(model), groups, 0.5, coupled="group", macs_share=0.3, round_to=round_to)
+        eb.shrink(model, eb.Ticket(masks), images(), round_to=round_to)
+        assert count(model, images()).forward_macs <= 0.3 * dense * 1.001
+
+
 def test_macs_share_that_cannot_be_met():
+    with pytest.raises(InputError, match="cannot be met"):
+        eb.draw(make("plain"), 1.0, example_inputs=images(), macs_share=0.3)
     with pytest.raises(InputError, match="cannot be met"):
         eb.draw(make("plain"), 0.9, example_inputs=images(), macs_share=0.01)
 
 
 def test_counted_share_equals_the_shrunk_model():
-    from earlybird.cost.count import count
-
     for name in ("plain", "flatten", "residual", "depthwise", "squeeze_excite"):
         model = make(name)
         groups = find_groups(model, images())
@@ -162,6 +173,16 @@ def test_counted_share_equals_the_shrunk_model():
         dense = count(model, images()).forward_macs
         eb.shrink(model, ticket, images())
         assert macs_share_of(chosen, groups) == pytest.approx(count(model, images()).forward_macs / dense, rel=1e-3)
+
+
+def test_strict_is_over_the_whole_network():
+    with pytest.raises(InputError, match="scope='network'"):
+        eb.draw(make("plain"), 0.5, scope="layer", strict=True)
+    with pytest.raises(InputError, match="scope='network'"):
+        eb.EarlyBird(scope="layer", strict=True)
+    # 1 - 0.9 is a little less than 0.1 in floating point; the threshold is the score at place N / 10 all the same
+    ticket = eb.draw(two_norms([0.1, 0.2, 0.3, 0.4, 0.5], [0.6, 0.7, 0.8, 0.9, 1.0]), keep=0.9, strict=True)
+    assert ticket.masks["1"].tolist() == [False, False, True, True, True]
 
 
 def test_each_layer_by_itself():

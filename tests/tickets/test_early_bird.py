@@ -187,8 +187,6 @@ def test_weights_and_optimizer_state_after_the_draw(weights):
     for _ in range(2):
         model, optimizer, search = start(keep=0.5, weights=weights, optimizer_state="keep")
         random = torch.random.get_rng_state()
-        twin = make("residual")
-        train(twin, sgd(twin), 12)
         for step in itertools.count():
             train(model, optimizer, 1, step)
             if search.drawn:

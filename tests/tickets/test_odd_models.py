@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import earlybird as eb
+from earlybird.calls import batch_size, first_sample, undisturbed
 from earlybird.errors import EarlybirdError, InputError, ShrinkError
+from earlybird.tickets.coupling import find_groups
+from earlybird.tickets.refit import dense_outputs, estimate_batch_norms
 from tests.tickets.test_early_bird import QUICK, batch, sgd, train
 from tests.tickets.test_shrink import assert_same_function
 from tests.tickets.topologies import conv, images, make, masked, stem, tail
@@ -293,6 +297,98 @@ class TestLoops:
         assert search.drawn
         assert search.drawn_at is not None
 
+    def test_a_refit_that_fails_leaves_the_running_statistics(self):
+        model = make("plain")
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(RuntimeError):
+            estimate_batch_norms(model, [images(4), torch.ones(2, 99)])
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+    @pytest.mark.parametrize("name", ["plain", "residual"])
+    def test_least_squares_under_autocast_is_solved_in_full_precision(self, name):
+        model = make(name)
+        optimizer = sgd(model)
+        search = eb.EarlyBird(**{**QUICK, "tolerance": 1.0, "refit": "least_squares"}).attach(
+            model, optimizer, example_inputs=images(2)
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a refit that fails only warns
+            for step in range(8):
+                x, y = batch(step)
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = functional.cross_entropy(model(x).float(), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        assert search.drawn
+
+    def test_a_layer_that_runs_twice_is_not_solved(self):
+        class Twice(Net):
+            def join(self, x):
+                x = functional.relu(self.norm_a(self.a(x)))
+                return functional.relu(self.norm_b(self.b(functional.relu(self.norm_b(self.b(x))))))
+
+        targets = dense_outputs(Twice(), images(8))
+        assert set(targets) == {"a", "c", "head"}
+
+    def test_ddp_is_refused_before_anything_happens(self):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            model = nn.parallel.DistributedDataParallel(make("plain"))
+            with pytest.raises(InputError, match="attach to the module inside"):
+                eb.EarlyBird(**QUICK).attach(model, sgd(model), example_inputs=images(2))
+        finally:
+            torch.distributed.destroy_process_group()
+
+    @pytest.mark.filterwarnings("ignore:no agreement")
+    def test_a_search_that_resumes_after_the_draw_goes_on_with_its_bill(self):
+        model, optimizer, search = self.start()
+        train(model, optimizer, 20)
+        spent = search.bill()
+        saved = copy.deepcopy((search.state_dict(), model.state_dict(), optimizer.state_dict()))
+        search.detach()
+        model, optimizer, search = self.start()
+        search.load_state_dict(saved[0])
+        model.load_state_dict(saved[1])
+        optimizer.load_state_dict(saved[2])
+        train(model, optimizer, 5, start=20)
+        bill = search.bill()
+        assert bill.phases["search"].steps == spent.phases["search"].steps
+        assert bill.phases["train"].steps.value == spent.phases["train"].steps.value + 5
+        per_step = [b.phases["train"].macs.value / b.phases["train"].steps.value for b in (spent, bill)]
+        assert per_step[0] == per_step[1]
+        assert bill.dense is not None
+        assert bill.total.seconds.value > spent.total.seconds.value
+
+    def test_a_fused_optimizer_under_a_grad_scaler_gets_the_whole_penalty(self):
+        model, optimizer, search = self.start(
+            make("plain"), sparsity=0.01, deadline=None, skip="90it", score="bn_scale"
+        )
+        functional.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+        before = model[1].weight.grad.clone()
+        optimizer.grad_scale = torch.tensor(1024.0)  # what GradScaler sets while a fused optimizer steps
+        search._before_step(optimizer, (), {})
+        torch.testing.assert_close(model[1].weight.grad - before, 10.24 * model[1].weight.sign())
+
+    def test_every_ratio_has_a_ticket_when_the_first_is_drawn(self):
+        _, optimizer, search = self.start(model := make("residual"), keep=(0.5, 0.3), tolerance=1.0)
+        train(model, optimizer, 13)
+        assert search.ticket == search.tickets[0.5]
+        assert 0 < search.tickets[0.3].keep < search.tickets[0.5].keep
+
+    def test_a_model_that_cannot_be_counted_after_the_cut_goes_on(self):
+        model, optimizer, search = self.start()
+
+        def picky(module, args):
+            if args[0].shape[0] == 1 and search.drawn_at is not None:
+                raise ValueError("no single images")
+
+        model.register_forward_pre_hook(picky)
+        with pytest.warns(UserWarning, match="MACs are not counted"):
+            train(model, optimizer, 14)
+        assert search.drawn
+        assert "not counted" in str(search.bill())
+
     def test_the_trace_is_made_at_attach(self):
         class Shapes(Net):
             def join(self, x):
@@ -410,3 +506,78 @@ def test_a_search_of_another_model_is_refused():
     )
     with pytest.raises(InputError, match="score 'taylor'"):
         scaled.load_state_dict(search.state_dict())
+
+
+class Joined(nn.Module):
+    """Two branches side by side feed a layer that works in blocks of channels: one block a branch."""
+
+    def __init__(self, reader: nn.Module) -> None:
+        super().__init__()
+        self.a, self.norm_a, self.b, self.norm_b = conv(3, 8), nn.BatchNorm2d(8), conv(3, 8), nn.BatchNorm2d(8)
+        self.reader, self.c, self.norm_c = reader, conv(16, 12), nn.BatchNorm2d(12)
+        self.tail = nn.Sequential(*tail(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([functional.relu(self.norm_a(self.a(x))), functional.relu(self.norm_b(self.b(x)))], 1)
+        return self.tail(functional.relu(self.norm_c(self.c(self.reader(x)))))
+
+
+@pytest.mark.parametrize("reader", [nn.GroupNorm(2, 16), conv(16, 16, groups=2)], ids=["group_norm", "grouped"])
+def test_blocks_of_a_concatenation_stay_whole(reader):
+    model = Joined(copy.deepcopy(reader))
+    assert sum(group.uneven for group in find_groups(model, images(1))) == 2
+    ticket = eb.draw(model, 0.5, example_inputs=images(1), coupled="group")
+    assert ticket.widths["norm_a"] == ticket.widths["norm_b"] == (8, 8)
+    assert ticket.widths["norm_c"] == (6, 12)
+    eb.shrink(model, ticket, images(1))
+    assert (model.a.out_channels, model.b.out_channels, model.c.out_channels) == (8, 8, 6)
+    if isinstance(reader, nn.Conv2d):  # what is asked for nevertheless falls silent
+        asked = eb.Ticket({"norm_a": torch.arange(8) < 5, "norm_b": torch.arange(8) < 3})
+        reference = masked(copy.deepcopy(model), asked.masks)
+        assert set(eb.shrink(model, asked, images(1)).silenced) == {"norm_a", "norm_b"}
+        assert_same_function(model, reference)
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "depthwise", "grouped"])
+@pytest.mark.parametrize("round_to", [2, 4, 8])
+def test_rounding_keeps_the_norms_of_channels_alive(name, round_to):
+    model = make(name)
+    ticket = eb.draw(model, 0.4, score="magnitude", example_inputs=images(1), coupled="group")
+    change = eb.shrink(model, ticket, images(1), round_to=round_to)
+    assert set(change.rounded) <= set(ticket.masks)
+    assert change.rounded or all(kept % round_to == 0 for kept, _ in ticket.widths.values())
+    masks = ticket.masks
+    for layer, channels in change.rounded.items():
+        masks[layer][channels] = True
+    exact = make(name)
+    eb.shrink(exact, eb.Ticket(masks), images(1))
+    assert_same_function(model, exact)
+
+
+def test_a_depthwise_layer_on_the_input_stays_whole():
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 3, groups=3), nn.BatchNorm2d(3), nn.ReLU(), conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), *tail(8)
+    )
+    ticket = eb.draw(model, 0.5, example_inputs=images(1), coupled="group")
+    assert ticket.widths == {"1": (3, 3), "4": (4, 8)}
+    eb.shrink(model, ticket, images(1))
+
+
+def test_hooks_with_keywords_of_ours_leave_no_mark():
+    model = make("plain")
+    seen = []
+    model.register_forward_hook(lambda m, args, kwargs, output: seen.append(kwargs), with_kwargs=True)
+    before = [dict(vars(module)["_forward_hooks_with_kwargs"]) for module in model.modules()]
+    with undisturbed(model):
+        model[0].register_forward_hook(lambda m, a, k, o: None, with_kwargs=True)
+        model(images(1))
+    assert not seen
+    assert [dict(vars(module)["_forward_hooks_with_kwargs"]) for module in model.modules()] == before
+    model(images(1))
+    assert seen == [{}]
+
+
+def test_a_batch_of_one_is_one_whatever_follows():
+    inputs = {"x": (torch.ones(1, 3),), "shift": torch.ones(5)}
+    assert batch_size(inputs) == 1
+    assert first_sample(inputs)["shift"].shape == (5,)

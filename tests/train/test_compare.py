@@ -281,3 +281,23 @@ def test_what_one_run_lacks_the_summary_lacks() -> None:
     assert module._statistics([2.0]) == {"mean": 2.0, "std": None, "low": 2.0, "high": 2.0, "n": 1}
     assert module._ratio(None, 2.0) is None
     assert module._ratio(1.0, 0.0) is None
+
+
+def test_a_comparison_that_never_began_frees_its_folder(small: Make, tmp_path: Path) -> None:
+    with pytest.raises(EarlybirdError, match="batch size"):
+        compare(small(batch_size=10**6), tmp_path / "out", seeds=(0,), quiet=True)
+    assert not (tmp_path / "out" / "comparison.toml").exists()
+    assert compare(small(epochs=1), tmp_path / "out", seeds=(0,), quiet=True)["complete"]
+
+
+def test_contenders_have_one_order_however_they_are_typed(small: Make) -> None:
+    recipe = small(model="small_cnn")
+    names = module._check(recipe, (0,), ("ticket-shuffled", "small-dense", "ticket"))
+    assert names == ["dense", "ticket", "small-dense", "ticket-shuffled"]
+
+
+def test_a_width_that_a_factory_does_not_take_is_said_first(small: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "narrow_nets.py").write_text("def build(classes):\n    raise RuntimeError\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="needs a width"):
+        module._check(small(model="narrow_nets:build"), (0,), ("small-dense",))

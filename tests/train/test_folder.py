@@ -149,3 +149,12 @@ def test_damaged_json_names_the_file(tmp_path: Path) -> None:
         assert folder.read_json("none.json") is None
         with pytest.raises(InputError, match=r"tune\.json is damaged"):
             folder.read_json("tune.json")
+
+
+def test_a_file_system_without_locks_is_named_as_that(tmp_path: Path, monkeypatch: Any) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with pytest.raises(InputError, match=r"cannot be locked \(No locks available\)"):
+        RunFolder(tmp_path / "run")

@@ -1,6 +1,8 @@
 import dataclasses
 import math
 import tomllib
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,22 @@ from earlybird.train.recipe import Recipe, keys, method_class
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
 
-def test_every_shipped_recipe_is_valid_and_its_comments_name_a_command() -> None:
+def test_every_shipped_recipe_is_valid_and_survives_its_own_text() -> None:
     assert len(RECIPES) >= 6
     for path in RECIPES:
         recipe = Recipe.from_toml(path)
         assert Recipe.from_values(recipe.values()) == recipe
+
+
+@given(epochs=st.decimals(0, 5000, places=9), iterations=st.integers(0, 10**9))
+def test_a_step_survives_its_own_text(epochs: Decimal, iterations: int) -> None:
+    step = Step(Fraction(epochs), iterations)
+    assert Step.parse(str(step)) == step
+
+
+@pytest.mark.parametrize(("text", "value"), [(".5", 0.5), ("1", 1.0), ("1e-1", 0.1), ("0.25", 0.25)])
+def test_numbers_are_read_as_people_type_them(text: str, value: float) -> None:
+    assert Recipe.from_values({"keep": text}).settings["keep"] == value
 
 
 def test_the_published_recipe_is_the_published_setting() -> None:

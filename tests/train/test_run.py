@@ -586,4 +586,56 @@ def test_cuda_run_resumes(small: Make, tmp_path: Path) -> None:
     recipe = small(exact=False, checkpoint_every="7it")
     with pytest.raises(Stop):
         train(recipe, tmp_path, quiet=True, on_event=at(40, crash))
-    assert resume(tmp_path, quiet=True).steps == 66
+    result = resume(tmp_path, quiet=True)
+    assert result.resumed
+    assert result.steps == 66
+
+
+def test_non_square_images_are_refused_with_what_to_type(small: Make, tmp_path: Path) -> None:
+    images = numpy.zeros((64, 8, 12), dtype=numpy.uint8)
+    labels = numpy.arange(64) % 4
+    numpy.savez(
+        tmp_path / "wide.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"8 x 12 pixels.*--image-size 8"):
+        train(small(data=str(tmp_path / "wide.npz")), tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_own_folder_stays_when_the_run_does_not_begin(small: Make, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError):
+        train(small(batch_size=10**6), tmp_path / "mine", quiet=True)
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_tensorboard_that_is_missing_is_said_before_anything_is_written(
+    small: Make, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="tensorboard is not installed"):
+        train(small(tensorboard=True), tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_ctrl_c_says_how_to_go_on(small: Make, tmp_path: Path) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    recipe = small(checkpoint_every="5it")
+    with pytest.raises(Interrupted, match=f"earlybird resume {tmp_path}"):
+        train(recipe, tmp_path, quiet=True, on_event=at(12, interrupt))
+    assert resume(tmp_path, quiet=True).resumed
+
+
+def test_fixed_checkpoints_fall_on_their_steps_where_looks_are_rare(
+    small: Make, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As on a GPU or with several ranks, where the loss is looked at every ten steps only."""
+    saved: list[int] = []
+    monkeypatch.setattr("earlybird.train.loop._waits", lambda run: True)
+    train(
+        small(checkpoint_every="7it", epochs=2), tmp_path, quiet=True,
+        on_event=lambda kind, fields: saved.append(fields["step"]) if kind == "checkpoint" else None,
+    )  # fmt: skip
+    assert saved == [step for step in range(1, 45) if step % 7 == 0]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from earlybird.errors import InputError
 from earlybird.train import tune as module
 from earlybird.train.recipe import Recipe
 from earlybird.train.tune import Choice, tune, untuned
@@ -125,3 +126,28 @@ def test_untuned_cuda_takes_bf16_and_channels_last() -> None:
     choice = untuned(Recipe.from_values({"tune": False}), torch.device("cuda"))
     assert (choice.precision, choice.channels_last) == ("bf16", True)
     assert untuned(Recipe.from_values({"exact": True}), torch.device("cuda")).precision == "fp32"
+
+
+class Views(nn.Module):
+    """Flattens by a view, which a feature map in channels_last order refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return self.head(x.view(x.size(0), -1))
+
+
+def test_a_candidate_that_cannot_run_leaves_the_race() -> None:
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    choice, record = tune(Recipe.from_values(), Views, images, labels, steps=50)
+    assert not choice.channels_last
+    failures = [(row["channels_last"], "failure" in row) for row in record["candidates"]]
+    assert set(failures) == {(False, False), (True, True)}
+
+
+def test_a_model_that_cannot_train_at_all_is_the_users_error() -> None:
+    with pytest.raises(InputError, match=r"cannot take a training step \(RuntimeError"):
+        tune(Recipe.from_values(), lambda: nn.Linear(3, 4), torch.randn(4, 3, 8, 8), torch.arange(4), steps=50)

@@ -347,7 +347,7 @@ def _ratio(ours: Quantity | None, theirs: Quantity | None) -> Ratio | None:
         return None
     kind = max(_kind(ours), _kind(theirs), key=list(_KINDS).index)
     (our_low, our_high), (their_low, their_high) = _range(ours), _range(theirs)
-    if our_low <= 0 or our_high <= 0:
+    if min(our_low, our_high, their_low, their_high) <= 0:
         return None
     return Ratio(their_low / our_low, their_high / our_high, kind)
 

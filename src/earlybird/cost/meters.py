@@ -115,8 +115,8 @@ def _processor_meter(powercap: Path) -> EnergyMeter | None:
     zones = [
         zone
         for zone in sorted(powercap.glob("intel-rapl:*"))
-        # sub-zones (intel-rapl:0:1) are part of their package, except memory
-        if zone.name.count(":") == 1 or _text(zone / "name") == "dram"
+        # sub-zones (intel-rapl:0:1) are part of their package, except memory; psys, on laptops, is all of it once more
+        if _text(zone / "name").startswith(("package", "dram"))
     ]
     try:
         counters = [_rapl_counter(zone) for zone in zones]

@@ -51,7 +51,9 @@ def list_folder(root: Path) -> tuple[tuple[str, ...], Listing, Listing | None]:
         DataError: There are no class folders, only one, or empty ones (all are named); or the test part has other
             classes than the training part.
     """
-    train_root = root / _TRAIN_FOLDER if (root / _TRAIN_FOLDER).is_dir() else root
+    # a class may be called train, too: it then holds images, not class folders
+    split = (root / _TRAIN_FOLDER).is_dir() and bool(_class_folders(root / _TRAIN_FOLDER))
+    train_root = root / _TRAIN_FOLDER if split else root
     classes = _class_folders(train_root)
     if len(classes) < 2:
         raise DataError(

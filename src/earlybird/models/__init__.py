@@ -109,12 +109,27 @@ def build(
             try:
                 model = factory(**arguments)
             except Exception as error:
-                raise InputError(f"{spec} failed: {type(error).__name__}: {error}") from error
+                raise InputError(
+                    f"{spec} failed: {type(error).__name__}: {error}",
+                    hint="a factory with **kwargs is given classes, in_channels, image_size and width: wrap it in a "
+                    "function that names what it takes"
+                    if "unexpected keyword" in str(error)
+                    else "",
+                ) from error
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"{spec} returned {type(model).__name__}", needed="a torch.nn.Module")
     if info is None:
         _check_output(model, spec, classes=classes, in_channels=in_channels, image_size=image_size)
     return model
+
+
+def takes_width(spec: str) -> bool:
+    """Tell whether the factory ``'package.module:factory'`` takes a keyword argument ``width``.
+
+    Raises:
+        InputError: Unknown module or factory.
+    """
+    return "width" in _accepted(_find(spec), {"width": 1.0})
 
 
 def _find(path: str) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from earlybird.errors import InputError
 from earlybird.models import MODELS, build
@@ -18,7 +18,7 @@ __all__ = ["Blueprint"]
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What the original definition needs to be built again.
+    """What the original definition needs to be built again, and its images to be read as in training.
 
     Attributes:
         model: Zoo name or ``'package.module:function'``.
@@ -26,6 +26,9 @@ class Blueprint:
         in_channels: Channels of the images.
         image_size: Height and width of the images, pixels.
         width: Factor on the channels.
+        mean: What is subtracted from each channel of an image in 0 to 1; empty if that is not known.
+        std: What each channel is then divided by.
+        class_names: In the order of the logits.
     """
 
     model: str
@@ -33,6 +36,9 @@ class Blueprint:
     in_channels: int
     image_size: int
     width: float
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     @property
     def in_zoo(self) -> bool:
@@ -69,11 +75,13 @@ class Blueprint:
             InputError: ``text`` is not a blueprint.
         """
         try:
-            found = cls(**json.loads(text))
+            values: dict[str, Any] = json.loads(text)
+            found = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
             sizes = (found.classes, found.in_channels, found.image_size)
             fits = isinstance(found.model, str) and all(type(size) is int and size > 0 for size in sizes)
+            fits = fits and all(len(part) in (0, found.in_channels) for part in (found.mean, found.std))
             if not fits or not 0 < found.width < math.inf:
                 raise ValueError("a name, whole sizes and a width above 0 are needed")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"not a blueprint of a network: {text[:80]!r}") from error
         return found

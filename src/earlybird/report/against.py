@@ -4,28 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 from earlybird.cost import units
 from earlybird.cost.bill import Bill, Estimated, Ratio
-from earlybird.report.read import Contender
+from earlybird.report.read import Contender, RunRecord
 
 
 def pair(contenders: Sequence[Contender]) -> tuple[Contender | None, Contender | None]:
-    """Return the dense baseline and the first ticket."""
-    dense = next((c for c in contenders if c.dense and c.bills), None)
-    return dense, next((c for c in contenders if not c.dense and c.bills), None)
+    """Return the first ticket, and before it the dense baseline of the same task; without a ticket, any dense one."""
+    ticket = next((c for c in contenders if not c.dense and c.bills), None)
+    dense = (c for c in contenders if c.dense and c.bills and (ticket is None or c.task == ticket.task))
+    return next(dense, None), ticket
+
+
+def _by_seed(dense: Contender) -> dict[Any, RunRecord]:
+    return {run.recipe.get("seed"): run for run in dense.runs if run.bill is not None}
+
+
+def _paired(dense: Contender, contender: Contender) -> list[tuple[RunRecord, RunRecord]]:
+    """Return finished runs and the dense run of each one's seed; where no seed is shared, any dense run for each."""
+    by_seed = _by_seed(dense)
+    finished = [run for run in contender.runs if run.bill is not None]
+    pairs = [(run, by_seed[seed]) for run in finished if (seed := run.recipe.get("seed")) in by_seed]
+    return pairs or [(run, next(iter(by_seed.values()))) for run in finished if by_seed]
 
 
 def compared(dense: Contender | None, contender: Contender) -> list[Bill]:
-    """Return a contender's bills, each against the dense run of its seed, or against its own estimate without one."""
-    if dense is None or contender is dense:
-        return contender.bills
-    by_seed = {run.recipe.get("seed"): run.bill for run in dense.runs if run.bill is not None}
-    return [
-        run.bill.against(by_seed.get(run.recipe.get("seed"), dense.bills[0]))
-        for run in contender.runs
-        if run.bill is not None
-    ]
+    """Return the bills of a contender's runs that have one: against the dense run of the seed, else as they are."""
+    partners: dict[Any, Bill | None] = {}
+    if dense is not None and contender is not dense and contender.task == dense.task:
+        partners = {run.path: other.bill for run, other in _paired(dense, contender)}
+    bills = [(run.bill, partners.get(run.path)) for run in contender.runs if run.bill is not None]
+    return [bill if other is None else bill.against(other) for bill, other in bills]
 
 
 def billed(contenders: Sequence[Contender]) -> list[tuple[Contender, list[Bill]]]:
@@ -35,8 +46,13 @@ def billed(contenders: Sequence[Contender]) -> list[tuple[Contender, list[Bill]]
 
 
 def ratios_to_dense(dense: Contender | None, ticket: Contender) -> dict[str, Ratio]:
-    """Return dense over ticket: one over the mean within seeds of ticket over dense, as `earlybird compare` has it."""
+    """Return dense over ticket: one over the mean within seeds of ticket over dense, as `earlybird compare` has it.
+
+    Runs whose seed dense does not have are left out, unless none is shared.
+    """
     bills = compared(dense, ticket)
+    if dense is not None and dense.task == ticket.task:
+        bills = [run.bill.against(other.bill) for run, other in _paired(dense, ticket) if run.bill and other.bill]
     found: dict[str, Ratio] = {}
     for key in bills[0].ratios if bills else ():
         parts = [bill.ratios[key] for bill in bills if key in bill.ratios]
@@ -46,10 +62,11 @@ def ratios_to_dense(dense: Contender | None, ticket: Contender) -> dict[str, Rat
     return found
 
 
-def differences(dense: Contender, ticket: Contender) -> list[float]:
-    """Return points of accuracy above dense, for each seed that both have."""
-    theirs = {run.recipe.get("seed"): run.final_accuracy for run in dense.runs}
-    pairs = [(run.final_accuracy, theirs.get(run.recipe.get("seed"))) for run in ticket.runs]
+def differences(dense: Contender | None, ticket: Contender) -> list[float]:
+    """Return points of accuracy above dense, for each pair of runs that `ratios_to_dense` compares."""
+    if dense is None or dense.task != ticket.task:
+        return []
+    pairs = [(run.final_accuracy, other.final_accuracy) for run, other in _paired(dense, ticket)]
     return [100 * (a - b) for a, b in pairs if a is not None and b is not None]
 
 
@@ -59,9 +76,9 @@ def mean_accuracy(contender: Contender) -> float | None:
 
 
 def accuracy_change(dense: Contender | None, ticket: Contender) -> float | None:
-    """Return the mean accuracy of ``ticket`` above that of ``dense``, -1 to 1."""
-    ours, theirs = mean_accuracy(ticket), None if dense is None else mean_accuracy(dense)
-    return None if ours is None or theirs is None else ours - theirs
+    """Return the mean of ``ticket``'s accuracy above that of ``dense``, -1 to 1, over the pairs that both have."""
+    points = differences(dense, ticket)
+    return fmean(points) / 100 if points else None
 
 
 def times_less(ratio: Ratio) -> str:

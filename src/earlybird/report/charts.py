@@ -218,12 +218,11 @@ def settling(places: Sequence[float], unit: str, distances: Sequence[float | Non
     return {"data": [line], "layout": layout, "square": True}
 
 
-def channel_bars(layers: Mapping[str, tuple[int, int]], *, colour: str = "var(--after)") -> Figure:
+def channel_bars(layers: Mapping[str, tuple[int, int]]) -> Figure:
     """Channels of every layer before (wide, pale) and after the shrink (narrow, strong).
 
     Args:
         layers: Layer name to ``(before, after)``.
-        colour: Colour of the bars after the shrink.
     """
     names = list(layers)
     before = [layers[name][0] for name in names]
@@ -243,7 +242,7 @@ def channel_bars(layers: Mapping[str, tuple[int, int]], *, colour: str = "var(--
             **common,
             "name": "after",
             "y": after,
-            "marker": {"color": colour},
+            "marker": {"color": "var(--after)"},
             "width": 0.5 if len(names) <= 40 else 0.86,
             "customdata": share,
             "hovertemplate": "%{x}: %{y} channels after, %{customdata:.0f} % of before<extra></extra>",

@@ -35,7 +35,12 @@ COSTS = (
     Cost("macs", "MACs", "Multiply-accumulates of every image, forward and backward.", lambda v: units.count(v, "MAC")),
     Cost("joules", "Energy", "Read from a meter.", units.joules),
     Cost("modelled_joules", "Energy", "From counted work; middle of the DRAM price range.", units.joules),
-    Cost("peak_bytes", "Memory", "Peak of the process, highest of all phases.", units.size),
+    Cost(
+        "peak_bytes",
+        "Memory",
+        "Peak of the process, or of a GPU's allocator; highest of all phases.",
+        units.size,
+    ),
 )
 
 

@@ -27,15 +27,20 @@ def headline(contenders: Sequence[Contender]) -> tuple[str, bool, list[str]]:
     """Return the page's first sentence, whether it tells of a loss, and what must be added."""
     dense, ticket = pair(contenders)
     if ticket is None:
-        runs = [run for contender in contenders for run in contender.runs]
-        accuracy = runs[0].final_accuracy
+        unfinished = next((c for c in contenders if not c.dense), None)
+        only = unfinished or contenders[0]
+        accuracy = only.runs[0].final_accuracy
         if accuracy is None:
             return "Nothing was evaluated yet", False, ["The run has not come to its first evaluation."]
+        if not only.bills:
+            drawn_at = only.runs[0].drawn_at
+            where = "still searching" if drawn_at is None else f"its ticket was drawn at step {drawn_at:,}"
+            where = "dense" if only.dense else where
+            return f"The run is under way, at {percent(accuracy)}", False, [f"When last seen it was {where}."]
         return f"Dense training reached {percent(accuracy)}", False, ["There is no ticket to compare with."]
     ratios = ratios_to_dense(dense, ticket)
-    drawn = any(run.ticket is not None for run in ticket.runs)
-    if not drawn:
-        return "No ticket was drawn yet", False, ["The search was still under way when the run was last saved."]
+    if not any(run.ticket is not None for run in ticket.runs):
+        return "No ticket was drawn", False, ["The run ended before its masks agreed, and was dense to the end."]
     if "seconds" not in ratios:
         return "The ticket was trained; there is nothing to compare it with", False, []
     time = ratios["seconds"]
@@ -51,6 +56,12 @@ def headline(contenders: Sequence[Contender]) -> tuple[str, bool, list[str]]:
     else:
         text = f"{subject} took the same time as dense{accuracy_text}"
     lead = [f"{str(verdict)[0].upper()}{str(verdict)[1:]}."]
+    lengths = [c.runs[0].recipe.get("epochs") for c in (dense, ticket) if c is not None]
+    if len(set(lengths)) > 1:
+        lead.append(f"They did not train equally long: dense {lengths[0]} epochs, the ticket {lengths[1]}.")
+    others = {c.label for c in contenders if c.task != ticket.task}
+    if others:
+        lead.append(f"Of another model or other data, and so not compared: {', '.join(sorted(others))}.")
     if change is None and (accuracy := mean_accuracy(ticket)) is not None:
         lead.append(f"It reached {percent(accuracy)}.")
     for remark in dict.fromkeys(r for bill in compared(dense, ticket) for r in bill.remarks):
@@ -62,7 +73,7 @@ def _verdict(time: Ratio, dense: Contender | None, ticket: Contender) -> Verdict
     """Judge the ticket as `earlybird compare` does."""
     change = accuracy_change(dense, ticket)
     points = None if change is None else 100 * change
-    by_seed = [] if dense is None else differences(dense, ticket)
+    by_seed = differences(dense, ticket)
     std = stdev(by_seed) if len(by_seed) > 1 else None
     return judge(1 / time.low, points, std=std, runs=len(by_seed) or None)
 
@@ -84,8 +95,10 @@ def tiles(contenders: Sequence[Contender]) -> list[Tile]:
     accuracy = mean_accuracy(subject)
     if accuracy is not None:
         change = accuracy_change(dense, ticket) if ticket is not None else None
-        reference = mean_accuracy(dense) if dense is not None else None
-        note = f"dense {percent(reference)}, {units.points(change)}" if change is not None and reference else "test set"
+        dense_accuracy = mean_accuracy(dense) if dense is not None else None
+        note = "test set"
+        if change is not None and dense_accuracy is not None:
+            note = f"dense {percent(dense_accuracy)}, {units.points(change)}"
         tiles.append(
             Tile(
                 "Accuracy",
@@ -103,8 +116,10 @@ def tiles(contenders: Sequence[Contender]) -> list[Tile]:
         if ratio is None:
             tiles.append(Tile(cost.title, kind_of(subject, cost), cost.show(value), ""))
             continue
-        reference_value = value * (ratio.low + ratio.high) / 2
+        measured = None if dense is None else mean_cost(dense, cost)
+        estimate = f"about {cost.show(value * (ratio.low + ratio.high) / 2)}"
+        reference = estimate if measured is None else cost.show(measured)
         text = times_less(ratio)
-        note = f"{cost.show(value)}, dense {'about ' if ratio.kind == 'estimated' else ''}{cost.show(reference_value)}"
+        note = f"{cost.show(value)}, dense {reference}"
         tiles.append(Tile(cost.title, ratio.kind, text, note, loss=ratio.loss))
     return tiles

@@ -74,12 +74,12 @@ def channel_section(runs: Sequence[RunRecord], figures: dict[str, charts.Figure]
         name = f"channels-{index}"
         figures[name] = charts.channel_bars(layers)
         note = f"{run.ticket.keep:.0%} of the channels stayed"
+        extra = sum(len(channels) for channels in run.change.get("rounded", {}).values())
+        if extra:
+            note += f", {extra} of them only because widths were rounded"
         before, after = run.change.get("parameters_before"), run.change.get("parameters_after")
         if before and after:
             note += f"; {units.count(before)} weights became {units.count(after)} ({after / before:.0%})"
-        extra = sum(len(channels) for channels in run.change.get("rounded", {}).values())
-        if extra:
-            note += f"; {extra} of them only because widths were rounded"
         rows = [
             Row([layer, f"{before:,}", f"{after:,}", f"{after / before:.0%}"])
             for layer, (before, after) in layers.items()

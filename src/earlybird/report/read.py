@@ -85,6 +85,11 @@ class Contender:
         return self.runs[0].dense
 
     @property
+    def task(self) -> tuple[Any, ...]:
+        """What is trained on what: only runs of one task compare."""
+        return tuple(self.runs[0].recipe.get(key) for key in ("model", "data", "image_size"))
+
+    @property
     def bills(self) -> list[Bill]:
         """The bills of all runs that have one."""
         return [run.bill for run in self.runs if run.bill is not None]
@@ -113,10 +118,14 @@ def read(paths: Sequence[Path]) -> list[Contender]:
         groups.setdefault(group, []).append(run)
         names[group] = contender or run.label
     labels = list(names.values())
-    contenders = [
-        Contender(name if labels.count(name) == 1 else f"{name} ({groups[group][0].path.name})", tuple(groups[group]))
-        for group, name in names.items()
-    ]
+    longer = {group: f"{name} ({groups[group][0].path.name})" for group, name in names.items()}
+    contenders = []
+    for group, name in names.items():
+        if labels.count(name) > 1:
+            first = groups[group][0].path
+            unique = list(longer.values()).count(longer[group]) == 1
+            name = longer[group] if unique else f"{name} ({first.parent.name}/{first.name})"
+        contenders.append(Contender(name, tuple(groups[group])))
     baseline = next((contender for contender in contenders if contender.dense), None)
     return sorted(contenders, key=lambda contender: contender is not baseline)
 

@@ -52,6 +52,8 @@ class Group:
         covers: For each layer that reads the group, the share of its inputs that the group makes up.
         blocks: For each member that works in blocks of channels (grouped convolution, group norm), the block of each
             of the group's channels, shape (size,), -1 for none. Each block must keep equally many.
+        uneven: Some such member has more of the group's channels in one block than in another (a concatenation feeds
+            it), so that no channel can go without moving the others to another block.
     """
 
     size: int
@@ -61,6 +63,7 @@ class Group:
     macs_of: Mapping[str, int]
     covers: Mapping[str, float]
     blocks: tuple[Tensor, ...] = ()
+    uneven: bool = False
 
     @property
     def macs_per_channel(self) -> float:
@@ -138,6 +141,7 @@ def _read_groups(graph: Any, model: nn.Module, macs: dict[str, int]) -> list[Gro
         macs_of: dict[str, int] = {}
         covers: dict[str, float] = {}
         in_blocks: list[Tensor] = []
+        uneven = False
         size = len(traced[0].idxs)
         name: str
         side: Side
@@ -167,6 +171,8 @@ def _read_groups(graph: Any, model: nn.Module, macs: dict[str, int]) -> list[Gro
                 block = torch.full((size,), -1)
                 block[member.root] = member.local // (extent // blocks(module))
                 in_blocks.append(block)
+                counts = torch.bincount(block[block >= 0], minlength=blocks(module))
+                uneven = uneven or int(counts.min()) < int(counts.max())
             if isinstance(module, (Conv, nn.Linear)):
                 macs_of[name] = macs.get(name, 0)
                 if side == "out":
@@ -174,7 +180,11 @@ def _read_groups(graph: Any, model: nn.Module, macs: dict[str, int]) -> list[Gro
                 elif side == "in" and extent:
                     covers[name] = len(local) / extent
         output = output or not any(side == "in" for _, side in members)
-        groups.append(Group(size, tuple(members.values()), tuple(producers), output, macs_of, covers, tuple(in_blocks)))
+        groups.append(
+            Group(
+                size, tuple(members.values()), tuple(producers), output, macs_of, covers, tuple(in_blocks), uneven
+            )
+        )  # fmt: skip
     return groups
 
 

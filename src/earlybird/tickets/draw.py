@@ -6,7 +6,8 @@ You et al., Drawing Early-Bird Tickets, ICLR 2020, arXiv 1909.11957
 
 Deviations, each with the published behaviour as an option:
 
-- exactly ``round(keep * N)`` channels stay, ties broken by order; ``strict=True`` is the published comparison, which
+- ``round(keep * N)`` channels stay (more where a layer would lose all, or blocks must keep equally many), ties broken
+  by order; ``strict=True`` is the published comparison, which
   keeps one less and, where all scores are equal (an untrained network), none;
 - at least one channel stays in each layer, also with ``strict=True``;
 - with ``example_inputs`` the coupling of channels is known: channels of a residual sum stay whole, as published
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from earlybird.calls import unwrapped
 from earlybird.errors import InputError
-from earlybird.tickets.coupling import Group, find_groups
+from earlybird.tickets.coupling import Group, Member, find_groups
 from earlybird.tickets.layers import width
 from earlybird.tickets.scores import score_channels
 from earlybird.tickets.ticket import Ticket
@@ -49,7 +50,6 @@ def draw(
     coupled: Coupled = "whole",
     scope: Scope = "network",
     macs_share: float | None = None,
-    round_to: int = 1,
     strict: bool = False,
 ) -> Ticket:
     """Draw a ticket over the channels of every batch norm. Pure: the model is not changed.
@@ -65,8 +65,7 @@ def draw(
             (``keep`` then counts among the others), ``'group'`` ranks each as one channel.
         scope: Rank the ``'network'`` as a whole, or each ``'layer'`` by itself.
         macs_share: Upper bound on the ticket's forward MACs as a share of the dense model's; needs ``example_inputs``.
-        round_to: Widths of coupled groups are rounded to multiples of this (to the nearest; never to zero).
-        strict: Compare with the published ``score > threshold``.
+        strict: Compare with the published ``score > threshold``, which is over the whole network.
 
     Returns:
         The ticket; its provenance holds score, keep ratio and options.
@@ -75,12 +74,12 @@ def draw(
         InputError: ``keep`` outside (0, 1], no layer to rank, scores that do not fit, or a bound that cannot be met.
     """
     keep = check_share("keep", keep)
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise InputError(f"round_to is {round_to!r}", needed="a whole number of at least 1")
     if coupled not in ("whole", "group"):
         raise InputError(f"coupled is {coupled!r}", needed="'whole' or 'group'")
     if scope not in ("network", "layer"):
         raise InputError(f"scope is {scope!r}", needed="'network' or 'layer'")
+    if strict and scope == "layer":
+        raise InputError("strict is the published threshold over the whole network", hint="use scope='network'")
     model = unwrapped(model)
     values = dict(scores) if scores is not None else score_channels(model, score)
     _check_scores(values, model)
@@ -90,12 +89,10 @@ def draw(
         if macs_share is not None:
             raise InputError("macs_share needs the model's graph", hint="pass example_inputs")
         alone = {name: value.detach().float().cpu() for name, value in values.items()}
-        masks = _rank(alone, keep, scope=scope, strict=strict, round_to=round_to)
+        masks = _rank(alone, keep, scope=scope, strict=strict)
     else:
         groups = find_groups(model, example_inputs)
-        masks = draw_coupled(
-            values, groups, keep, coupled=coupled, scope=scope, macs_share=macs_share, round_to=round_to, strict=strict
-        )
+        masks = draw_coupled(values, groups, keep, coupled=coupled, scope=scope, macs_share=macs_share, strict=strict)
     provenance = {"score": score if scores is None else "given", "keep": keep, "coupled": coupled, "scope": scope}
     if strict:
         provenance["strict"] = True
@@ -145,27 +142,23 @@ def draw_coupled(
         coupled: See `draw`.
         scope: See `draw`.
         macs_share: See `draw`.
-        round_to: See `draw`.
+        round_to: Multiple to which `shrink` will round widths up; the bound holds for what it leaves.
         strict: See `draw`.
 
     Returns:
         Layer name to boolean mask ``(channels,)``; layers in no free group stay whole.
     """
     cpu = {name: value.detach().float().cpu() for name, value in scores.items()}
-    free: dict[str, Group] = {}
+    free = {group.producers[0]: group for group in groups if _is_free(group, cpu, coupled)}
     pooled: dict[str, Tensor] = {}
-    for group in groups:
-        members = [m for m in group.members if m.name in cpu and m.side != "in"]
-        if not members or group.output or (coupled == "whole" and group.residual):
-            continue
+    for name, group in free.items():
         total, votes = torch.zeros(group.size), torch.zeros(group.size)
-        for member in members:
+        for member in _scored(group, cpu):
             total.index_add_(0, member.root, cpu[member.name][member.local])
             votes.index_add_(0, member.root, torch.ones(len(member.root)))
-        name = group.producers[0]
-        free[name], pooled[name] = group, total / votes.clamp_min(1)
+        pooled[name] = total / votes.clamp_min(1)
     masks = {name: torch.ones(value.numel(), dtype=torch.bool) for name, value in cpu.items()}
-    if keep == 1:
+    if keep == 1 and macs_share is None:
         return masks
     if not free:
         raise InputError(
@@ -178,15 +171,40 @@ def draw_coupled(
     def pick(power: float) -> dict[str, Tensor]:
         weighed = {name: score / prices[name] ** power for name, score in pooled.items()} if power else pooled
         least = 0.0 if macs_share is None else _FLOOR * keep
-        ranked = _rank(weighed, keep, scope=scope, strict=strict, round_to=round_to, least=least)
-        return {name: _balanced(mask, weighed[name], free[name]) for name, mask in ranked.items()}
+        best = _rank(weighed, keep, scope=scope, strict=strict, least=least)
+        return {name: _balanced(mask, weighed[name], free[name]) for name, mask in best.items()}
 
-    chosen = pick(0.0) if macs_share is None else _within(macs_share, pick, groups, keep)
+    chosen = pick(0.0) if macs_share is None else _within(macs_share, pick, groups, keep, round_to)
     for name, group in free.items():
-        for member in group.members:
-            if member.name in masks and member.side != "in":
-                masks[member.name][member.local] = chosen[name][member.root]
+        for member in _scored(group, masks):
+            masks[member.name][member.local] = chosen[name][member.root]
     return masks
+
+
+def ranked(sizes: Mapping[str, int], groups: list[Group], *, coupled: Coupled) -> dict[str, Tensor]:
+    """Return which channels `draw_coupled` ranks: layer name to mask ``(channels,)``; the others always stay.
+
+    Args:
+        sizes: Layer name to the number of its channels, for all scored layers.
+        groups: From `earlybird.tickets.coupling.find_groups`.
+        coupled: See `draw`.
+    """
+    masks = {name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()}
+    for group in groups:
+        if _is_free(group, masks, coupled):
+            for member in _scored(group, masks):
+                masks[member.name][member.local] = True
+    return masks
+
+
+def _scored(group: Group, scores: Mapping[str, Tensor]) -> list[Member]:
+    return [member for member in group.members if member.name in scores and member.side != "in"]
+
+
+def _is_free(group: Group, scores: Mapping[str, Tensor], coupled: Coupled) -> bool:
+    """Tell whether channels of a group may go: scored, written by a layer, read by one, and not tied by blocks."""
+    whole = group.output or group.uneven or not group.producers or (coupled == "whole" and group.residual)
+    return not whole and bool(_scored(group, scores))
 
 
 def shuffle(
@@ -207,7 +225,7 @@ def shuffle(
     shuffled = dict(masks)
     scores = {name: torch.zeros(mask.numel()) for name, mask in masks.items()}
     for group in groups:
-        members = [member for member in group.members if member.name in masks and member.side != "in"]
+        members = _scored(group, masks)
         whole = torch.ones(group.size, dtype=torch.bool)
         for member in members:
             whole[member.root] = masks[member.name][member.local]
@@ -222,20 +240,22 @@ def shuffle(
     return shuffled, scores
 
 
-def macs_share_of(chosen: Mapping[str, Tensor], groups: list[Group]) -> float:
+def macs_share_of(chosen: Mapping[str, Tensor], groups: list[Group], round_to: int = 1) -> float:
     """Return the forward MACs of a ticket as a share of the dense model's: a layer costs written times read channels.
 
     Args:
         chosen: First producer of a group to the mask over the group's channels; groups left out stay whole.
         groups: All groups of the model.
+        round_to: Multiple to which widths are rounded up.
     """
     written: dict[str, float] = {}
     read: dict[str, float] = {}
     dense: dict[str, float] = {}
     for group in groups:
         mask = chosen.get(group.producers[0]) if group.producers else None
+        kept = group.size if mask is None else min(-(-int(mask.sum()) // round_to) * round_to, group.size)
+        share = kept / group.size
         for member in group.members:
-            share = 1.0 if mask is None else float(mask[member.root].float().mean())
             if member.name in group.macs_of:
                 dense[member.name] = group.macs_of[member.name]
                 side = read if member.side == "in" else written
@@ -262,21 +282,21 @@ def _balanced(mask: Tensor, score: Tensor, group: Group) -> Tensor:
 
 
 def _within(
-    bound: float, pick: Callable[[float], dict[str, Tensor]], groups: list[Group], keep: float
+    bound: float, pick: Callable[[float], dict[str, Tensor]], groups: list[Group], keep: float, round_to: int
 ) -> dict[str, Tensor]:
     """Find the smallest power of the price that brings the ticket under the bound, by bisection."""
     low, high = 0.0, 4.0
-    if macs_share_of(pick(low), groups) <= bound:
+    if macs_share_of(pick(low), groups, round_to) <= bound:
         return pick(low)
-    if macs_share_of(pick(high), groups) > bound:
-        least = macs_share_of(pick(high), groups)
+    if macs_share_of(pick(high), groups, round_to) > bound:
+        least = macs_share_of(pick(high), groups, round_to)
         raise InputError(
             f"macs_share={bound} cannot be met with keep={keep}", needed=f"at least {least:.3f} for this model",
             hint="raise macs_share or lower keep",
         )  # fmt: skip
     for _ in range(24):
         middle = (low + high) / 2
-        if macs_share_of(pick(middle), groups) > bound:
+        if macs_share_of(pick(middle), groups, round_to) > bound:
             low = middle
         else:
             high = middle
@@ -289,7 +309,6 @@ def _rank(
     *,
     scope: Scope = "network",
     strict: bool = False,
-    round_to: int = 1,
     least: float = 0.0,
 ) -> dict[str, Tensor]:
     """Keep the best of all channels, or of each layer; every layer keeps one at least, and its share ``least``."""
@@ -300,7 +319,7 @@ def _rank(
         everything = torch.cat(list(scores.values()))
         total = everything.numel()
         if strict:
-            dropped = int(total * (1 - keep))
+            dropped = int(round(total * (1 - keep), 6))  # 1 - 0.9 is a little less than 0.1
             flat = everything > everything.sort().values[dropped] if dropped else torch.ones(total, dtype=torch.bool)
         else:
             flat = torch.zeros(total, dtype=torch.bool)
@@ -309,8 +328,6 @@ def _rank(
     masks: dict[str, Tensor] = {}
     for (name, score), count, size in zip(scores.items(), counts, sizes):
         count = max(count, round(least * size), 1)
-        if round_to > 1:
-            count = min(max(round(count / round_to), 1) * round_to, size)
         masks[name] = torch.zeros(size, dtype=torch.bool)
         masks[name][score.argsort(descending=True, stable=True)[:count]] = True
     return masks

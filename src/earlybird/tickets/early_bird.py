@@ -12,10 +12,22 @@ What it saves: seconds, MACs, bytes and energy of every step after the draw, and
 real. It does *not* pay when training ends soon after the draw, when layers are already so narrow that the device is
 idle, or when ``keep`` is so large that little goes.
 
-Deviations, each with the published behaviour under ``EarlyBird(**EarlyBird.PRESETS['published'])``: the default scores
-channels by a running mean of the first-order Taylor term instead of ``|gamma|`` (in the first epochs of a short run
-masks of ``|gamma|`` keep changing, by 0.3 and more), looks eight times an epoch at a window of three masks instead of
-once at five, and has a deadline.
+N counts the channels that are ranked: those that residual sums keep whole could never differ.
+
+Deviations of the default, each with the published behaviour under ``EarlyBird(**EarlyBird.PRESETS['published'])``:
+
+- ``score``: a running mean of the first-order Taylor term, each layer's over its own norm, instead of ``|gamma|`` (in
+  the first epochs of a short run masks of ``|gamma|`` keep changing, by 0.3 and more), without the L1 term
+  (``sparsity``) that ``|gamma|`` needs;
+- ``look_every``, ``skip``, ``window``, ``deadline``: eight looks an epoch after a quarter of the first, three masks
+  that agree, a draw after one epoch at the latest; published: one look an epoch, from the untrained network on, five;
+- ``coupled``: channels of residual sums go as groups instead of staying whole;
+- ``refit``: batch-norm statistics are estimated anew after the cut, and momentum stays (``optimizer_state``) instead of
+  starting empty;
+- ``round_to``, ``strict``: widths that suit the device, and exactly ``keep``, instead of the threshold alone.
+
+The reference code's networks also start with batch-norm scales of 0.5, ours with 1; that is the model's matter, not
+the preset's.
 """
 
 from __future__ import annotations
@@ -124,6 +136,8 @@ class EarlyBird:
         for name in ("sparsity_after", "shuffle", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} is {getattr(self, name)!r}", needed="true or false")
+        if self.strict and self.scope == "layer":
+            raise InputError("strict is the published threshold over the whole network", hint="use scope='network'")
         if self.macs_share is not None:
             object.__setattr__(self, "macs_share", check_share("macs_share", self.macs_share))
 
@@ -147,20 +161,24 @@ class EarlyBird:
         example_inputs: Any = None,
         steps_per_epoch: int | None = None,
         calibration: Callable[[], Iterable[Any]] | None = None,
+        fresh: Callable[[], nn.Module] | None = None,
         ledger: Ledger | None = None,
         seed: int = 0,
     ) -> Search:
         """Start the search; from here on an ordinary training loop does the rest.
 
         Args:
-            model: The module that is trained; wrappers of DDP and torch.compile are seen through.
+            model: The module that is trained; the wrapper of torch.compile is seen through. In a distributed run, the
+                module inside DistributedDataParallel: wrap it anew in the step after which ``drawn`` is true.
             optimizer: The optimizer over its parameters; the draw happens inside its ``step()``. Of several, all are
                 sliced, and the first one keeps the clock.
-            example_inputs: A tensor, tuple or dict the model runs on; a batch of one is enough. Default: the first
-                training batch.
+            example_inputs: A tensor, tuple or dict the model runs on; a batch of one is enough. Default: the training
+                batch at hand when the graph is first needed.
             steps_per_epoch: Optimizer steps in an epoch; needed when a step is given in epochs.
             calibration: Returns batches of training inputs for the refit, the same ones at each call. Default: the
                 inputs of the step at which the ticket is drawn.
+            fresh: Builds the dense model with new weights, for ``weights='reinitialise'``. Default: each layer's
+                ``reset_parameters``, which may draw from another distribution than the model's own definition.
             ledger: Where to record; by default an own one, which `Search.bill` reads.
             seed: For weights that are drawn anew.
 
@@ -171,4 +189,4 @@ class EarlyBird:
             InputError: The model has nothing to rank or is searched already, or no optimizer holds its parameters.
             ShrinkError: The graph of the model cannot be followed (with ``example_inputs``; else at the first look).
         """
-        return Search(self, model, optimizer, example_inputs, steps_per_epoch, calibration, ledger, seed)
+        return Search(self, model, optimizer, example_inputs, steps_per_epoch, calibration, fresh, ledger, seed)

@@ -27,13 +27,13 @@ class Plan:
         cuts: Layer (or bare parameter) and side to the mask of channels that go.
         slices: Parameter name to the indices that stay, by dimension.
         silenced: Layer name to the mask of channels that the ticket removes, but that stay and fall silent.
-        rounded: Layer name to the mask of channels that stay, alive, because of rounding.
+        alive: Layer name to the mask of channels that stay, alive, because of rounding; with the norms that they feed.
     """
 
     cuts: dict[CutKey, Tensor]
     slices: dict[str, Slices]
     silenced: dict[str, Tensor]
-    rounded: dict[str, Tensor]
+    alive: dict[str, Tensor]
 
 
 def make_plan(
@@ -49,7 +49,7 @@ def make_plan(
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     cuts: dict[CutKey, Tensor] = {}
-    rounded: dict[str, Tensor] = {}
+    alive: dict[str, Tensor] = {}
     for group in groups:
         asked = torch.zeros(group.size, dtype=torch.bool)
         unread = torch.ones(group.size, dtype=torch.bool)
@@ -68,42 +68,36 @@ def make_plan(
                 "model itself, or read by a function that the graph cannot follow",
                 needed="a ticket over hidden layers", hint="leave that layer out of the ticket; nothing was changed",
             )  # fmt: skip
-        exact = cut = asked & unread
+        exact = cut = torch.zeros_like(asked) if group.uneven else asked & unread
         if cut.any():
             worth = _worth(group, modules, scores)
             exact = cut = _balance(cut, group, worth)
             if cut.all():
                 raise InputError(
-                    f"the ticket removes every channel of layer '{group.producers[0]}'",
+                    f"the ticket removes every channel of layer '{(group.producers or (group.members[0].name,))[0]}'",
                     needed="at least one channel in each layer", hint="earlybird.draw keeps one; nothing was changed",
                 )  # fmt: skip
             cut = _round(cut, group, worth, round_to)
         for member in group.members:
-            if member.name in removed and member.side != "in":
-                stayed = torch.zeros_like(removed[member.name])
-                stayed[member.local] = (exact & ~cut)[member.root] & removed[member.name][member.local]
-                rounded[member.name] = rounded.get(member.name, torch.zeros_like(stayed)) | stayed
+            gone = removed.get(member.name, carried.get(member.name))
+            if gone is not None and member.side != "in":
+                stayed = torch.zeros_like(gone)
+                stayed[member.local] = (exact & ~cut)[member.root] & gone[member.local]
+                alive[member.name] = alive.get(member.name, torch.zeros_like(stayed)) | stayed
             if cut.any():
                 key = (member.name, member.side, member.dim)
                 if key not in cuts:
                     cuts[key] = torch.zeros(_extent(key, modules, parameters), dtype=torch.bool)
                 cuts[key][member.local] |= cut[member.root]
-    rounded = {name: mask for name, mask in rounded.items() if mask.any()}
+    alive = {name: mask for name, mask in alive.items() if mask.any()}
     silenced = {}
     for name, gone in (dict(removed) | dict(carried)).items():
         nothing = torch.zeros_like(gone)
         gone = gone & ~cuts.get((name, "out", None), nothing) & ~cuts.get((name, "both", None), nothing)
-        gone &= ~rounded.get(name, nothing)
+        gone &= ~alive.get(name, nothing)
         if gone.any():
             silenced[name] = gone
-    if rounded:  # a norm that the ticket does not name lives on with the rounded channels that feed it
-        alive = {n: m for n, m in silenced.items() if n in removed}
-        silenced = alive | {n: m for n, m in silenced.items() if n not in removed and not _fed_by(n, rounded, groups)}
-    return Plan(cuts, _plan_slices(cuts, model, modules, parameters), silenced, rounded)
-
-
-def _fed_by(norm: str, rounded: Mapping[str, Tensor], groups: list[Group]) -> bool:
-    return any({norm} & names and names & rounded.keys() for names in ({m.name for m in g.members} for g in groups))
+    return Plan(cuts, _plan_slices(cuts, model, modules, parameters), silenced, alive)
 
 
 def _extent(key: CutKey, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor]) -> int:

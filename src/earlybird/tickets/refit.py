@@ -42,6 +42,7 @@ def estimate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> tuple[int,
     if not norms:
         return samples, count
     saved = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
+    statistics = [(buffer, buffer.clone()) for norm in norms for buffer in (norm.running_mean, norm.running_var)]  # type: ignore[union-attr]
     try:
         with evaluating(model), torch.no_grad():
             for batch in batches:
@@ -51,6 +52,10 @@ def estimate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> tuple[int,
                     norm.train()
                 _forward(model, batch)
                 samples, count = samples + batch_size(batch), count + 1
+    except BaseException:
+        for buffer, before in statistics:
+            buffer.copy_(before)  # type: ignore[union-attr]
+        raise
     finally:
         for norm, (momentum, tracked) in zip(norms, saved):
             norm.momentum = momentum
@@ -67,10 +72,14 @@ def dense_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
 
     Returns:
         Layer name to outputs of the first images, ``(images, channels, ...)``; as many images as the solution needs.
+        Layers that run more than once in a forward pass are left out: one weight would have to fit several targets.
     """
     found: dict[str, Tensor] = {}
 
+    calls: dict[str, int] = {}
+
     def keep(name: str, module: nn.Module, output: Tensor) -> None:
+        calls[name] = calls.get(name, 0) + 1
         found[name] = output[: _images_needed(module, output)].detach().clone()
 
     handles = [
@@ -79,7 +88,7 @@ def dense_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
         if _solvable(module)
     ]
     _run_hooked(model, inputs, handles)
-    return found
+    return {name: output for name, output in found.items() if calls[name] == 1}
 
 
 def least_squares(model: nn.Module, inputs: Any, targets: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
@@ -100,7 +109,8 @@ def least_squares(model: nn.Module, inputs: Any, targets: Mapping[str, Tensor], 
         if name in kept:
             dim = target.dim() - 1 if isinstance(module, nn.Linear) else 1
             target = target.index_select(dim, kept[name].to(target.device))
-        _solve(module, value[: target.shape[0]].detach(), target)
+        with torch.autocast(value.device.type, enabled=False):
+            _solve(module, value[: target.shape[0]].detach(), target)
 
     handles = [
         module.register_forward_pre_hook(

@@ -19,7 +19,7 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger
 from earlybird.step import Step
 from earlybird.tickets.coupling import Group, find_groups
-from earlybird.tickets.draw import draw_coupled, shuffle
+from earlybird.tickets.draw import draw_coupled, ranked, shuffle
 from earlybird.tickets.refit import dense_outputs, estimate_batch_norms, least_squares
 from earlybird.tickets.scores import TaylorMean, batch_norms, score_channels
 from earlybird.tickets.shrink import Change, as_optimizers, shrink
@@ -51,6 +51,7 @@ class Search:
         example_inputs: Any,
         steps_per_epoch: int | None,
         calibration: Callable[[], Iterable[Any]] | None,
+        fresh: Callable[[], nn.Module] | None,
         ledger: Ledger | None,
         seed: int,
     ) -> None:
@@ -60,11 +61,13 @@ class Search:
         self.change: Change | None = None
         self.drawn_at: int | None = None
         self.history: list[dict[str, Any]] = []
+        _check_processes(model, settings, calibration)
         self._model = model = unwrapped(model)
         self._optimizers = as_optimizers(optimizer)
         if not self._optimizers:
             raise InputError("no optimizer was given", needed="the one that trains the model, or several")
         self._example_inputs, self._calibration, self._seed = example_inputs, calibration, seed
+        self._fresh = fresh
         self._steps_per_epoch = _check_steps_per_epoch(steps_per_epoch)
         self._look_every = max(settings.look_every.in_iterations(steps_per_epoch), 1)
         self._skip = settings.skip.in_iterations(steps_per_epoch)
@@ -73,10 +76,13 @@ class Search:
         self._masks: dict[float, list[Tensor]] = {ratio: [] for ratio in settings.ratios}
         self._looked_at: list[int] = []
         self._groups: list[Group] | None = None
+        self._ranked: Tensor | None = None  # which of all channels may go: distances are over these
         self._rounded: dict[str, list[int]] = {}
         self._last_call: Call | None = None
         self._autocast: tuple[str, torch.dtype] | None = None
-        _check_partners(model, self._optimizers, settings)
+        _check_partners(model, self._optimizers)
+        if settings.weights == "reinitialise" and fresh is None:
+            _check_initialisers(model)
         norms = batch_norms(model) if settings.score != "magnitude" or settings.sparsity else {}
         trained = {name: norm for name, norm in norms.items() if norm.weight.requires_grad}
         if settings.score == "taylor" and not trained:
@@ -88,7 +94,7 @@ class Search:
         if example_inputs is not None:  # what cannot work is said now, not after an epoch
             self._groups = find_groups(model, first_sample(example_inputs))
         self._own_ledger = ledger is None
-        self._ledger = Ledger(device=next(model.parameters()).device) if ledger is None else ledger
+        self._ledger = _ledger_of(model) if ledger is None else ledger
         if self._own_ledger:
             self._ledger.watch(model, self._optimizers, example_inputs)
         self._ledger.enter("search")
@@ -123,7 +129,8 @@ class Search:
         if not masks:
             return [], torch.zeros(0, 0)
         stacked = torch.stack(masks).float()
-        return list(self._looked_at), torch.cdist(stacked, stacked, p=1) / stacked.shape[1]
+        total = stacked.shape[1] if self._ranked is None else int(self._ranked.sum())
+        return list(self._looked_at), torch.cdist(stacked, stacked, p=1) / max(total, 1)
 
     def detach(self) -> None:
         """Take all hooks off model and optimizer and stop the own ledger's clock; the run goes on as it is."""
@@ -146,9 +153,11 @@ class Search:
             "layers": list(self._sizes),
             "history": [dict(entry) for entry in self.history],
             "looked_at": list(self._looked_at),
+            "ranked": [] if self._ranked is None else self._ranked.nonzero().flatten().tolist(),
             "masks": {str(ratio): torch.stack(masks) for ratio, masks in self._masks.items() if masks},
             "taylor": {} if self._taylor is None else self._taylor.state_dict(),
             "rounded": self._rounded,
+            "ledger": self._ledger.state_dict() if self._own_ledger else {},
             "tickets": {
                 str(ratio): {
                     "mask": torch.cat(list(ticket.masks.values())), "provenance": dict(ticket.provenance),
@@ -177,6 +186,9 @@ class Search:
         self._steps = int(state["steps"])
         self.history = [dict(entry) for entry in state["history"]]
         self._looked_at = [int(step) for step in state["looked_at"]]
+        if state["ranked"]:
+            self._ranked = torch.zeros(sum(self._sizes.values()), dtype=torch.bool)
+            self._ranked[state["ranked"]] = True
         self._masks = {
             ratio: list(state["masks"].get(str(ratio), torch.zeros(0, 0)).bool()) for ratio in self.settings.ratios
         }
@@ -193,6 +205,11 @@ class Search:
             self._rounded = {name: list(channels) for name, channels in state["rounded"].items()}
             self.change = replace(change, rounded=self._rounded)
             self._finish(primary)
+            if self._own_ledger:
+                self._ledger.recount(self._model)
+                self._ledger.enter("train")
+        if state["ledger"] and self._own_ledger:
+            self._ledger.load_state_dict(state["ledger"])
 
     def _scores_now(self) -> dict[str, Tensor]:
         """Return the current scores; those of Taylor are zeros before the first step."""
@@ -227,7 +244,10 @@ class Search:
             if norms:
                 signs = torch._foreach_sign([norm.weight.detach() for norm in norms])
                 gradients: list[Tensor] = [norm.weight.grad for norm in norms]  # type: ignore[misc]
-                torch._foreach_add_(gradients, signs, alpha=self.settings.sparsity)
+                scale = getattr(optimizer, "grad_scale", None)  # as in _score: these gradients are still scaled
+                torch._foreach_add_(
+                    gradients, signs, alpha=self.settings.sparsity * (1.0 if scale is None else float(scale))
+                )
 
     def _score(self, optimizer: torch.optim.Optimizer) -> None:
         if self._taylor is not None and not self.drawn:
@@ -260,11 +280,14 @@ class Search:
             )
         if self._groups is None:
             self._groups = find_groups(self._model, first_sample(self._inputs()))
+        if self._ranked is None:
+            masks = ranked(self._sizes, self._groups, coupled=self.settings.coupled)
+            self._ranked = torch.cat(list(masks.values()))
         drawn = {ratio: torch.cat(list(self._draw_masks(scores, ratio).values())) for ratio in self.settings.ratios}
         self._looked_at.append(self._steps)
         for ratio, flat in drawn.items():
             queue = self._masks[ratio][-(self.settings.window - 1) :]
-            distances = [float((flat ^ other).float().mean()) for other in queue]
+            distances = [float((flat ^ other)[self._ranked].float().mean()) for other in queue]
             self._masks[ratio].append(flat)
             epoch = self._steps / self._steps_per_epoch if self._steps_per_epoch else None
             entry = {
@@ -280,14 +303,19 @@ class Search:
                 self.tickets[ratio] = self._ticket(flat, ratio, "agreement")
         primary = self.tickets.get(self.settings.ratios[0])
         if primary is not None:
+            for ratio in self.settings.ratios:
+                if ratio not in self.tickets:  # nothing is looked at after the cut
+                    best, _ = self._best_look(ratio)
+                    self.tickets[ratio] = self._ticket(self._masks[ratio][best], ratio, "the first ratio was drawn")
             self._draw(primary)
 
     def _draw_masks(self, scores: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
         assert self._groups is not None
         s = self.settings
         return draw_coupled(
-            scores, self._groups, ratio, coupled=s.coupled, scope=s.scope, macs_share=s.macs_share, strict=s.strict
-        )
+            scores, self._groups, ratio, coupled=s.coupled, scope=s.scope, macs_share=s.macs_share,
+            round_to=self._round_to(), strict=s.strict,
+        )  # fmt: skip
 
     def _round_to(self) -> int:
         if self.settings.round_to is not None:
@@ -368,7 +396,10 @@ class Search:
             self.drawn_at = self._steps
             self._finish(ticket)
             if settings.weights == "reinitialise":
-                _reinitialise(self._model, self._seed)
+                if self._fresh is None:
+                    _reinitialise(self._model, self._seed)
+                else:
+                    _copy_fresh(self._model, self._fresh(), ticket, inputs)
             if settings.optimizer_state == "reset" or settings.weights == "reinitialise":
                 for optimizer in self._optimizers:
                     optimizer.state.clear()
@@ -415,7 +446,30 @@ def _check_steps_per_epoch(value: Any) -> int | None:
     return value
 
 
-def _check_partners(model: nn.Module, optimizers: list[torch.optim.Optimizer], settings: EarlyBird) -> None:
+def _check_processes(model: nn.Module, settings: EarlyBird, calibration: Any) -> None:
+    """Refuse what would leave the ranks of a distributed run with different networks, or none that runs."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise InputError(
+            "the model is wrapped in DistributedDataParallel, whose buckets keep the sizes of before the cut",
+            hint="attach to the module inside, and wrap it anew in the step after which .drawn is true",
+        )
+    if _world_size() > 1 and settings.refit == "least_squares" and calibration is None:
+        raise InputError(
+            "refit='least_squares' would solve for another batch on each rank",
+            hint="pass calibration, a function that returns the same batches on all ranks",
+        )
+
+
+def _world_size() -> int:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
+
+
+def _ledger_of(model: nn.Module) -> Ledger:
+    return Ledger(device=next(model.parameters()).device, world_size=_world_size())
+
+
+def _check_partners(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
@@ -430,13 +484,16 @@ def _check_partners(model: nn.Module, optimizers: list[torch.optim.Optimizer], s
     for hook in model._forward_pre_hooks.values():
         if isinstance(hook, Hook) and isinstance(hook.owner, Search) and not hook.owner.drawn:
             raise InputError("a search is attached to this model already", hint="call its detach() first")
-    if settings.weights == "reinitialise":
-        for name, module in model.named_modules():
-            if list(module.parameters(recurse=False)) and not callable(getattr(module, "reset_parameters", None)):
-                raise InputError(
-                    f"layer '{name}' ({type(module).__name__}) has no reset_parameters()",
-                    needed="one for weights='reinitialise'", hint="add it, or use weights='continue'",
-                )  # fmt: skip
+
+
+def _check_initialisers(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if list(module.parameters(recurse=False)) and not callable(getattr(module, "reset_parameters", None)):
+            raise InputError(
+                f"layer '{name}' ({type(module).__name__}) has no reset_parameters()",
+                needed="one for weights='reinitialise'",
+                hint="add it, pass fresh, a function that builds the model anew, or use weights='continue'",
+            )
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -445,11 +502,11 @@ def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 def _mean_over_ranks(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     """Average scores over all processes of a distributed run, so that every rank draws the same ticket."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if _world_size() == 1:
         return scores
     flat = torch.cat([score.float() for score in scores.values()])
     torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
+    flat /= _world_size()
     return dict(zip(scores, flat.split([score.numel() for score in scores.values()])))
 
 
@@ -460,6 +517,15 @@ def _joined(batches: Iterable[Any]) -> tuple[Any, list[Any]]:
     if found and all(isinstance(tensor, Tensor) for tensor in tensors):
         return torch.cat(tensors)[:512], found
     return (found[0] if found else None), found
+
+
+def _copy_fresh(model: nn.Module, fresh: nn.Module, ticket: Ticket, inputs: Any) -> None:
+    """Give the shrunk ``model`` the weights and buffers of a new dense model, cut to the same ticket."""
+    fresh.to(next(model.parameters()).device)
+    shrink(fresh, ticket, inputs)
+    with torch.no_grad():
+        for own, new in zip((*model.parameters(), *model.buffers()), (*fresh.parameters(), *fresh.buffers())):
+            own.copy_(new)
 
 
 def _reinitialise(model: nn.Module, seed: int) -> None:

@@ -134,9 +134,7 @@ def shrink(
     plan = make_plan(model, groups, removed, silent, carried, round_to, scores or {})
     check_optimizers(model, plan.slices, optimizers)
 
-    unheard = {
-        name: gone & ~plan.rounded.get(name, torch.zeros_like(gone)) for name, gone in (removed | carried).items()
-    }
+    unheard = {name: gone & ~plan.alive.get(name, torch.zeros_like(gone)) for name, gone in (removed | carried).items()}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     exact = not any(
         isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and (name, "both", None) in plan.cuts
@@ -164,7 +162,8 @@ def shrink(
     _follow(model, plan, shapes, optimizers)
     after = sum(parameter.numel() for parameter in model.parameters())
     seconds = time.perf_counter() - start
-    return Change(layers, _as_lists(plan.silenced), _as_lists(plan.rounded), kept, before, after, seconds)
+    rounded = {name: mask for name, mask in plan.alive.items() if name in removed}
+    return Change(layers, _as_lists(plan.silenced), _as_lists(rounded), kept, before, after, seconds)
 
 
 def as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
@@ -269,7 +268,7 @@ def _follow(
             # Inside optimizer.step() the last graph is still alive, and its gradient accumulator remembers the old
             # shape. It is made anew only when the dtype changes, so the parameter passes through an empty tensor.
             data = parameter.data
-            detour = torch.float64 if data.dtype != torch.float64 else torch.float32
+            detour = torch.float32 if data.dtype != torch.float32 else torch.float16
             parameter.data = torch.empty(0, dtype=detour, device=data.device)
             parameter.data = data
             if gradient is not None:

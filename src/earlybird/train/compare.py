@@ -12,6 +12,7 @@ with its weights drawn anew.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ from earlybird.cost.verdict import judge
 from earlybird.data import load
 from earlybird.errors import EarlybirdError, InputError, Interrupted
 from earlybird.files import write_json, write_text
-from earlybird.models import build
+from earlybird.models import MODELS, build, takes_width
 from earlybird.step import Step
 from earlybird.train.folder import RunFolder
 from earlybird.train.loop import StopSignal
@@ -85,9 +86,10 @@ def compare(
         RuntimeError: A run died of a failure of our own; ends with the last lines that it wrote.
     """
     names = _check(recipe, seeds, contenders)
-    path = Path(out or recipe.out or Path("runs") / f"compare-{recipe.replace(seed=0).name.removesuffix('-seed0')}")
-    with RunFolder(path) as folder, StopSignal() as stop:
+    path = Path(out) if out is not None else comparison_folder(recipe)
+    with RunFolder(path) as folder, StopSignal() as stop, contextlib.ExitStack() as stack:
         _claim(folder, recipe)
+        stack.callback(_discard_unless_begun, path)
         done: dict[tuple[str, int], dict[str, Any]] = {}
         for turn, seed in enumerate(seeds):
             for name in _order(names, turn):
@@ -98,6 +100,11 @@ def compare(
                 done[name, seed] = _row(run_path, name, seed)
                 write_json(path / "comparison.json", _conclude(recipe, names, seeds, done))
     return _conclude(recipe, names, seeds, done)
+
+
+def comparison_folder(recipe: Recipe) -> Path:
+    """Return where a comparison goes that is told no other place."""
+    return Path(recipe.out or f"runs/compare-{recipe.replace(seed=0).name.removesuffix('-seed0')}")
 
 
 def describe(comparison: Mapping[str, Any]) -> str:
@@ -125,11 +132,17 @@ def _check(recipe: Recipe, seeds: Sequence[int], contenders: Sequence[str]) -> l
             raise InputError(f"unknown contender '{name}'", needed=f"of {', '.join(CONTENDERS)}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"seeds are {', '.join(map(str, seeds)) or 'missing'}", needed="at least one, all different")
-    names = list(dict.fromkeys([_BASELINE, *contenders]))
-    if len(names) == 1:
+    asked = {_BASELINE, *contenders}
+    if asked == {_BASELINE}:
         raise InputError("nothing to compare dense with", hint="add a contender, such as ticket")
-    if any(name in _AFTER for name in names) and "ticket" not in names:
-        names.insert(1, "ticket")
+    if asked & set(_AFTER):
+        asked.add("ticket")
+    if "small-dense" in asked and recipe.model not in MODELS and not takes_width(recipe.model):
+        raise InputError(
+            f"small-dense needs a width, which {recipe.model} does not take",
+            hint="give the factory a keyword argument 'width', or leave small-dense out",
+        )
+    names = [name for name in CONTENDERS if name in asked]
     if recipe.dense:
         raise InputError("the recipe is dense (keep = 1)", needed="one with a ticket", hint="set keep below 1")
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
@@ -146,6 +159,13 @@ def _claim(folder: RunFolder, recipe: Recipe) -> None:
     elif Recipe.from_toml(mark).replace(seed=0).hash() != recipe.replace(seed=0).hash():
         raise InputError(f"{folder.path} holds a comparison of another recipe", hint="choose another --out")
     folder.accept()
+
+
+def _discard_unless_begun(path: Path) -> None:
+    """Give the folder free again where no run got as far as its first step, so that a mended recipe may have it."""
+    if not any(path.glob("*/environment.json")):
+        shutil.rmtree(path / "recipes", ignore_errors=True)
+        (path / "comparison.toml").unlink(missing_ok=True)
 
 
 def _order(names: list[str], turn: int) -> list[str]:

@@ -49,6 +49,7 @@ class RunFolder:
         self._beaten = 0.0
         if not writer:
             return
+        self._made = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock_is_new = not (path / "run.lock").exists()
@@ -60,8 +61,12 @@ class RunFolder:
         except OSError as error:
             os.close(self._lock)
             self._lock = None
+            if isinstance(error, BlockingIOError):
+                raise InputError(
+                    f"{path} is in use by another run", hint="wait until it ends, or choose another --out"
+                ) from error
             raise InputError(
-                f"{path} is in use by another run", hint="wait until it ends, or choose another --out"
+                f"{path} cannot be locked ({error.strerror})", hint="choose an --out on a file system with locks"
             ) from error
 
     def __enter__(self) -> RunFolder:
@@ -113,14 +118,20 @@ class RunFolder:
         if self._lock is not None:
             os.ftruncate(self._lock, 0)  # another run's heartbeat
 
+    @property
+    def begun(self) -> bool:
+        """Whether the run got as far as its first step."""
+        return (self.path / "environment.json").exists()
+
     def discard_unless_begun(self) -> None:
         """Leave no trace of a run that failed before its first step, so that the next try finds the folder free."""
-        if not self.writer or (self.path / "environment.json").exists():
+        if not self.writer or self.begun:
             return
         for name in ("recipe.toml", "tune.json", "run.lock"):
             (self.path / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it was there before, or holds something else
-            self.path.rmdir()
+        if self._made:
+            with contextlib.suppress(OSError):  # it holds something else
+                self.path.rmdir()
 
     def beat(self, seconds: float) -> None:
         """Leave word that the run has taken ``seconds`` so far and lives; costs nothing if called at every step."""

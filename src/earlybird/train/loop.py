@@ -67,7 +67,7 @@ def fit(run: Run, stop: StopSignal) -> None:
     recipe, spe = run.recipe, run.steps_per_epoch
     evaluate_every = max(recipe.evaluate_every.in_iterations(spe), 1)
     checkpoint_every = None if recipe.checkpoint_every is None else max(recipe.checkpoint_every.in_iterations(spe), 1)
-    waits = run.fabric.device.type != "cpu" or run.fabric.world_size > 1
+    waits = _waits(run)
     saver = _Saver()
     run.model.train()
     while run.step < run.total:
@@ -76,16 +76,17 @@ def fit(run: Run, stop: StopSignal) -> None:
         for _ in range(done, spe):
             loss = _step(run, batches)
             run.step += 1
-            look = not waits or run.step % _AGREE_EVERY == 0 or run.step % spe == 0 or run.step == run.total
+            row = run.step % evaluate_every == 0 or run.step == run.total
+            due = checkpoint_every is not None and run.step % checkpoint_every == 0
+            look = not waits or row or due or run.step % _AGREE_EVERY == 0 or run.step % spe == 0
             if look:
                 _check_loss(run, loss)
             if run.needs_rebuild:
                 run.after_draw()
-            row = run.step % evaluate_every == 0 or run.step == run.total
             if row:
                 run.add_row()
-            due = run.step % checkpoint_every == 0 if checkpoint_every else run.step % spe == 0 and saver.pays()
-            stopped, due = run.agree(stop.caught(), due) if look else (False, due and not waits)
+            due = due or (checkpoint_every is None and run.step % spe == 0 and saver.pays())
+            stopped, due = run.agree(stop.caught(), due) if look else (False, False)
             if due or stopped:
                 saver.save(run)
             run.beat(loss)
@@ -95,6 +96,11 @@ def fit(run: Run, stop: StopSignal) -> None:
                     needed="everything is saved",
                     hint=f"go on with: earlybird resume {run.folder.path}",
                 )
+
+
+def _waits(run: Run) -> bool:
+    """Whether a look at the loss has to wait for a device or for other ranks."""
+    return run.fabric.device.type != "cpu" or run.fabric.world_size > 1
 
 
 def _step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:

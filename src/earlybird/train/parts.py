@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,12 @@ def load_data(recipe: Recipe, fabric: Fabric, display: Display) -> DataSet:
     data = load(recipe.data, image_size=recipe.image_size, progress=progress)
     if fabric.world_size > 1 and fabric.local_rank == 0:
         fabric.barrier()
+    height, width = data.train_images.shape[2:]
+    if height != width:
+        raise InputError(
+            f"the images of {recipe.data} are {height} x {width} pixels", needed="square images",
+            hint=f"--image-size {min(height, width)} makes them so",
+        )  # fmt: skip
     return data
 
 
@@ -93,14 +100,14 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay)
 
 
-def make_board(folder: Path, step: int) -> Any:
-    """Return a TensorBoard writer that goes on after ``step``.
+def require_board() -> None:
+    """Raise an `InputError` where TensorBoard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise InputError("tensorboard is not installed", hint="pip install tensorboard, or leave --tensorboard out")
 
-    Raises:
-        InputError: TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("tensorboard is not installed", hint="pip install 'earlybird[tensorboard]'") from error
+
+def make_board(folder: Path, step: int) -> Any:
+    """Return a TensorBoard writer that goes on after ``step``."""
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

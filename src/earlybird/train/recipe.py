@@ -288,6 +288,7 @@ def _from_text(value: Any, key: Key) -> Any:
     attempts: list[Callable[[], Any]] = [
         lambda: value,
         lambda: tomllib.loads(f"v = {value}")["v"],
+        lambda: float(value),  # .5, which TOML does not have
         lambda: tuple(tomllib.loads(f"v = [{value}]")["v"]),
         lambda: tuple(part.strip() for part in value.split(",")),
     ]
@@ -296,7 +297,7 @@ def _from_text(value: Any, key: Key) -> Any:
             read = _from_toml(attempt(), key)
             _adapter(key).validate_python(read, strict=True)
             return read
-        except (tomllib.TOMLDecodeError, ValidationError):
+        except ValueError:  # of TOML, of float, of the key's type
             continue
     return value
 

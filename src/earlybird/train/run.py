@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from earlybird.data import CATALOGUE
 from earlybird.data.loader import Sample
-from earlybird.errors import CheckpointError, DivergedError, InputError
+from earlybird.errors import CheckpointError, DivergedError, InputError, Interrupted
 from earlybird.files import write_tensors, write_text
 from earlybird.ledger import Ledger
 from earlybird.models.blueprint import Blueprint
@@ -33,7 +33,7 @@ from earlybird.train import checkpoint, ema
 from earlybird.train.folder import RunFolder
 from earlybird.train.launch import environment, launch, precision, shared_path
 from earlybird.train.loop import StopSignal, evaluate, fit
-from earlybird.train.parts import free_folder, load_data, make_board, make_loaders, make_optimizer
+from earlybird.train.parts import free_folder, load_data, make_board, make_loaders, make_optimizer, require_board
 from earlybird.train.progress import Display, warnings_shown
 from earlybird.train.recipe import Recipe
 from earlybird.train.result import Result
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 """Called with 'tuned', 'step', 'drawn', 'row', 'checkpoint' or 'done', and what belongs to it."""
+
+_OTHER_WEIGHTS = 2**31
+"""Added to a run's seed for weights that are drawn anew, so that they are not the ones it began with."""
 
 CALIBRATION_IMAGES = 2048
 """Training images from which batch-norm statistics are estimated anew, and layers are refitted."""
@@ -133,6 +136,19 @@ def resume(out: str | Path, *, quiet: bool = False, on_event: OnEvent | None = N
 
 
 def _execute(recipe: Recipe, folder: RunFolder, fabric: Fabric, *, quiet: bool, on_event: OnEvent | None) -> Result:
+    try:
+        return _train(recipe, folder, fabric, quiet=quiet, on_event=on_event)
+    except KeyboardInterrupt as error:  # the second one: it did not wait for a checkpoint
+        if not folder.begun:
+            raise
+        raise Interrupted(
+            f"stopped at once in {folder.path}",
+            needed="what had been saved before is whole",
+            hint=f"go on from it with: earlybird resume {folder.path}",
+        ) from error
+
+
+def _train(recipe: Recipe, folder: RunFolder, fabric: Fabric, *, quiet: bool, on_event: OnEvent | None) -> Result:
     threads = torch.get_num_threads()
     devices = [fabric.device] if fabric.device.type == "cuda" else []
     ledger = Ledger(device=fabric.device, world_size=fabric.world_size)
@@ -188,6 +204,8 @@ class Run:
         self.display = Display(1, 1, quiet=quiet, mute=not folder.writer, bar=False)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
+        if recipe.tensorboard:
+            require_board()
         data = load_data(recipe, fabric, self.display)
         self.loader, self.test = make_loaders(recipe, data, fabric)
         self.steps_per_epoch = len(self.loader) // recipe.accumulate
@@ -199,7 +217,10 @@ class Run:
         self.total = recipe.epochs * self.steps_per_epoch
         self.schedule = Schedule.from_recipe(recipe, self.steps_per_epoch)
         channels, size = data.train_images.shape[1:3]
-        self.blueprint = Blueprint(recipe.model, len(data.classes), channels, size, recipe.width)
+        self.blueprint = Blueprint(
+            recipe.model, len(data.classes), channels, size, recipe.width, tuple(data.mean), tuple(data.std),
+            tuple(data.classes),
+        )  # fmt: skip
 
         def build_model() -> nn.Module:
             return self.blueprint.build(recipe.seed)
@@ -227,6 +248,7 @@ class Run:
                 example_inputs=example,
                 steps_per_epoch=self.steps_per_epoch,
                 calibration=self.calibration,
+                fresh=lambda: self.blueprint.build(recipe.seed + _OTHER_WEIGHTS),
                 ledger=ledger,
                 seed=recipe.seed,
             )
@@ -235,6 +257,7 @@ class Run:
         self.step = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=fabric.device)
         self.loss_steps = 0
+        self._steps_before = 0  # of them, those of the process that was stopped: this one's clock has not seen them
         self.accuracy, self.test_loss = 0.0, math.nan
         self.resumed = False
         self._saved_s = 0.0
@@ -365,7 +388,7 @@ class Run:
 
     def add_row(self) -> None:
         """Evaluate, and write and show a row of ``metrics.jsonl``."""
-        images = self.loss_steps * self.recipe.accumulate * self.recipe.batch_size
+        images = (self.loss_steps - self._steps_before) * self.recipe.accumulate * self.recipe.batch_size
         elapsed = self.ledger.seconds - self._row_begun
         self.test_loss, self.accuracy = evaluate(self)
         train_loss = self._mean_loss()
@@ -389,7 +412,7 @@ class Run:
         self.display.row(row, self._status())
         self.emit("row", row)
         self.loss_sum.zero_()
-        self.loss_steps = 0
+        self.loss_steps = self._steps_before = 0
         self._row_begun = self.ledger.seconds
 
     def _mean_loss(self) -> float:
@@ -528,6 +551,7 @@ class Run:
         self._saved_s = sum(phase["seconds"] for phase in state["ledger"]["phases"].values())
         self.step = int(state["step"])
         total, self.loss_steps = state["loss"]
+        self._steps_before = self.loss_steps
         self.loss_sum.fill_(total)
         self.accuracy, self.test_loss = state["last_row"]
         checkpoint.set_generators(state["generators"][str(self.fabric.global_rank)], self.fabric.device)

@@ -14,11 +14,13 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from earlybird.errors import InputError
 from earlybird.train.recipe import Recipe
 
 MARGIN = 0.03
@@ -136,6 +138,19 @@ class _Candidate:
     def seconds(self) -> float:
         return min(self.times_s, default=float("inf"))
 
+    def attempt(self, action: Callable[[], None]) -> bool:
+        """Do ``action``; where it fails (an operator without bf16, a view of channels_last), keep why and return False.
+
+        A missing kernel, compiler or gigabyte shows in many ways, and the run can go on without this candidate.
+        """
+        try:
+            action()
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.times_s.clear()
+            self.release()
+        return not self.failure
+
     def prepare(self, build: Callable[[], nn.Module], images: Tensor, labels: Tensor) -> None:
         layout = torch.channels_last if self.choice.channels_last else torch.contiguous_format
         # memory_format alone: Module.to takes it together with a device as well, but types do not say so
@@ -174,13 +189,17 @@ class _Candidate:
 def _race(
     candidates: list[_Candidate], build: Callable[[], nn.Module], images: Tensor, labels: Tensor, steps: int
 ) -> tuple[_Candidate, str]:
-    for candidate in candidates:
-        candidate.prepare(build, images, labels)
+    racing = [
+        candidate for candidate in candidates if candidate.attempt(partial(candidate.prepare, build, images, labels))
+    ]
     start = time.perf_counter()
-    racing = list(candidates)
     for turn in range(20):
-        for candidate in racing:
-            candidate.time_once()
+        racing = [candidate for candidate in racing if candidate.attempt(candidate.time_once)]
+        if not racing and all(candidate.failure for candidate in candidates):
+            raise InputError(
+                f"the model cannot take a training step ({candidates[0].failure})",
+                needed="a model that trains on one of: " + ", ".join(str(candidate.choice) for candidate in candidates),
+            )
         best = min(candidate.seconds for candidate in candidates)
         spent = time.perf_counter() - start
         if turn >= 1 and spent > SHARE * best * steps:
@@ -190,7 +209,8 @@ def _race(
             candidate.release()
     for candidate in candidates:
         candidate.release()
-    plain, best_of_all = candidates[0], min(candidates, key=lambda candidate: candidate.seconds)
+    ran = [candidate for candidate in candidates if not candidate.failure]
+    plain, best_of_all = ran[0], min(ran, key=lambda candidate: candidate.seconds)
     ratio = plain.seconds / best_of_all.seconds
     if best_of_all is plain:
         return plain, f"{plain.choice} is fastest: {_ms(plain)} a step"
@@ -209,15 +229,10 @@ def _try_compile(
     labels: Tensor,
     steps: int,
 ) -> tuple[_Candidate, str]:
-    try:
-        compiled.prepare(build, images, labels)
-        for _ in range(3):
-            compiled.time_once()
-    except Exception as error:  # a missing compiler shows in many ways; the run goes on without
-        compiled.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+    prepared = compiled.attempt(partial(compiled.prepare, build, images, labels))
+    if not (prepared and all(compiled.attempt(compiled.time_once) for _ in range(3))):
         return eager, f"compile failed ({compiled.failure})"
-    finally:
-        compiled.release()
+    compiled.release()
     cost_s = compiled.first_s - compiled.seconds
     gain_s = (eager.seconds - compiled.seconds) * steps
     text = f"compiled takes {_ms(compiled)} a step after {cost_s:.0f} s of compiling"

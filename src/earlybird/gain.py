@@ -79,8 +79,8 @@ def measure(
     images = torch.randn(batch, 3, image_size, image_size, generator=generator)
     labels = torch.randint(10, (batch,), generator=generator)
     networks = [build(model, classes=10, image_size=image_size) for _ in range(2)]
-    ticket = draw(networks[1], keep, score="magnitude", example_inputs=images[:1], coupled="group", round_to=8)
-    shrink(networks[1], ticket, images[:1])
+    ticket = draw(networks[1], keep, score="magnitude", example_inputs=images[:1], coupled="group")
+    shrink(networks[1], ticket, images[:1], round_to=8)
     macs = [count(network, images[:1]).training_macs for network in networks]
     images, labels = images.to(device), labels.to(device)
     takes = [_step(network.to(device).train(), images, labels) for network in networks]
