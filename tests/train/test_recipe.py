@@ -31,7 +31,7 @@ def test_a_step_survives_its_own_text(epochs: Decimal, iterations: int) -> None:
     assert Step.parse(str(step)) == step
 
 
-@pytest.mark.parametrize(("text", "value"), [(".5", 0.5), ("1", 1.0), ("1e-1", 0.1), ("0.25", 0.25)])
+@pytest.mark.parametrize(("text", "value"), [(".5", 0.5), ("7e-1", 0.7), ("1e-1", 0.1), ("0.25", 0.25)])
 def test_numbers_are_read_as_people_type_them(text: str, value: float) -> None:
     assert Recipe.from_values({"keep": text}).settings["keep"] == value
 

@@ -75,8 +75,10 @@ class Blueprint:
             InputError: ``text`` is not a blueprint.
         """
         try:
-            values: dict[str, Any] = json.loads(text)
-            found = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            values: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()
+            }
+            found = cls(**values)
             sizes = (found.classes, found.in_channels, found.image_size)
             fits = isinstance(found.model, str) and all(type(size) is int and size > 0 for size in sizes)
             fits = fits and all(len(part) in (0, found.in_channels) for part in (found.mean, found.std))
