@@ -72,6 +72,7 @@ def draw(width: float, epochs: int) -> str:
 def main() -> None:
     if len(sys.argv) != 4:
         sys.exit(__doc__)
+    Path(sys.argv[3]).parent.mkdir(parents=True, exist_ok=True)
     Path(sys.argv[3]).write_text(draw(float(sys.argv[1]), int(sys.argv[2])), encoding="utf-8")
 
 

@@ -90,7 +90,7 @@ def table() -> str:
         lines.append(
             f"Width {width:g}, {epochs} epochs, batch 128; {head['device']}, {head['threads']} threads, "
             f"torch {head['torch']}, {', '.join(dates)}, revision {', '.join(revisions)}, "
-            f"load before a run at most {max(row['load_before'] for row in block):.1f}.\n"
+            f"load before a run at most {max(row['load_before'] or 0 for row in block):.1f}.\n"
         )
         lines.append(
             "| contestant | seeds | accuracy % | against dense | seconds | plain / this | dense / this | weights |"
