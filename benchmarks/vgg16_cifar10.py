@@ -79,50 +79,51 @@ def run_plain(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+NAMES = {
+    "plain": "plain PyTorch (fp32, eager, DataLoader)",
+    "dense": "dense, tuned",
+    "ticket": "early ticket (default)",
+    "ticket_layer": "early ticket, `--scope layer`",
+}
+
+
 def table() -> str:
-    """Return the results as a Markdown table, one block a width and number of epochs."""
+    """Return the results as Markdown, as the README has them: one table a width and number of epochs."""
     lines = []
     everything = rows(NAME)
     for width, epochs in sorted({(row["width"], row["epochs"]) for row in everything}):
         block = [row for row in everything if (row["width"], row["epochs"]) == (width, epochs)]
-        head = block[-1]
-        dates, revisions = (sorted({row[key] for row in block}) for key in ("date", "revision"))
-        lines.append(
-            f"Width {width:g}, {epochs} epochs, batch 128; {head['device']}, {head['threads']} threads, "
-            f"torch {head['torch']}, {', '.join(dates)}, revision {', '.join(revisions)}, "
-            f"load before a run at most {max(row['load_before'] or 0 for row in block):.1f}.\n"
-        )
-        lines.append(
-            "| contestant | seeds | accuracy % | against dense | seconds | plain / this | dense / this | weights |"
-        )
-        lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        dates, revisions = (", ".join(sorted({row[key] for row in block})) for key in ("date", "revision"))
+        lines += [
+            f"**Width {width:g}, {epochs} epochs** ({block[-1]['device']}, torch {block[-1]['torch']}, {dates}, "
+            f"revision {revisions})",
+            "",
+            "| network | seeds | test accuracy | points against dense | seconds | plain / this | dense / this |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
         by_seed = {(row["contestant"], row["seed"]): row for row in block}
-        for contestant in SETTINGS:
+        for contestant, name in NAMES.items():
             mine = [row for row in block if row["contestant"] == contestant]
             if not mine:
                 continue
             accuracy = [100 * row["accuracy"] for row in mine if row["accuracy"] is not None]
+            dense = {row["seed"]: by_seed.get(("dense", row["seed"])) for row in mine if contestant != "dense"}
+            points = [100 * (row["accuracy"] - other["accuracy"]) for row in mine
+                      if (other := dense.get(row["seed"])) and row["accuracy"] is not None]  # fmt: skip
             ratios = []
             for other in ("plain", "dense"):
-                pairs = [
-                    by_seed[other, row["seed"]]["seconds"] / row["seconds"]
-                    for row in mine if (other, row["seed"]) in by_seed and other != contestant
-                ]  # fmt: skip
-                ratios.append(f"{statistics.fmean(pairs):.2f}x" if pairs else "")
-            points = [
-                100 * (row["accuracy"] - by_seed["dense", row["seed"]]["accuracy"])
-                for row in mine
-                if row["accuracy"] is not None and ("dense", row["seed"]) in by_seed and contestant != "dense"
-            ]
-            extrapolated = " (extrapolated)" if mine[0]["seconds_kind"] != "measured" else ""
+                faster = list(NAMES).index(other) < list(NAMES).index(contestant)
+                pairs = [(by_seed.get((other, row["seed"])), row) for row in mine if faster]
+                values = [theirs["seconds"] / row["seconds"] for theirs, row in pairs if theirs]
+                ratios.append(f"{statistics.fmean(values):.2f}x" if values else "")
+            extrapolated = "" if mine[0]["seconds_kind"] == "measured" else " (extrapolated)"
             cells = [
-                contestant,
+                name,
                 str(len(mine)),
-                spread(accuracy) if accuracy else "not measured",
-                f"{spread(points)} points" if points else "",
+                f"{spread(accuracy)} %" if accuracy else "not measured",
+                spread(points) if points else "",
                 spread([row["seconds"] for row in mine], 0) + extrapolated,
                 *ratios,
-                format(mine[0]["parameters"], ",") if mine[0].get("parameters") else "",
             ]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
