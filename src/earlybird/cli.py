@@ -11,7 +11,6 @@ Exit codes: 0 done, 2 wrong input, 3 interrupted and resumable, 130 interrupted 
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import shutil
 import sys
@@ -246,13 +245,11 @@ def compare(
 def _bill_against_dense(out: Path, comparison: Mapping[str, Any]) -> str:
     """Return the bill of the first contender that is not dense, against the dense run of its seed."""
     from earlybird.cost.bill import Bill
+    from earlybird.files import read_json
 
     other = next(row for row in comparison["runs"] if row["contender"] != "dense")
     dense = next(row for row in comparison["runs"] if row["contender"] == "dense" and row["seed"] == other["seed"])
-    bill, reference = (
-        Bill.from_json(json.loads((out / row["folder"] / "bill.json").read_text(encoding="utf-8")))
-        for row in (other, dense)
-    )
+    bill, reference = (Bill.from_json(read_json(out / row["folder"] / "bill.json")) for row in (other, dense))
     return str(bill.against(reference)).replace("Training bill", f"Training bill of {other['folder']}", 1)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 from earlybird.cost import units
 from earlybird.cost.bill import Bill, Estimated, Ratio
@@ -18,13 +17,14 @@ def pair(contenders: Sequence[Contender]) -> tuple[Contender | None, Contender |
     return next(dense, None), ticket
 
 
-def _by_seed(dense: Contender) -> dict[Any, RunRecord]:
-    return {run.recipe.get("seed"): run for run in dense.runs if run.bill is not None}
+def _paired(dense: Contender | None, contender: Contender) -> list[tuple[RunRecord, RunRecord]]:
+    """Return finished runs and the dense run of each one's seed; none without a dense contender of the same task.
 
-
-def _paired(dense: Contender, contender: Contender) -> list[tuple[RunRecord, RunRecord]]:
-    """Return finished runs and the dense run of each one's seed; where no seed is shared, any dense run for each."""
-    by_seed = _by_seed(dense)
+    Where no seed is shared, any dense run serves for all.
+    """
+    if dense is None or contender is dense or contender.task != dense.task:
+        return []
+    by_seed = {run.recipe.get("seed"): run for run in dense.runs if run.bill is not None}
     finished = [run for run in contender.runs if run.bill is not None]
     pairs = [(run, by_seed[seed]) for run in finished if (seed := run.recipe.get("seed")) in by_seed]
     return pairs or [(run, next(iter(by_seed.values()))) for run in finished if by_seed]
@@ -32,9 +32,7 @@ def _paired(dense: Contender, contender: Contender) -> list[tuple[RunRecord, Run
 
 def compared(dense: Contender | None, contender: Contender) -> list[Bill]:
     """Return the bills of a contender's runs that have one: against the dense run of the seed, else as they are."""
-    partners: dict[Any, Bill | None] = {}
-    if dense is not None and contender is not dense and contender.task == dense.task:
-        partners = {run.path: other.bill for run, other in _paired(dense, contender)}
+    partners = {run.path: other.bill for run, other in _paired(dense, contender)}
     bills = [(run.bill, partners.get(run.path)) for run in contender.runs if run.bill is not None]
     return [bill if other is None else bill.against(other) for bill, other in bills]
 
@@ -50,9 +48,8 @@ def ratios_to_dense(dense: Contender | None, ticket: Contender) -> dict[str, Rat
 
     Runs whose seed dense does not have are left out, unless none is shared.
     """
-    bills = compared(dense, ticket)
-    if dense is not None and dense.task == ticket.task:
-        bills = [run.bill.against(other.bill) for run, other in _paired(dense, ticket) if run.bill and other.bill]
+    paired = [run.bill.against(other.bill) for run, other in _paired(dense, ticket) if run.bill and other.bill]
+    bills = paired or compared(dense, ticket)
     found: dict[str, Ratio] = {}
     for key in bills[0].ratios if bills else ():
         parts = [bill.ratios[key] for bill in bills if key in bill.ratios]
@@ -64,8 +61,6 @@ def ratios_to_dense(dense: Contender | None, ticket: Contender) -> dict[str, Rat
 
 def differences(dense: Contender | None, ticket: Contender) -> list[float]:
     """Return points of accuracy above dense, for each pair of runs that `ratios_to_dense` compares."""
-    if dense is None or dense.task != ticket.task:
-        return []
     pairs = [(run.final_accuracy, other.final_accuracy) for run, other in _paired(dense, ticket)]
     return [100 * (a - b) for a, b in pairs if a is not None and b is not None]
 

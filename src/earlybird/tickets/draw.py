@@ -288,8 +288,8 @@ def _within(
     low, high = 0.0, 4.0
     if macs_share_of(pick(low), groups, round_to) <= bound:
         return pick(low)
-    if macs_share_of(pick(high), groups, round_to) > bound:
-        least = macs_share_of(pick(high), groups, round_to)
+    least = macs_share_of(pick(high), groups, round_to)
+    if least > bound:
         raise InputError(
             f"macs_share={bound} cannot be met with keep={keep}", needed=f"at least {least:.3f} for this model",
             hint="raise macs_share or lower keep",
