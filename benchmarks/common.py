@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
 import statistics
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,44 @@ def machine(threads: int | None = None) -> dict[str, Any]:
         "revision": git("rev-parse", "--short", "HEAD") + ("+" if dirty else ""),
         "load_before": round(os.getloadavg()[0], 2),
     }
+
+
+def comparable(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Tell whether two rows may stand in one ratio: same device, threads and PyTorch."""
+    return all(one[key] == other[key] for key in ("device", "threads", "torch"))
+
+
+def source(script: str) -> str:
+    """Return eight digits that change when the script, what it shares with others, or a rival changes."""
+    files = [
+        HERE / f"{script}.py",
+        HERE / "contest.py",
+        HERE / "plain_pytorch.py",
+        *sorted((HERE / "rivals").glob("*.py")),
+    ]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return digest.hexdigest()[:8]
+
+
+def yardstick() -> float:
+    """Time a fixed piece of work, in seconds: what the machine gives at the moment, beside each row.
+
+    One training step of two convolutions in bf16 (batch 64, 128 channels, 16 x 16); the median of 9.
+    """
+    import torch
+    from torch import nn
+
+    model = nn.Sequential(*(nn.Conv2d(128, 128, 3, padding=1) for _ in range(2))).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(64, 128, 16, 16).contiguous(memory_format=torch.channels_last)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(images).sum().backward()
+        times.append(time.perf_counter() - start)
+    return round(statistics.median(times[1:]), 5)
 
 
 def append(name: str, row: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from earlybird.cli import main
+from earlybird.methods import METHODS
 from earlybird.train.recipe import keys
 
 ROOT = Path(__file__).parents[1]
@@ -49,10 +50,14 @@ def test_recipes_page_names_every_key():
     assert [key.name for key in keys() if not key.method and f"`{key.name}`" not in text] == []
 
 
-def test_early_bird_page_names_every_setting():
-    text = (ROOT / "docs" / "early-bird.md").read_text("utf-8")
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_page_that_names_its_settings(method):
+    text = (ROOT / "docs" / f"{method.replace('_', '-')}.md").read_text("utf-8")
+    assert METHODS[method].link in text
+    assert "## When it does not pay" in text
     # 'strict' is part of what the published preset means
-    assert [key.name for key in keys() if key.method and key.name != "strict" and f"`{key.name}`" not in text] == []
+    own = [key.name for key in keys() if key.method == method and key.name != "strict"]
+    assert [name for name in own if f"`{name}`" not in text] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -3,7 +3,7 @@
 Seconds are those of one monotonic clock, handed from phase to phase without a gap, so the phases add up to the time
 between the first `Ledger.enter` and the last `Ledger.stop`, pauses left out. Samples are counted where they enter
 the model, steps where the optimizer has made one; MACs and bytes moved follow from them and from a count of the
-model (`earlybird.cost.count`), which is made anew after a shrink.
+model (`earlybird.cost.count`), which is made anew after a shrink and for each size of images.
 
     ledger = Ledger()
     ledger.watch(model, optimizer)     # two hooks; any loop, accumulation and evaluation in between included
@@ -33,7 +33,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from earlybird import allocator
-from earlybird.calls import Call, Hook, batch_size, first_sample, unwrapped
+from earlybird.calls import Call, Hook, batch_size, first_sample, tensors_in, unwrapped
 from earlybird.cost.bill import Bill, Counted, Estimated, Measured, Modelled, Spending
 from earlybird.cost.count import ModelCost, count
 from earlybird.cost.energy import CITATION, Energy, joules
@@ -195,6 +195,8 @@ class Ledger:
         self._since: float | None = None  # None: the clock stands
         self._pending = Work()  # passes of the current phase, width and model that are not priced yet
         self._open: str | None = None  # phase in which the training pass that awaits its optimizer step was made
+        self._size: tuple[int, ...] | None = None  # of the images that `cost` was counted on, without the batch
+        self._costs: dict[tuple[int, ...], ModelCost] = {}  # the model as it is now, by that size
         self._counting = False
         self._uncounted = ""  # why there is no count
         self._shrunk = False
@@ -343,6 +345,7 @@ class Ledger:
         self._settle()
         self._price()
         self._shrunk = True
+        self._costs.clear()
         model = self._model if model is None else model
         inputs = self._sample if example_inputs is None else example_inputs
         self.cost = None
@@ -357,6 +360,9 @@ class Ledger:
         finally:
             self._counting = False
         self._sample = first_sample(inputs)
+        self._size = _image_size(inputs)
+        if self._size is not None:
+            self._costs[self._size] = self.cost
         if self.dense_cost is None and not self._shrunk:
             self.dense_cost = self.cost
 
@@ -364,6 +370,10 @@ class Ledger:
         if self._since is None or self._counting or self._model is None:
             return
         inputs = Call(tuple(args), dict(kwargs))
+        size = _image_size(inputs)
+        if self.cost is not None and size != self._size:
+            self._price()  # what came before had another size, and another price
+            self.cost, self._size = self._costs.get(size) if size is not None else None, size
         if self.cost is None and not self._uncounted:
             self._count_or_explain(self._model, inputs)
         samples = batch_size(inputs) * self._world_size
@@ -581,6 +591,15 @@ class Ledger:
         pace = self._dense_evaluation
         seconds = record.seconds if pace is None else pace * record.images
         return PhaseRecord(seconds, record.steps, record.work, record.peak_bytes)
+
+
+def _image_size(inputs: Any) -> tuple[int, ...] | None:
+    """Return the shape of a sample if it is an image (or a volume), whose size decides what the model costs.
+
+    Sequences are left out: their lengths differ from batch to batch, and all are priced like the first.
+    """
+    first = next((tensor for tensor in tensors_in(inputs) if tensor.ndim), None)
+    return tuple(first.shape[1:]) if first is not None and first.ndim >= 4 else None
 
 
 def _fold(operation: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:

@@ -40,5 +40,13 @@ METHODS: dict[str, MethodInfo] = {
             saves="measured seconds and bytes, counted MACs and modelled joules, from the draw on and in inference",
             limits="training that ends soon after the draw, and layers already so narrow that the device idles",
         ),
+        MethodInfo(
+            name="progressive_resizing",
+            path="earlybird.skipping.pixels:ProgressiveResizing",
+            citation="Howard, Training ImageNet in 3 hours for 25 minutes, fast.ai 2018; settings of MosaicML Composer",
+            link="https://www.fast.ai/posts/2018-04-30-dawnbench-fastai.html",
+            saves="measured seconds, counted MACs and modelled joules of the steps on small images",
+            limits="images whose details decide, and networks that have pooled them down to few pixels already",
+        ),
     )
 }

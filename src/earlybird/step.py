@@ -1,4 +1,4 @@
-"""One type for points in training time: ``'3ep'``, ``'0.25ep'``, ``'2000it'``, ``'1ep50it'``.
+"""One type for points in training time: ``'3ep'``, ``'0.25ep'``, ``'2000it'``, ``'1ep50it'``, ``'80%'``.
 
 A bare number is refused, because nobody remembers whether it meant epochs or iterations.
 """
@@ -12,52 +12,62 @@ from typing import Any
 
 from earlybird.errors import InputError
 
-_PATTERN = re.compile(r"(?:(?P<epochs>\d+(?:\.\d+)?)ep)?(?:(?P<iterations>\d+)it)?")
+_PATTERN = re.compile(r"(?:(?P<percent>\d+(?:\.\d+)?)%)?(?:(?P<epochs>\d+(?:\.\d+)?)ep)?(?:(?P<iterations>\d+)it)?")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A duration or a point in training, in epochs plus iterations (optimizer steps).
+    """A duration or a point in training: epochs, plus iterations (optimizer steps), plus a share of the whole run.
 
     Attributes:
         epochs: Exact number of epochs, possibly a fraction of one.
         iterations: Optimizer steps on top.
+        share: Of all optimizer steps of the run, on top; 1 is the whole run.
     """
 
     epochs: Fraction = Fraction(0)
     iterations: int = 0
+    share: Fraction = Fraction(0)
 
     @classmethod
     def parse(cls, text: Step | str) -> Step:
-        """Read ``'3ep'``, ``'0.25ep'``, ``'2000it'`` or ``'1ep50it'``; anything else is an `InputError`."""
+        """Read ``'3ep'``, ``'0.25ep'``, ``'2000it'``, ``'1ep50it'`` or ``'80%'``; anything else is an `InputError`."""
         if isinstance(text, Step):
             return text
         match = _PATTERN.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None or not any(match.groups()):
             raise InputError(
-                f"step {text!r} has no unit or cannot be read", hint="write epochs as '3ep' or iterations as '2000it'"
+                f"step {text!r} has no unit or cannot be read",
+                hint="write epochs as '3ep', iterations as '2000it', or a share of the run as '80%'",
             )
-        return cls(Fraction(match["epochs"] or 0), int(match["iterations"] or 0))
+        return cls(Fraction(match["epochs"] or 0), int(match["iterations"] or 0), Fraction(match["percent"] or 0) / 100)
 
-    def in_iterations(self, steps_per_epoch: int | None) -> int:
+    def in_iterations(self, steps_per_epoch: int | None, total_steps: int | None = None) -> int:
         """Return the number of optimizer steps, rounded to the nearest.
 
         Args:
             steps_per_epoch: Optimizer steps in an epoch; needed only when the step has an epoch part.
+            total_steps: Optimizer steps of the run; needed only when the step is a share of it.
 
         Raises:
-            InputError: The step counts epochs and ``steps_per_epoch`` is unknown.
+            InputError: The step counts epochs, or is a share of the run, and their length is unknown.
         """
         if self.epochs and not steps_per_epoch:
             raise InputError(
                 f"step '{self}' counts epochs, but the length of an epoch is unknown",
                 hint="pass steps_per_epoch=len(loader) to attach, or write the step in iterations ('500it')",
             )
-        return round(self.epochs * (steps_per_epoch or 0)) + self.iterations
+        if self.share and not total_steps:
+            raise InputError(
+                f"step '{self}' is a share of the run, whose length is unknown",
+                hint="pass total_steps=epochs * len(loader) to attach, or write the step in iterations ('500it')",
+            )
+        return round(self.epochs * (steps_per_epoch or 0) + self.share * (total_steps or 0)) + self.iterations
 
     def __str__(self) -> str:
-        epochs = f"{_decimal(self.epochs)}ep" if self.epochs else ""
-        return epochs + (f"{self.iterations}it" if self.iterations or not epochs else "")
+        text = f"{_decimal(100 * self.share)}%" if self.share else ""
+        text += f"{_decimal(self.epochs)}ep" if self.epochs else ""
+        return text + (f"{self.iterations}it" if self.iterations or not text else "")
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:

@@ -25,9 +25,9 @@ def test_every_shipped_recipe_is_valid_and_survives_its_own_text() -> None:
         assert Recipe.from_values(recipe.values()) == recipe
 
 
-@given(epochs=st.decimals(0, 5000, places=9), iterations=st.integers(0, 10**9))
-def test_a_step_survives_its_own_text(epochs: Decimal, iterations: int) -> None:
-    step = Step(Fraction(epochs), iterations)
+@given(epochs=st.decimals(0, 5000, places=9), iterations=st.integers(0, 10**9), percent=st.decimals(0, 100, places=4))
+def test_a_step_survives_its_own_text(epochs: Decimal, iterations: int, percent: Decimal) -> None:
+    step = Step(Fraction(epochs), iterations, Fraction(percent) / 100)
     assert Step.parse(str(step)) == step
 
 
@@ -40,7 +40,7 @@ def test_the_published_recipe_is_the_published_setting() -> None:
     recipe = Recipe.from_toml(next(path for path in RECIPES if "published" in path.name))
     assert (recipe.lr, recipe.batch_size, recipe.epochs, recipe.weight_decay) == (0.1, 256, 160, 1e-4)
     assert recipe.milestones == (Step.parse("80ep"), Step.parse("120ep"))
-    bird = recipe.build_method()
+    bird = recipe.build_methods()["early_bird"]
     assert (bird.score, bird.sparsity, bird.window, bird.tolerance) == ("bn_scale", 1e-4, 5, 0.1)
     assert bird.deadline is None
 
@@ -54,7 +54,7 @@ def test_toml_round_trip_keeps_every_key(tmp_path: Path) -> None:
     path.write_text(recipe.to_toml())
     assert Recipe.from_toml(path) == recipe
     assert Recipe.from_toml(path).hash() == recipe.hash()
-    assert set(tomllib.loads(recipe.to_toml())) == {key.name for key in keys()}
+    assert set(tomllib.loads(recipe.to_toml())) == {key.name for key in keys() if key.method in ("", "early_bird")}
 
 
 @settings(max_examples=50, deadline=None)
@@ -94,7 +94,7 @@ def test_flags_win_over_the_file_and_the_file_over_preset_and_data(tmp_path: Pat
     path.write_text('data = "cifar10"\npreset = "published"\nwindow = 7\nepochs = 3\n')
     recipe = Recipe.from_toml(path, {"epochs": "4"})
     assert (recipe.epochs, recipe.crop) == (4, 4)  # flag; default of the data set
-    bird = recipe.build_method()
+    bird = recipe.build_methods()["early_bird"]
     assert (bird.window, bird.score) == (7, "bn_scale")  # file; preset
 
 
@@ -159,7 +159,7 @@ def test_no_file_and_not_toml(tmp_path: Path) -> None:
 def test_keeping_everything_is_the_dense_run(keep: Any) -> None:
     recipe = Recipe.from_values({"keep": keep})
     assert recipe.dense
-    assert recipe.build_method() is None
+    assert recipe.build_methods() == {}
 
 
 def test_hash_knows_what_changes_the_weights() -> None:
@@ -174,11 +174,11 @@ def test_hash_knows_what_changes_the_weights() -> None:
 def test_every_field_of_the_method_is_a_key_with_help() -> None:
     by_name = {key.name: key for key in keys()}
     for field in dataclasses.fields(EarlyBird):
-        assert by_name[field.name].method
+        assert by_name[field.name].method == "early_bird"
         assert by_name[field.name].help
     assert all(key.help for key in by_name.values())
-    assert not {field.name for field in dataclasses.fields(EarlyBird)} & set(Recipe.model_fields)
-    assert Recipe.from_values().build_method() == EarlyBird()
+    assert len(by_name) == len(keys())  # no two methods, and no method and the recipe, share a name
+    assert Recipe.from_values().build_methods() == {"early_bird": EarlyBird()}
     assert method_class("early_bird") is EarlyBird
 
 
@@ -197,3 +197,36 @@ def test_the_name_is_always_a_plain_file_name(text: str) -> None:
     assert name[0] not in ".-"
     assert len(name) < 200
     assert ".." not in name
+
+
+@pytest.mark.parametrize("text", ["early_bird,progressive_resizing", ("early_bird", "progressive_resizing")])
+def test_methods_compose_and_each_gets_its_own_settings(text: Any) -> None:
+    recipe = Recipe.from_values({"method": text, "keep": "0.3", "initial_scale": "0.75"})
+    methods = recipe.build_methods()
+    assert list(methods) == ["early_bird", "progressive_resizing"]
+    assert (methods["early_bird"].keep, methods["progressive_resizing"].initial_scale) == (0.3, 0.75)
+    assert recipe.replace(seed=1).build_methods() == methods
+
+
+def test_a_recipe_file_names_one_method_or_several(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('method = "progressive_resizing"\n')
+    assert Recipe.from_toml(path).method == ("progressive_resizing",)
+    path.write_text('method = ["progressive_resizing", "early_bird"]\n')
+    recipe = Recipe.from_toml(path)
+    path.write_text(recipe.to_toml())
+    assert Recipe.from_toml(path) == recipe
+
+
+def test_settings_of_a_method_that_is_not_there_are_refused() -> None:
+    with pytest.raises(InputError, match="'initial_scale' belongs to the method progressive_resizing") as error:
+        Recipe.from_values({"initial_scale": 0.75})
+    assert "progressive_resizing,early_bird" in str(error.value)
+    with pytest.raises(InputError, match="twice"):
+        Recipe.from_values({"method": "early_bird,early_bird"})
+
+
+def test_keeping_everything_leaves_the_other_methods() -> None:
+    recipe = Recipe.from_values({"method": "early_bird,progressive_resizing", "keep": 1, "window": 4})
+    assert not recipe.dense
+    assert list(recipe.build_methods()) == ["progressive_resizing"]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from earlybird.errors import InputError, nearest
+from earlybird.settings import accepted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -169,10 +170,7 @@ def _accepted(factory: Callable[..., Any], offered: dict[str, Any]) -> dict[str,
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         named = "num_classes" in parameters and "classes" not in parameters
         return {key: value for key, value in offered.items() if key != ("classes" if named else "num_classes")}
-    by_keyword = {
-        key for key, item in parameters.items() if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)
-    }
-    return {key: value for key, value in offered.items() if key in by_keyword}
+    return accepted(factory, offered)
 
 
 def _check_output(model: nn.Module, spec: str, *, classes: int, in_channels: int, image_size: int) -> None:

@@ -20,7 +20,6 @@ Deviations, each with the published behaviour as an option:
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from earlybird.calls import unwrapped
 from earlybird.errors import InputError
+from earlybird.settings import check_share
 from earlybird.tickets.coupling import Group, Member, find_groups
 from earlybird.tickets.layers import width
 from earlybird.tickets.scores import score_channels
@@ -99,13 +99,6 @@ def draw(
     if macs_share is not None:
         provenance["macs_share"] = macs_share
     return Ticket(masks, provenance=provenance)
-
-
-def check_share(name: str, value: Any) -> float:
-    """Return ``value`` as a float in (0, 1], or raise an `InputError` that names it."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) <= 1:
-        raise InputError(f"{name} is {value!r}", needed="a share greater than 0 and at most 1")
-    return float(value)
 
 
 def _check_scores(scores: Mapping[str, Tensor], model: nn.Module) -> None:

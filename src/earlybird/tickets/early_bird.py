@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -42,14 +42,11 @@ from torch import nn
 
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger
+from earlybird.settings import check_share, option
 from earlybird.step import Step
-from earlybird.tickets.draw import Coupled, Scope, check_share
+from earlybird.tickets.draw import Coupled, Scope
 from earlybird.tickets.scores import SCORES
 from earlybird.tickets.search import Search
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,36 +57,36 @@ class EarlyBird:
         InputError: A value is out of its range; the message names it.
     """
 
-    keep: float | tuple[float, ...] = _option(
+    keep: float | tuple[float, ...] = option(
         0.5,
         "Share of the channels that stay, in (0, 1]; of several, the first one is trained, the others are only drawn.",
     )
-    score: Literal["taylor", "bn_scale", "magnitude"] = _option("taylor", "What a channel is worth.")
-    score_memory: float = _option(0.998, "Decay a step of the running mean of Taylor scores, in [0, 1).")
-    macs_share: float | None = _option(
+    score: Literal["taylor", "bn_scale", "magnitude"] = option("taylor", "What a channel is worth.")
+    score_memory: float = option(0.998, "Decay a step of the running mean of Taylor scores, in [0, 1).")
+    macs_share: float | None = option(
         None, "Upper bound on the ticket's MACs as a share of dense; the ranking then knows what a channel costs."
     )
-    look_every: Step = _option(Step.parse("0.125ep"), "How often a mask is drawn and compared.")
-    skip: Step = _option(Step.parse("0.25ep"), "Warm-up: looks before this point are left out.")
-    window: int = _option(3, "How many masks must agree, the newest included.")
-    tolerance: float = _option(0.1, "Largest mask distance that counts as agreement, 0 to 1.")
-    deadline: Step | None = _option(
+    look_every: Step = option(Step.parse("0.125ep"), "How often a mask is drawn and compared.")
+    skip: Step = option(Step.parse("0.25ep"), "Warm-up: looks before this point are left out.")
+    window: int = option(3, "How many masks must agree, the newest included.")
+    tolerance: float = option(0.1, "Largest mask distance that counts as agreement, 0 to 1.")
+    deadline: Step | None = option(
         Step.parse("1ep"), "When to draw the best ticket so far, agreed or not; 'none' waits."
     )
-    sparsity: float = _option(0.0, "L1 subgradient added to batch-norm scales during the search.")
-    sparsity_after: bool = _option(False, "Keep the L1 term on after the draw.")
-    scope: Scope = _option("network", "Rank the whole 'network' together, or each 'layer' by itself.")
-    coupled: Coupled = _option(
+    sparsity: float = option(0.0, "L1 subgradient added to batch-norm scales during the search.")
+    sparsity_after: bool = option(False, "Keep the L1 term on after the draw.")
+    scope: Scope = option("network", "Rank the whole 'network' together, or each 'layer' by itself.")
+    coupled: Coupled = option(
         "group", "Channels of residual sums: 'whole' never cuts them, 'group' cuts them together."
     )
-    weights: Literal["continue", "reinitialise"] = _option("continue", "Go on with the dense weights, or start anew.")
-    optimizer_state: Literal["keep", "reset"] = _option("keep", "Go on with the optimizer's state, or start empty.")
-    refit: Literal["none", "batch_norm", "least_squares"] = _option("batch_norm", "What is mended right after the cut.")
-    round_to: int | None = _option(None, "Multiple that widths are rounded up to; 'none' takes what suits the device.")
-    shuffle: bool = _option(
+    weights: Literal["continue", "reinitialise"] = option("continue", "Go on with the dense weights, or start anew.")
+    optimizer_state: Literal["keep", "reset"] = option("keep", "Go on with the optimizer's state, or start empty.")
+    refit: Literal["none", "batch_norm", "least_squares"] = option("batch_norm", "What is mended right after the cut.")
+    round_to: int | None = option(None, "Multiple that widths are rounded up to; 'none' takes what suits the device.")
+    shuffle: bool = option(
         False, "Control experiment: as many channels a layer as the ticket keeps, but chosen at random."
     )
-    strict: bool = _option(False, "Compare scores with the published 'score > threshold'.")
+    strict: bool = option(False, "Compare scores with the published 'score > threshold'.")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
@@ -160,6 +157,7 @@ class EarlyBird:
         *,
         example_inputs: Any = None,
         steps_per_epoch: int | None = None,
+        total_steps: int | None = None,
         calibration: Callable[[], Iterable[Any]] | None = None,
         fresh: Callable[[], nn.Module] | None = None,
         ledger: Ledger | None = None,
@@ -175,6 +173,7 @@ class EarlyBird:
             example_inputs: A tensor, tuple or dict the model runs on; a batch of one is enough. Default: the training
                 batch at hand when the graph is first needed.
             steps_per_epoch: Optimizer steps in an epoch; needed when a step is given in epochs.
+            total_steps: Optimizer steps of the whole training; needed when a step is a share of it ('10%').
             calibration: Returns batches of training inputs for the refit, the same ones at each call. Default: the
                 inputs of the step at which the ticket is drawn.
             fresh: Builds the dense model with new weights, for ``weights='reinitialise'``. Default: each layer's
@@ -189,4 +188,6 @@ class EarlyBird:
             InputError: The model has nothing to rank or is searched already, or no optimizer holds its parameters.
             ShrinkError: The graph of the model cannot be followed (with ``example_inputs``; else at the first look).
         """
-        return Search(self, model, optimizer, example_inputs, steps_per_epoch, calibration, fresh, ledger, seed)
+        return Search(
+            self, model, optimizer, example_inputs, steps_per_epoch, total_steps, calibration, fresh, ledger, seed
+        )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from earlybird.calls import Call, Hook, batch_size, first_sample, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger
+from earlybird.settings import check_count
 from earlybird.step import Step
 from earlybird.tickets.coupling import Group, find_groups
 from earlybird.tickets.draw import draw_coupled, ranked, shuffle
@@ -50,6 +51,7 @@ class Search:
         optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
         example_inputs: Any,
         steps_per_epoch: int | None,
+        total_steps: int | None,
         calibration: Callable[[], Iterable[Any]] | None,
         fresh: Callable[[], nn.Module] | None,
         ledger: Ledger | None,
@@ -68,10 +70,12 @@ class Search:
             raise InputError("no optimizer was given", needed="the one that trains the model, or several")
         self._example_inputs, self._calibration, self._seed = example_inputs, calibration, seed
         self._fresh = fresh
-        self._steps_per_epoch = _check_steps_per_epoch(steps_per_epoch)
-        self._look_every = max(settings.look_every.in_iterations(steps_per_epoch), 1)
-        self._skip = settings.skip.in_iterations(steps_per_epoch)
-        self._deadline = None if settings.deadline is None else max(settings.deadline.in_iterations(steps_per_epoch), 1)
+        self._steps_per_epoch = check_count("steps_per_epoch", steps_per_epoch, "len(loader)")
+        check_count("total_steps", total_steps, "epochs * len(loader)")
+        self._look_every = max(settings.look_every.in_iterations(steps_per_epoch, total_steps), 1)
+        self._skip = settings.skip.in_iterations(steps_per_epoch, total_steps)
+        deadline = settings.deadline
+        self._deadline = None if deadline is None else max(deadline.in_iterations(steps_per_epoch, total_steps), 1)
         self._steps = 0
         self._masks: dict[float, list[Tensor]] = {ratio: [] for ratio in settings.ratios}
         self._looked_at: list[int] = []
@@ -438,12 +442,6 @@ def _with_rounded(ticket: Ticket, rounded: Mapping[str, list[int]]) -> Ticket:
     for name, channels in rounded.items():
         masks[name][channels] = True
     return Ticket(masks, ticket.kinds, {**ticket.provenance, "rounded": sum(map(len, rounded.values()))})
-
-
-def _check_steps_per_epoch(value: Any) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InputError(f"steps_per_epoch is {value!r}", needed="a whole number of at least 1, such as len(loader)")
-    return value
 
 
 def _check_processes(model: nn.Module, settings: EarlyBird, calibration: Any) -> None:

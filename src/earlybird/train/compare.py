@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,7 @@ def _recipe(recipe: Recipe, name: str, seed: int, done: Mapping[tuple[str, int],
 
 
 def _scaled(point: Step, share: float) -> Step:
-    return Step.parse(f"{float(point.epochs) * share:.6f}ep{round(point.iterations * share)}it")
+    return Step(Fraction(f"{float(point.epochs) * share:.6f}"), round(point.iterations * share), point.share)
 
 
 def _width(recipe: Recipe, ticket: Mapping[str, Any]) -> float:

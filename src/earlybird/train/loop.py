@@ -65,8 +65,9 @@ def fit(run: Run, stop: StopSignal) -> None:
         Interrupted: A signal came; the state is saved.
     """
     recipe, spe = run.recipe, run.steps_per_epoch
-    evaluate_every = max(recipe.evaluate_every.in_iterations(spe), 1)
-    checkpoint_every = None if recipe.checkpoint_every is None else max(recipe.checkpoint_every.in_iterations(spe), 1)
+    evaluate_every = max(recipe.evaluate_every.in_iterations(spe, run.total), 1)
+    saves = recipe.checkpoint_every
+    checkpoint_every = None if saves is None else max(saves.in_iterations(spe, run.total), 1)
     waits = _waits(run)
     saver = _Saver()
     run.model.train()

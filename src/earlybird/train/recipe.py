@@ -1,8 +1,8 @@
 """One flat list of settings for a run, as TOML file, as flags and as a checked value.
 
-The keys are the fields of `Recipe` and, beside them, the fields of the method's dataclass; the method is found by name
+The keys are the fields of `Recipe` and, beside them, the fields of the methods' dataclasses; methods are found by name
 in `earlybird.methods`, so this file knows none. Precedence, last wins: defaults, defaults of the data set, preset of
-the method, TOML file, flags.
+the methods, TOML file, flags.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class Recipe(BaseModel):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     clip_norm: float | None = Field(None, gt=0, description="gradients are scaled down to this norm")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of an average of the weights, which is the result")
-    # the method
-    dense: bool = Field(False, description="train the whole model, without a method")
-    method: str = Field("early_bird", description="see 'earlybird methods'")
-    preset: str = Field("default", description="named settings of the method: default or published")
-    settings: dict[str, Any] = Field(default_factory=dict, description="fields of the method; flat in files and flags")
+    # the methods
+    dense: bool = Field(False, description="train the whole model, without any method")
+    method: tuple[str, ...] = Field(("early_bird",), min_length=1, description="one or several of 'earlybird methods'")
+    preset: str = Field("default", description="named settings of the methods: default or published")
+    settings: dict[str, Any] = Field(default_factory=dict, description="fields of the methods; flat in files and flags")
     # where and how it is computed
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order of images, augmentation and dropout")
     tune: bool = Field(True, description="choose what is 'auto' below by timed steps")
@@ -128,8 +128,11 @@ class Recipe(BaseModel):
         return _build({}, values or {}, where="recipe")
 
     def replace(self, **changes: Any) -> Recipe:
-        """Return this recipe with some keys changed; everything else stays as it is."""
-        return _build({**self.values(), **changes}, {}, where="recipe")
+        """Return this recipe with some keys changed; everything else stays, but for settings of methods that go."""
+        methods = changes.get("method", self.method)
+        stay = {key.name for key in keys() if key.method in ("", *methods)}
+        own = {name: value for name, value in self.values().items() if name in stay}
+        return _build({**own, **changes}, {}, where="recipe")
 
     def values(self) -> dict[str, Any]:
         """Return every key, flat, with its value; steps are `Step`."""
@@ -148,9 +151,10 @@ class Recipe(BaseModel):
         text = json.dumps({key: _as_toml(value) for key, value in values.items()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def build_method(self) -> Any:
-        """Return the method with its settings, or None for a dense run."""
-        return None if self.dense else method_class(self.method)(**self.settings)
+    def build_methods(self) -> dict[str, Any]:
+        """Return the methods with their settings by name, in the order given; none for a dense run."""
+        names = () if self.dense else self.method
+        return {name: method_class(name)(**_own_settings(name, self.settings)) for name in names}
 
     @property
     def name(self) -> str:
@@ -183,31 +187,40 @@ class Key:
         type: Type annotation.
         default: General default, before the data set's.
         help: One line.
-        method: The key belongs to the method.
+        method: Name of the method to which the key belongs; '' for a key of every run.
     """
 
     name: str
     type: Any
     default: Any
     help: str
-    method: bool
+    method: str
 
 
 @functools.cache
-def keys(method: str = "early_bird") -> tuple[Key, ...]:
-    """Return all keys of a recipe with ``method``, in the order of the file."""
+def keys() -> tuple[Key, ...]:
+    """Return all keys of recipes, in the order of the file; no two methods share the name of one."""
+    from earlybird.methods import METHODS
+
     own = [
-        Key(name, _OWN[name], field.get_default(call_default_factory=True), field.description or "", False)
+        Key(name, _OWN[name], field.get_default(call_default_factory=True), field.description or "", "")
         for name, field in Recipe.model_fields.items()
         if name != "settings"
     ]
+    return (*own, *(key for method in METHODS for key in _keys_of(method)))
+
+
+def _keys_of(method: str) -> list[Key]:
     cls = method_class(method)
     hints = typing.get_type_hints(cls)
-    theirs = [
-        Key(field.name, hints[field.name], _default(field), field.metadata.get("help", ""), True)
+    return [
+        Key(field.name, hints[field.name], _default(field), field.metadata.get("help", ""), method)
         for field in dataclasses.fields(cls)
     ]
-    return (*own, *theirs)
+
+
+def _own_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: settings[field.name] for field in dataclasses.fields(method_class(method))}
 
 
 def method_class(name: str) -> Any:
@@ -230,35 +243,48 @@ _OWN = typing.get_type_hints(Recipe, include_extras=True)
 
 def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -> Recipe:
     given = {**values, **flags}
-    method = given.get("method", Recipe.model_fields["method"].default)
-    by_name = {key.name: key for key in keys(method if isinstance(method, str) else "")}
-    for name in given:
-        if name not in by_name:
-            raise InputError(f"{where}: unknown key '{name}'", hint=nearest(name, by_name))
-
+    by_name = {key.name: key for key in keys()}
     typed: dict[str, Any] = {}
     for name, value in given.items():
+        if name not in by_name:
+            raise InputError(f"{where}: unknown key '{name}'", hint=nearest(name, by_name))
         key = by_name[name]
         typed[name] = _check(where, key, _from_text(value, key) if name in flags else _from_toml(value, key))
+
+    methods: tuple[str, ...] = typed.get("method", by_name["method"].default)
+    classes = {name: method_class(name) for name in methods}
+    if len(classes) < len(methods):
+        raise InputError(f"{where}: method = {', '.join(methods)} names one twice")
+    for name in typed:
+        owner = by_name[name].method
+        if owner and owner not in classes:
+            raise InputError(
+                f"{where}: '{name}' belongs to the method {owner}, and the run has {', '.join(methods)}",
+                hint=f"set method = '{','.join((owner, *methods))}'",
+            )
     if typed.get("keep") in (1, (1,), (1.0,)):
-        # Keeping everything is the dense run; no search is needed to find that out.
+        # Keeping everything is the run without a ticket; no search is needed to find that out.
         del typed["keep"]
-        typed["dense"] = True
+        others = [name for name in methods if name != by_name["keep"].method]
+        if others:
+            classes = {name: classes[name] for name in others}
+            typed = {name: value for name, value in typed.items() if by_name[name].method in ("", *others)}
+            typed["method"] = tuple(others)
+        else:
+            typed["dense"] = True
 
     data = typed.get("data", Recipe.model_fields["data"].default)
     filled = {**_BY_DATA.get(data, {}), **_BY_OPTIMIZER.get(typed.get("optimizer", ""), {}), **typed}
-    cls = method_class(method)
-    preset = _preset(cls, filled.get("preset", "default"))
-    # Presets come in under whatever was said explicitly.
+    preset = _preset(list(classes.values()), filled.get("preset", "default"))
     settings = {
-        name: filled[name] if name in filled else _check(where, by_name[name], preset[name])
+        # Presets come in under whatever was said explicitly.
+        name: filled[name] if name in filled else _check(where, key, preset[name]) if name in preset else key.default
         for name, key in by_name.items()
-        if key.method and (name in filled or name in preset)
+        if key.method in classes
     }
-    defaults = {field.name: _default(field) for field in dataclasses.fields(cls)}
-    settings = {**defaults, **settings}
     try:
-        cls(**settings)
+        for name, cls in classes.items():
+            cls(**_own_settings(name, settings))
         return Recipe(**{k: v for k, v in filled.items() if not by_name[k].method}, settings=settings)
     except ValidationError as error:
         raise InputError(f"{where}: {_say(error)}") from error
@@ -277,6 +303,8 @@ def _check(where: str, key: Key, value: Any) -> Any:
 def _from_toml(value: Any, key: Key) -> Any:
     if value == "none" and type(None) in typing.get_args(key.type):
         return None
+    if isinstance(value, str) and key.type == tuple[str, ...]:
+        return tuple(part.strip() for part in value.split(","))
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -309,11 +337,15 @@ def _adapter(key: Key, *, ranged: bool = False) -> TypeAdapter[Any]:
     return TypeAdapter(hint)
 
 
-def _preset(cls: Any, name: str) -> Mapping[str, Any]:
-    presets: Mapping[str, Mapping[str, Any]] = {"default": {}, **getattr(cls, "PRESETS", {})}
+def _preset(classes: Iterable[Any], name: str) -> dict[str, Any]:
+    """Return the settings of every method that has a preset of this name."""
+    presets: dict[str, dict[str, Any]] = {"default": {}}
+    for cls in classes:
+        for known, settings in getattr(cls, "PRESETS", {}).items():
+            presets[known] = {**presets.get(known, {}), **settings}
     if name not in presets:
-        known = ", ".join(presets)
-        raise InputError(f"unknown preset '{name}'", needed=f"one of {known}", hint=nearest(name, presets))
+        listed = ", ".join(presets)
+        raise InputError(f"unknown preset '{name}'", needed=f"one of {listed}", hint=nearest(name, presets))
     return presets[name]
 
 

@@ -16,7 +16,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from earlybird.errors import CheckpointError, DivergedError, InputError, Interru
 from earlybird.files import write_tensors, write_text
 from earlybird.ledger import Ledger
 from earlybird.models.blueprint import Blueprint
+from earlybird.settings import accepted
 from earlybird.tickets.refit import estimate_batch_norms
 from earlybird.train import checkpoint, ema
 from earlybird.train.folder import RunFolder
@@ -56,6 +57,16 @@ CALIBRATION_IMAGES = 2048
 class Attached(Protocol):
     """What the run asks of a method that has been attached to model and optimizer."""
 
+    def status(self) -> dict[str, float | str]: ...  # noqa: D102
+    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...  # noqa: D102
+    def detach(self) -> None: ...  # noqa: D102
+
+
+@runtime_checkable
+class Drawing(Attached, Protocol):
+    """What the run asks of a method that draws a ticket, beside that."""
+
     drawn_at: int | None
     ticket: Any
     change: Any
@@ -63,11 +74,7 @@ class Attached(Protocol):
 
     @property
     def drawn(self) -> bool: ...  # noqa: D102
-    def status(self) -> dict[str, float | str]: ...  # noqa: D102
     def distance_matrix(self) -> tuple[list[int], Tensor]: ...  # noqa: D102
-    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...  # noqa: D102
-    def detach(self) -> None: ...  # noqa: D102
 
 
 def train(
@@ -186,7 +193,8 @@ class Run:
         step: Optimizer steps done.
         total: Optimizer steps of the whole run.
         steps_per_epoch: Of them.
-        search: The attached method, or None in a dense run.
+        methods: The attached methods by name, in the order of the recipe.
+        search: The one of them that draws a ticket, or None.
     """
 
     def __init__(
@@ -239,19 +247,20 @@ class Run:
         self._layout()
         self.optimizer = make_optimizer(recipe, self.model)
         ledger.watch(self.model, self.optimizer, example)
-        method = recipe.build_method()
-        self.search: Attached | None = None
-        if method is not None:
-            self.search = method.attach(
-                self.model,
-                self.optimizer,
-                example_inputs=example,
-                steps_per_epoch=self.steps_per_epoch,
-                calibration=self.calibration,
-                fresh=lambda: self.blueprint.build(recipe.seed + _OTHER_WEIGHTS),
-                ledger=ledger,
-                seed=recipe.seed,
-            )
+        context = {
+            "example_inputs": example,
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total,
+            "calibration": self.calibration,
+            "fresh": lambda: self.blueprint.build(recipe.seed + _OTHER_WEIGHTS),
+            "ledger": ledger,
+            "seed": recipe.seed,
+        }
+        self.methods: dict[str, Attached] = {
+            name: method.attach(self.model, self.optimizer, **accepted(method.attach, context))
+            for name, method in recipe.build_methods().items()
+        }
+        self.search = next((method for method in self.methods.values() if isinstance(method, Drawing)), None)
         self._shape_drawn = False
         self.forward: Callable[[Tensor], Tensor] = self._wrap()
         self.step = 0
@@ -435,7 +444,7 @@ class Run:
             self.emit("step", {"step": self.step})
 
     def _status(self) -> dict[str, float | str]:
-        return {} if self.search is None else self.search.status()
+        return {key: value for method in self.methods.values() for key, value in method.status().items()}
 
     def emit(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Tell ``on_event``."""
@@ -455,7 +464,7 @@ class Run:
             "loss": [self._loss_over_ranks(), self.loss_steps],
             "last_row": [self.accuracy, self.test_loss],
             "model": checkpoint.capture(self.model, self.optimizer),
-            "search": None if self.search is None else self.search.state_dict(),
+            "methods": {name: method.state_dict() for name, method in self.methods.items()},
             "ledger": self.ledger.state_dict(),
             "generators": self._gather_generators(),
         }
@@ -539,8 +548,8 @@ class Run:
                     f"the checkpoint has {name} = {state[name]}, this run {now}",
                     hint="resume with as many processes, and with the data unchanged",
                 )
-        if self.search is not None:
-            self.search.load_state_dict(state["search"])
+        for name, method in self.methods.items():
+            method.load_state_dict(state["methods"][name])
         if self.needs_rebuild:
             self._shape_drawn = True
             self._layout()
@@ -615,6 +624,6 @@ class Run:
         self.display.close()
         if self._board is not None:
             self._board.close()
-        if self.search is not None:
-            self.search.detach()
+        for method in self.methods.values():
+            method.detach()
         self.ledger.unwatch()

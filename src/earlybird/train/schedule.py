@@ -53,12 +53,12 @@ class Schedule:
         """
         total = recipe.epochs * steps_per_epoch
         if recipe.lr_warmup is not None:
-            warmup = recipe.lr_warmup.in_iterations(steps_per_epoch)
+            warmup = recipe.lr_warmup.in_iterations(steps_per_epoch, total)
         else:
             warmup = round(ONE_CYCLE_WARMUP * total) if recipe.schedule == "one_cycle" else 0
         if warmup >= total and warmup > 0:
             raise InputError(f"lr_warmup = {recipe.lr_warmup} is as long as the run of {total} steps or longer")
-        milestones = tuple(point.in_iterations(steps_per_epoch) for point in recipe.milestones)
+        milestones = tuple(point.in_iterations(steps_per_epoch, total) for point in recipe.milestones)
         if list(milestones) != sorted(set(milestones)):
             raise InputError(f"milestones are {', '.join(map(str, recipe.milestones))}", needed="ascending points")
         if milestones and milestones[-1] >= total:

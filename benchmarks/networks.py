@@ -1,0 +1,48 @@
+"""Claim: on other networks, too, the early ticket costs less than tuned dense training, at nearly its accuracy.
+
+ResNet-20, ResNet-18 at half width, PreActResNet-29 and MobileNetV2 on CIFAR-10, dense and with an early ticket, and
+dense for the ticket's time. A ratio below 1.5 is told as such: residual sums tie channels together, and compact
+networks have few to give.
+
+    EARLYBIRD_DATA=... python benchmarks/networks.py --budget 60      # resumable
+    python benchmarks/networks.py --table
+"""
+
+from __future__ import annotations
+
+from contest import Contestant, Task, main
+from tables import contest_tables
+
+NAME = "networks"
+
+_SHORT = {"epochs": 6}
+
+TASKS = {
+    "resnet20": Task("ResNet-20, CIFAR-10, 6 epochs", "resnet20-cifar10", _SHORT),
+    "resnet18": Task("ResNet-18, half width, CIFAR-10, 6 epochs", "resnet18-cifar10", {**_SHORT, "width": 0.5}),
+    "preact_resnet29": Task(
+        "PreActResNet-29, CIFAR-10, 6 epochs", "resnet20-cifar10", {**_SHORT, "model": "preact_resnet29"}
+    ),
+    "mobilenet_v2": Task("MobileNetV2, CIFAR-10, 6 epochs", "resnet20-cifar10", {**_SHORT, "model": "mobilenet_v2"}),
+    "quick": Task(
+        "ResNet-20, half width, CIFAR-10, 1 epoch (shows that it runs, proves nothing)", "resnet20-cifar10",
+        {"width": 0.5, "epochs": 1, "deadline": "30%"}, seeds=1, budget_s=300,
+    ),
+}  # fmt: skip
+
+CONTESTANTS = {
+    "dense": Contestant("dense, tuned", {"dense": True}),
+    "ticket": Contestant("**early ticket** (default)", {"keep": 0.5}),
+    "dense-equal-time": Contestant(
+        "dense, fewer epochs: the ticket's time", {"dense": True}, needs=("dense", "ticket"), equal_time=True
+    ),
+}
+
+
+def table() -> str:
+    """Return the results as Markdown, one table a network."""
+    return contest_tables(NAME, TASKS, CONTESTANTS)
+
+
+if __name__ == "__main__":
+    main(NAME, __doc__, TASKS, CONTESTANTS, table, default=[name for name in TASKS if name != "quick"])

@@ -1,0 +1,124 @@
+"""Tables of contests, as Markdown: means over seeds, differences and ratios within a seed, failures in words."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common import comparable, rows, source, spread
+from contest import Contestant, Task
+
+Row = dict[str, Any]
+
+
+def contest_tables(name: str, tasks: Mapping[str, Task], contestants: Mapping[str, Contestant]) -> str:
+    """Return one table a task that has rows."""
+    everything = rows(name)
+    blocks = []
+    for task_name, task in tasks.items():
+        block = [row for row in everything if row["task"] == task_name]
+        if block:
+            blocks.append(contest_table(task, block, contestants, source(name)))
+    return "\n".join(blocks)
+
+
+def contest_table(task: Task, block: Sequence[Row], contestants: Mapping[str, Contestant], now: str) -> str:
+    """Return the table of one task.
+
+    Args:
+        task: What was trained.
+        block: Its rows, newest last; of several of one contestant and seed, the last one counts.
+        contestants: In the order of the table.
+        now: Source digits of today's scripts; rows of others are marked.
+    """
+    newest = {(row["contestant"], row["seed"]): row for row in block}
+    done = {key: row for key, row in newest.items() if row["status"] == "done"}
+    lines = [
+        f"### {task.title}",
+        "",
+        _origin(list(newest.values())),
+        "",
+        "| network | seeds | test accuracy | points against dense | seconds | plain / this | dense / this "
+        "| training MACs, dense / this | modelled J | weights |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    marks: set[str] = set()
+    for contestant_name, contestant in contestants.items():
+        mine = [row for (who, _), row in done.items() if who == contestant_name]
+        if mine:
+            lines.append(_line(contestant_name, contestant, mine, done, now, marks))
+    lines += [
+        f"| {contestants[who].label} | seed {seed} | {row['status']} | | | | | | | |"
+        for (who, seed), row in newest.items()
+        if row["status"] != "done" and who in contestants
+    ]
+    if marks:
+        lines += ["", *(_MARKS[mark] for mark in _MARKS if mark in marks)]
+    return "\n".join([*lines, ""])
+
+
+_MARKS = {
+    "*": "\\* partner runs of another session are among them: the machine may have been faster or slower then.",
+    "†": "† measured with an older version of these scripts.",
+    "‡": "‡ extrapolated from timed steps and a test epoch; its accuracy was not measured.",
+}
+
+
+def _line(
+    name: str, contestant: Contestant, mine: list[Row], done: Mapping[tuple[str, int], Row], now: str, marks: set[str]
+) -> str:
+    accuracies = [100 * row["accuracy"] for row in mine if row["accuracy"] is not None]
+    points = [100 * (row["accuracy"] - dense["accuracy"]) for row, dense in paired(mine, done, "dense", "accuracy")]
+    cells = []
+    for other, key in (("plain", "seconds"), ("dense", "seconds"), ("dense", "macs")):
+        pairs = paired(mine, done, other, key) if name not in ("plain", other) else []
+        apart = key == "seconds" and any(row.get("session") != partner.get("session") for row, partner in pairs)
+        marks |= {"*"} if apart else set()
+        ratios = [partner[key] / row[key] for row, partner in pairs]
+        cells.append(f"{spread(ratios)}x{'*' if apart else ''}" if ratios else "")
+    older = "†" if any(row.get("source") != now for row in mine) else ""
+    extrapolated = "‡" if any(row["seconds_kind"].startswith("extrapolated") for row in mine) else ""
+    marks |= {older, extrapolated} - {""}
+    joules = [row["joules"] for row in mine if row.get("joules")]
+    return "| " + " | ".join([
+        f"{contestant.label}{older}",
+        str(len(mine)),
+        f"{spread(accuracies)} %" if accuracies else "not measured",
+        spread(points) if points and name != "dense" else "",
+        spread([row["seconds"] for row in mine], 0) + extrapolated,
+        *cells,
+        spread(joules, 0) if joules else "",
+        f"{statistics.fmean(row['parameters'] for row in mine) / 1e6:.2f} M" if mine[0].get("parameters") else "",
+    ]) + " |"  # fmt: skip
+
+
+def paired(mine: Sequence[Row], done: Mapping[tuple[str, int], Row], other: str, key: str) -> list[tuple[Row, Row]]:
+    """Return each row with its partner of the same seed and machine, where both have a value of ``key``."""
+    partners = [(row, done.get((other, row["seed"]))) for row in mine]
+    return [
+        (row, partner)
+        for row, partner in partners
+        if partner and comparable(row, partner) and row.get(key) is not None and partner.get(key) is not None
+    ]
+
+
+def _origin(block: Sequence[Row]) -> str:
+    """Say on what and when rows were measured, and how steady the machine was."""
+    texts = []
+    for device in sorted({row["device"] for row in block}):
+        own = [row for row in block if row["device"] == device]
+        listed = {
+            key: ", ".join(sorted({str(row[key]) for row in own})) for key in ("torch", "threads", "date", "revision")
+        }
+        text = (
+            f"{device}, {listed['threads']} threads, torch {listed['torch']}; {listed['date']}; "
+            f"revision {listed['revision']}"
+        )
+        sticks = [row["yardstick_s"] for row in own if "yardstick_s" in row]
+        if len(sticks) > 1:
+            text += (
+                f"; a fixed piece of work took {1e3 * min(sticks):.0f} to {1e3 * max(sticks):.0f} ms before the runs"
+            )
+        texts.append(text)
+    return ". ".join(texts) + "."

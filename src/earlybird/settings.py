@@ -1,0 +1,40 @@
+"""What the hyper-parameters of methods have in common: a help text beside each, and checks that name the value."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from typing import Any
+
+from earlybird.errors import InputError
+
+
+def option(default: Any, help: str) -> Any:
+    """Return the field of a method's dataclass, with the text that its flag shows."""
+    return field(default=default, metadata={"help": help})
+
+
+def check_share(name: str, value: Any) -> float:
+    """Return ``value`` as a float in (0, 1], or raise an `InputError` that names it."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) <= 1:
+        raise InputError(f"{name} is {value!r}", needed="a share greater than 0 and at most 1")
+    return float(value)
+
+
+def check_count(name: str, value: Any, example: str) -> int | None:
+    """Return a number of steps, or None where it was not given; raise an `InputError` that names it otherwise."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InputError(f"{name} is {value!r}", needed=f"a whole number of at least 1, such as {example}")
+    return value
+
+
+def accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of ``offered`` that ``function`` names as parameters and takes by keyword."""
+    by_keyword = {
+        name
+        for name, item in inspect.signature(function).parameters.items()
+        if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)
+    }
+    return {name: value for name, value in offered.items() if name in by_keyword}
