@@ -14,8 +14,7 @@ whatever the batch: for the speed-run network 3.2 GMAC a step, as much as nine t
 counted.
 
 Deviations: the gradient's norm is bounded from below by the smallest number instead of raised by 1e-7, which depended
-on the loss being summed over the batch; so is that of the weights, which a filter of zeros survives. Matrix products
-are those of the gradient's own type, float32 (published: bfloat16).
+on the loss being summed over the batch; so is that of the weights, which a filter of zeros survives.
 """
 
 from __future__ import annotations
@@ -47,6 +46,7 @@ class Muon(torch.optim.Optimizer):
         nesterov: Step along gradient plus momentum instead of along the momentum alone.
         weight_decay: L2 penalty; no use where the norm is constant.
         orthogonal: Step by Muon; its parameters have two dimensions or more, the first one for outputs.
+        dtype: Type in which matrices are made orthogonal, by default their own; published: bfloat16.
 
     Raises:
         InputError: A parameter of a group with ``orthogonal`` is a vector.
@@ -61,7 +61,9 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool = True,
         weight_decay: float = 0.0,
         orthogonal: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        self._dtype = dtype
         super().__init__(
             params,
             {
@@ -109,7 +111,7 @@ class Muon(torch.optim.Optimizer):
                 direction = self._direction(parameter, group)
                 if group["orthogonal"]:
                     parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp_min(_TINY))
-                    direction = orthogonalise(direction.flatten(1)).view(parameter.shape)
+                    direction = orthogonalise(direction.flatten(1).to(self._dtype)).view(parameter.shape)
                 parameter.add_(direction, alpha=-group["lr"])
         return loss
 

@@ -135,7 +135,7 @@ def magnitude(model: nn.Module) -> dict[str, Tensor]:
     are left out, too, and so stay whole.
     """
     layers = [(name, module) for name, module in model.named_modules() if mixes_channels(module)]
-    hidden = [(name, module) for name, module in layers[:-1] if module.weight.requires_grad]  # type: ignore[union-attr]
+    hidden = [(name, module) for name, module in layers[:-1] if module.weight.requires_grad]
     if not hidden:
         raise InputError(f"{type(model).__name__} has no hidden convolution or linear layer to rank")
     scores: dict[str, Tensor] = {}

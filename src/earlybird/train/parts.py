@@ -87,14 +87,16 @@ def make_loaders(recipe: Recipe, data: DataSet, fabric: Fabric) -> tuple[Loader,
     return training, test
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> torch.optim.Optimizer:
+def make_optimizer(
+    recipe: Recipe, model: nn.Module, steps_per_epoch: int, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
     """Return the recipe's optimizer over the parameters that learn; the schedule sets its rate at each step.
 
     A group's rate is ``lr_scale`` times that of the run (by default once), and comes to 0 at step ``lr_end`` (by
-    default at the end).
+    default at the end). ``dtype`` is that of the run's matrix products.
     """
     if recipe.optimizer == "muon":
-        return _make_muon(recipe, model, steps_per_epoch)
+        return _make_muon(recipe, model, steps_per_epoch, dtype)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
             model.parameters(),
@@ -107,7 +109,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> to
     return torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay)
 
 
-def _make_muon(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> Muon:
+def _make_muon(recipe: Recipe, model: nn.Module, steps_per_epoch: int, dtype: torch.dtype) -> Muon:
     """Return Muon over the filters, with SGD over head, biases and stem; scales of norms keep their values.
 
     Published rates and penalties are for a loss that is summed over the n images of a step; the loop's is their mean,
@@ -141,6 +143,7 @@ def _make_muon(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> Muon:
         lr=recipe.lr,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
+        dtype=dtype,
     )
 
 

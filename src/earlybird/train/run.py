@@ -241,7 +241,8 @@ class Run:
         ledger.bits = 16 if self.choice.precision == "bf16" else 32
         self._precision = precision(self.choice, fabric.device)
         self._layout()
-        self.optimizer = make_optimizer(recipe, self.model, self.steps_per_epoch)
+        dtype = torch.bfloat16 if self.choice.precision == "bf16" else torch.float32
+        self.optimizer = make_optimizer(recipe, self.model, self.steps_per_epoch, dtype)
         ledger.watch(self.model, self.optimizer, example)
         method = recipe.build_method()
         self.search: Attached | None = None
