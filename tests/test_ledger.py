@@ -665,6 +665,23 @@ def test_dense_estimate_by_hand(ledger: Ledger, clock: Clock) -> None:
     assert Bill.from_json(bill.to_json()) == bill
 
 
+def test_freezing_changes_the_price_of_what_follows(ledger: Ledger) -> None:
+    model = net()
+    optimizer = sgd(model)
+    ledger.watch(model, optimizer)
+    ledger.enter("train")
+    step(model, optimizer)
+    whole = count(model, torch.ones(10, 4))
+    model[0].requires_grad_(False)
+    ledger.reprice(model)
+    step(model, optimizer)
+    frozen = count(model, torch.ones(10, 4))
+    assert frozen.training_macs == whole.training_macs - 4 * 8
+    assert ledger.phases["train"].macs == 10 * (whole.training_macs + frozen.training_macs)
+    assert ledger.dense_cost == frozen
+    assert ledger.bill().dense is None
+
+
 def test_dense_estimate_pays_for_warming_up_once(ledger: Ledger, clock: Clock) -> None:
     model = net()
     optimizer = sgd(model)

@@ -353,6 +353,21 @@ class Ledger:
             self._count_or_explain(model, inputs)
         return self.cost
 
+    def reprice(self, dense: nn.Module) -> None:
+        """Count the model again after a part of it was frozen, whose gradients cost nothing any more.
+
+        What came before keeps its price; of a dense run that is only estimated, all is priced as if that part had been
+        frozen from the beginning, which favours dense.
+
+        Args:
+            dense: The dense model with the same part frozen; the watched model itself where it was not shrunk.
+        """
+        self._settle()
+        self._price()
+        if self._model is not None and self._sample is not None and self.cost is not None:
+            self._count(self._model, self._sample)
+            self.dense_cost = count(dense, self._sample)
+
     def _count(self, model: nn.Module, inputs: Any) -> None:
         self._counting = True  # the count runs the model, and with it our own hook
         try:

@@ -29,6 +29,20 @@ def test_crop_is_a_window_of_the_zero_padded_image():
     assert torch.equal(crop(x, padding, generator(5)), torch.stack(expected))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 9), st.integers(2, 9), st.data())
+def test_a_reflected_crop_is_a_window_of_the_image_as_pytorch_pads_it(height, width, data):
+    padding = data.draw(st.integers(1, min(height, width) - 1))
+    x = images(count=40, height=height, width=width)
+    padded = torch.nn.functional.pad(x.float(), (padding,) * 4, mode="reflect").to(torch.uint8)
+    offsets = torch.randint(-padding, padding + 1, (40, 2), generator=generator(5))
+    expected = [
+        padded[i, :, padding + down : padding + down + height, padding + right : padding + right + width]
+        for i, (down, right) in enumerate(offsets.tolist())
+    ]
+    assert torch.equal(crop(x, padding, generator(5), "reflect"), torch.stack(expected))
+
+
 def test_crop_reaches_every_offset():
     x = torch.zeros(500, 1, 3, 3, dtype=torch.uint8)
     x[:, 0, 1, 1] = 9
@@ -58,6 +72,19 @@ def test_copying_and_gathering_agree(padding, mirror, pick, channels, height, wi
     copied = module._take_by_copying(x, index, choices)
     assert copied.dtype == torch.uint8
     assert torch.equal(copied, module._take_by_gathering(x, index, choices))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 8), st.booleans(), st.sampled_from([1, 3]), st.integers(1, 9), st.integers(1, 9))
+def test_copying_and_gathering_agree_on_reflected_borders(padding, mirror, channels, height, width):
+    padding = min(padding, height - 1, width - 1)
+    x = images(count=30, channels=channels, height=height, width=width, seed=padding)
+    choices = Choices(
+        offsets=torch.randint(-padding, padding + 1, (30, 2), generator=generator(1)),
+        mirrored=torch.rand(30, generator=generator(2)) < 0.5 if mirror else None,
+    )
+    copied = module._take_by_copying(x, None, choices, "reflect")
+    assert torch.equal(copied, module._take_by_gathering(x, None, choices, "reflect"))
 
 
 @settings(max_examples=40, deadline=None)
@@ -128,7 +155,9 @@ def test_the_default_augmentation_does_nothing():
     assert torch.equal(take(x, None, module.choose(Augment(), 6, 8, 7, generator())), x)
 
 
-@pytest.mark.parametrize("wrong", [{"crop": -1}, {"cutout": 1.5}, {"crop": "4"}])
+@pytest.mark.parametrize(
+    "wrong", [{"crop": -1}, {"cutout": 1.5}, {"crop": "4"}, {"flip": "always"}, {"flip": 1}, {"pad": "edge"}]
+)
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         Augment(**wrong)

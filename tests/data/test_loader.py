@@ -6,6 +6,7 @@ from earlybird.errors import DataError, InputError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 EVERYTHING = Augment(crop=2, flip=True, cutout=3)
+ALTERNATING = Augment(crop=2, flip="alternating", cutout=3, pad="reflect")
 
 
 def data(count=50):
@@ -31,12 +32,33 @@ def test_an_epoch_is_a_function_of_seed_and_number():
     assert not same(first, list(make(seed=1).epoch(3)))
 
 
+@pytest.mark.parametrize("augment", [EVERYTHING, ALTERNATING])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_starting_in_the_middle_gives_the_same_batches(shuffle):
-    loader = make(shuffle=shuffle, drop_last=False)
+def test_starting_in_the_middle_gives_the_same_batches(shuffle, augment):
+    settings = {"shuffle": shuffle, "drop_last": False, "augment": augment}
+    loader = make(**settings)
     whole = list(loader.epoch(2))
     for start in range(len(loader) + 1):
-        assert same(whole[start:], list(make(shuffle=shuffle, drop_last=False).epoch(2, start)))
+        assert same(whole[start:], list(make(**settings).epoch(2, start)))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_alternating_flip_tosses_a_coin_for_the_first_epoch_and_turns_each_image_from_then_on(shuffle):
+    images, _ = data(200)
+    plain = normalise(images, MEAN, STD)
+    loader = make(200, augment=Augment(flip="alternating"), shuffle=shuffle)
+    by_epoch = []
+    for epoch in range(4):
+        inputs, labels = (torch.cat(parts) for parts in zip(*loader.epoch(epoch)))
+        mirrored = torch.empty(200, dtype=torch.bool)
+        mirrored[labels] = (inputs == plain[labels].flip(3)).flatten(1).all(1)
+        assert torch.equal(inputs, torch.where(mirrored[:, None, None, None], plain.flip(3), plain)[labels])
+        by_epoch.append(mirrored)
+    assert 70 < int(by_epoch[0].sum()) < 130
+    for epoch in range(1, 4):
+        assert torch.equal(by_epoch[epoch], by_epoch[0] ^ bool(epoch % 2))
+    other = make(200, augment=Augment(flip="alternating"), seed=1)
+    assert not torch.equal(other._first_mirrored(), loader._first_mirrored())
 
 
 def test_every_image_comes_once_an_epoch():
@@ -80,7 +102,7 @@ def test_cutout_is_the_mean_colour():
     assert all(blanked)
 
 
-@pytest.mark.parametrize("augment", [EVERYTHING, Augment()])
+@pytest.mark.parametrize("augment", [EVERYTHING, ALTERNATING, Augment()])
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_together_get_the_batches_of_one_process(augment, shuffle, world_size):
@@ -120,6 +142,15 @@ def test_sample_depends_on_its_seed_alone():
     assert len(make().sample(1000, 0)) == 50
 
 
+def test_a_sample_that_is_not_augmented_holds_images_of_the_data_set():
+    images, _ = data()
+    plain = normalise(images, MEAN, STD)
+    found = make().sample(20, 7, augmented=False)
+    places = [(plain == image).flatten(1).all(1).nonzero().item() for image in found]
+    assert len(set(places)) == 20
+    assert places != sorted(places)
+
+
 def test_the_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     loader = make()
@@ -146,6 +177,7 @@ def test_batches_may_be_changed_without_harm():
         ({"world_size": 3}, "multiple of 3"),
         ({"mean": (0.5,)}, "one a channel"),
         ({"seed": -1}, "seed -1"),
+        ({"augment": Augment(crop=8, pad="reflect")}, "at most 7"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):

@@ -35,6 +35,13 @@ def test_depthwise_layers_are_left_to_those_that_feed_them():
     assert "4.expand" not in magnitude(make("plain"))
 
 
+def test_magnitude_leaves_frozen_filters_out():
+    model = make("plain")
+    ranked = list(magnitude(model))
+    model[0].weight.requires_grad_(False)
+    assert list(magnitude(model)) == ranked[1:]
+
+
 def test_models_without_batch_norm_shrink_by_magnitude():
     """Group norm keeps its groups: each loses equally many channels."""
     model = group_normed()

@@ -9,8 +9,17 @@ from torch import nn
 
 import earlybird as eb
 from earlybird.errors import InputError, ShrinkError
+from earlybird.optimizers.muon import Muon
 from earlybird.tickets.scores import batch_norms
 from tests.tickets.topologies import TOPOLOGIES, conv, images, make, masked, tail
+
+
+def muon(parameters) -> Muon:
+    filters, vectors = [], []
+    for parameter in parameters:
+        (filters if parameter.ndim > 1 else vectors).append(parameter)
+    return Muon([{"params": filters}, {"params": vectors, "orthogonal": False}], lr=0.01)
+
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
@@ -19,6 +28,7 @@ OPTIMIZERS = {
     "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "muon": muon,
 }
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,11 @@ from tests.train.conftest import SMALL
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {**SMALL, "checkpoint_every": "10it", "ema": 0.9, "accumulate": 2, "batch_size": 32}
+# a part is frozen on the way, and what it was wrapped in has to know
+MUON = {
+    "model": "speedrun", "width": 0.25, "optimizer": "muon", "stem_until": "30it", "flip": "alternating",
+    "pad": "reflect", "test_time": "mirror_shift",
+}  # fmt: skip
 
 
 def torchrun(folder: Path) -> subprocess.Popen[str]:
@@ -27,8 +33,9 @@ def torchrun(folder: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
-def test_two_processes_agree_write_once_and_resume(tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text(Recipe.from_values(RECIPE).to_toml())
+@pytest.mark.parametrize("changes", [{}, MUON], ids=["sgd", "muon"])
+def test_two_processes_agree_write_once_and_resume(changes: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(Recipe.from_values({**RECIPE, **changes}).to_toml())
     with torchrun(tmp_path) as process:
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors

@@ -65,6 +65,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": "adamw", "nesterov": False, "accumulate": 2, "batch_size": 32, "refit": "least_squares",
     },
     "published": {**SMALL, "preset": "published", "deadline": "1ep", "checkpoint_every": "4it"},
+    "muon": {
+        **SMALL, "checkpoint_every": "4it", "model": "speedrun", "width": 0.25, "optimizer": "muon", "ema": 0.9,
+        "flip": "alternating", "pad": "reflect", "lr_warmup": "0it", "stem_until": "1.5ep", "test_time": "mirror",
+    },
 }  # fmt: skip
 
 
@@ -99,6 +103,11 @@ KILLS: list[tuple[str, list[Any]]] = [
     ("published", ["before", 1]),
     ("published", ["cut", 2]),
     ("published", ["after", 11]),
+    ("muon", ["before", 2]),
+    ("muon", ["cut", 5]),
+    ("muon", ["after", 9]),
+    ("muon", ["step", 30]),
+    ("muon", ["step", 42]),
 ]
 
 

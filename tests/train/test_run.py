@@ -429,8 +429,12 @@ def test_ctrl_c_in_set_up_leaves_no_run(small: Make, tmp_path: Path, monkeypatch
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("earlybird.train.parts.load", loading)
-    with pytest.raises(KeyboardInterrupt):
-        train(small(), tmp_path / "run", quiet=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(small(), tmp_path / "run", quiet=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "run").exists()
 
 

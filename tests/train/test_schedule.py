@@ -41,6 +41,14 @@ def test_warmup_is_linear_and_counts_from_one() -> None:
     assert [schedule(step) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
 
 
+@pytest.mark.parametrize("kind", ["cosine", "one_cycle", "constant"])
+def test_a_part_that_ends_early_has_the_rate_of_a_shorter_run(kind: str) -> None:
+    whole = make(schedule=kind, lr_warmup="20it")
+    short = make(schedule=kind, lr_warmup="20it", epochs=3)
+    assert [whole(step, 300) for step in range(300)] == [short(step) for step in range(300)]
+    assert [whole(step, 300) for step in (300, 301, 999)] == [0, 0, 0]
+
+
 @given(step=st.integers(0, 999), kind=st.sampled_from(["cosine", "one_cycle", "constant"]))
 def test_a_rate_is_positive_and_at_most_the_peak(step: int, kind: str) -> None:
     schedule = make(schedule=kind, lr_warmup="30it")

@@ -2,7 +2,8 @@
 
 Random crop of the zero-padded image and mirroring are what every CIFAR recipe since K. He et al. 2015 (arXiv
 1512.03385) does; cutout is T. DeVries and G. W. Taylor 2017 (arXiv 1708.04552): a square, partly outside the image
-perhaps, is set to the mean colour.
+perhaps, is set to the mean colour. Alternating flip is K. Jordan 2024 (arXiv 2404.00498): a coin for each image says
+whether it is mirrored in the first epoch, and from then on it alternates, so that two epochs show both sides.
 
 On the CPU the work is cut into pieces too small for a second thread. A batch of small images is less than a
 millisecond of work, and an operation that waits for a thread that lost its core waits for a time slice of the system
@@ -15,12 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from earlybird.errors import InputError
+
+Flip = bool | Literal["alternating"]
+Pad = Literal["zeros", "reflect"]
 
 _SERIAL_ELEMENTS = 32_767  # elementwise operations on fewer than 32,768 elements stay on one thread in PyTorch
 
@@ -30,20 +35,27 @@ class Augment:
     """What is done to training images; the defaults leave them as they are.
 
     Attributes:
-        crop: Zero padding on every side, in pixels, before a window of the old size is cut out at random.
-        flip: Mirror left to right with probability one half.
+        crop: Padding on every side, in pixels, before a window of the old size is cut out at random.
+        flip: Mirror left to right with probability one half; or ``'alternating'``: the coin is tossed once for each
+            image and holds for the even epochs, in the odd ones it is turned round.
         cutout: Side of the square that is set to the mean colour, in pixels; 0 for none.
+        pad: What the crop pads with: ``'zeros'``, or the image mirrored at its border pixels (``'reflect'``).
     """
 
     crop: int = 0
-    flip: bool = False
+    flip: Flip = False
     cutout: int = 0
+    pad: Pad = "zeros"
 
     def __post_init__(self) -> None:
         for name in ("crop", "cutout"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise InputError(f"{name} {value!r}", needed="a whole number of pixels, 0 or more")
+        if not isinstance(self.flip, bool) and self.flip != "alternating":
+            raise InputError(f"flip {self.flip!r}", needed="true, false or 'alternating'")
+        if self.pad not in ("zeros", "reflect"):
+            raise InputError(f"pad {self.pad!r}", needed="'zeros' or 'reflect'")
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,10 @@ class Choices:
 
 
 def choose(augment: Augment, count: int, height: int, width: int, generator: torch.Generator) -> Choices:
-    """Draw the random choices for ``count`` images of ``height`` x ``width`` pixels."""
+    """Draw the random choices for ``count`` images of ``height`` x ``width`` pixels.
+
+    Outside of epochs there is nothing to alternate with: there an alternating flip is a random one.
+    """
     return Choices(
         _offsets(count, augment.crop, generator) if augment.crop else None,
         _mirrored(count, generator) if augment.flip else None,
@@ -76,18 +91,19 @@ def choose(augment: Augment, count: int, height: int, width: int, generator: tor
     )
 
 
-def crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Return a window of the old size, at random, of each zero-padded image.
+def crop(images: Tensor, padding: int, generator: torch.Generator, pad: Pad = "zeros") -> Tensor:
+    """Return a window of the old size, at random, of each padded image.
 
     Args:
         images: uint8 (N, C, H, W).
-        padding: On every side, in pixels.
+        padding: On every side, in pixels; to reflect, less than height and width.
         generator: On the CPU, whatever the device of the images, so that all devices get the same windows.
+        pad: See `Augment`.
 
     Returns:
         uint8 (N, C, H, W), new.
     """
-    return take(images, None, Choices(offsets=_offsets(len(images), padding, generator)))
+    return take(images, None, Choices(offsets=_offsets(len(images), padding, generator)), pad)
 
 
 def flip(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -150,20 +166,21 @@ def normalise(
     return result
 
 
-def take(images: Tensor, index: Tensor | None, choices: Choices) -> Tensor:
+def take(images: Tensor, index: Tensor | None, choices: Choices, pad: Pad = "zeros") -> Tensor:
     """Gather the images of ``index``, cropped and mirrored as chosen, in one pass over the pixels.
 
     Args:
         images: uint8 (N, C, H, W).
         index: int64 (B,), on the CPU; None for all, in order.
         choices: For B images; the cutout is not done here but by `blank`, after normalisation.
+        pad: What a window shows beyond the image, see `Augment`.
 
     Returns:
         uint8 (B, C, H, W), new.
     """
     if images.device.type == "cpu":
-        return _take_by_copying(images, index, choices)
-    return _take_by_gathering(images, index, choices)
+        return _take_by_copying(images, index, choices, pad)
+    return _take_by_gathering(images, index, choices, pad)
 
 
 def blank(images: Tensor, corners: Tensor, side: int) -> None:
@@ -196,25 +213,41 @@ def _blank_by_mask(images: Tensor, corners: Tensor, side: int) -> None:
     images.masked_fill_(inside[:, None], 0)
 
 
-def _take_by_copying(images: Tensor, index: Tensor | None, choices: Choices) -> Tensor:
-    """One strided copy an image, which neither pads nor mirrors anything it does not keep."""
+def _take_by_copying(images: Tensor, index: Tensor | None, choices: Choices, pad: Pad = "zeros") -> Tensor:
+    """A few strided copies an image, which neither pad nor mirror anything they do not keep."""
     count = len(images) if index is None else len(index)
     height, width = images.shape[2:]
     source = images.numpy()
-    result = (np.empty if choices.offsets is None else np.zeros)((count, *source.shape[1:]), np.uint8)
+    covered = choices.offsets is None or pad == "reflect"
+    result = (np.empty if covered else np.zeros)((count, *source.shape[1:]), np.uint8)
     numbers = range(count) if index is None else index.tolist()
     offsets = [[0, 0]] * count if choices.offsets is None else choices.offsets.tolist()
     mirrored = [False] * count if choices.mirrored is None else choices.mirrored.tolist()
+    down_parts = {down: _parts(down, height, pad) for down in {down for down, _ in offsets}}
+    right_parts = {right: _parts(right, width, pad) for right in {right for _, right in offsets}}
     for target, number, (down, right), mirror in zip(result, numbers, offsets, mirrored):
         image = source[number, :, :, ::-1] if mirror else source[number]
-        # a window that lies down and right of the image shows its lower right part, up and left in the result
-        target[:, max(-down, 0) : max(height - max(down, 0), 0), max(-right, 0) : max(width - max(right, 0), 0)] = (
-            image[:, max(down, 0) : max(height + min(down, 0), 0), max(right, 0) : max(width + min(right, 0), 0)]
-        )
+        for to_rows, rows in down_parts[down]:
+            for to_columns, columns in right_parts[right]:
+                target[:, to_rows, to_columns] = image[:, rows, columns]
     return torch.from_numpy(result)
 
 
-def _take_by_gathering(images: Tensor, index: Tensor | None, choices: Choices) -> Tensor:
+def _parts(offset: int, size: int, pad: Pad) -> list[tuple[slice, slice]]:
+    """Return what a window ``offset`` pixels along shows of ``size`` pixels: where in the window, and which of them."""
+    # a window that lies further along shows the end of the image, at its own beginning
+    inside = slice(max(offset, 0), max(size + min(offset, 0), 0))
+    parts = [(slice(max(-offset, 0), max(size - max(offset, 0), 0)), inside)]
+    if pad == "reflect" and offset > 0:  # beyond the last pixel come the last but one, the one before, ...
+        parts.append(
+            (slice(size - offset, size), slice(size - 2, size - 2 - offset if offset < size - 1 else None, -1))
+        )
+    elif pad == "reflect" and offset < 0:
+        parts.append((slice(0, -offset), slice(-offset, 0, -1)))
+    return parts
+
+
+def _take_by_gathering(images: Tensor, index: Tensor | None, choices: Choices, pad: Pad = "zeros") -> Tensor:
     """One gather for the whole batch, for devices where a call costs more than the pixels."""
     device = images.device
     if index is not None:
@@ -227,6 +260,8 @@ def _take_by_gathering(images: Tensor, index: Tensor | None, choices: Choices) -
     if choices.offsets is not None:
         offsets = choices.offsets.to(device, non_blocking=True)
         row, column = row + offsets[:, :1], column + offsets[:, 1:]
+    if pad == "reflect":
+        row, column = _reflected(row, height), _reflected(column, width)
     inside = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None, :]  # (N, H, W)
     if choices.mirrored is not None:
         mirrored = choices.mirrored.to(device, non_blocking=True)[:, None]
@@ -235,3 +270,8 @@ def _take_by_gathering(images: Tensor, index: Tensor | None, choices: Choices) -
     pixel = (row[:, :, None] * width + column[:, None, :]).view(count, 1, -1).expand(-1, channels, -1)
     gathered = images.reshape(count, channels, -1).gather(2, pixel).view(count, channels, height, width)
     return gathered * inside[:, None]
+
+
+def _reflected(place: Tensor, size: int) -> Tensor:
+    """Return which pixel lies at ``place`` when ``size`` pixels are mirrored at the first and at the last one."""
+    return size - 1 - (size - 1 - place.abs()).abs()

@@ -1,13 +1,15 @@
 """Batches of augmented images, reproducible from (seed, epoch, batch) alone.
 
 Nothing is carried from one batch to the next: the order of an epoch is drawn from (seed, epoch), the augmentation of a
-batch from (seed, epoch, batch). A stopped run therefore goes on at any batch without replaying the ones before, and
-several ranks agree on every batch without talking to each other.
+batch from (seed, epoch, batch), the side that an alternating flip begins with from (seed, image). A stopped run
+therefore goes on at any batch without replaying the ones before, and several ranks agree on every batch without talking
+to each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import overload
 
 import numpy as np
@@ -19,7 +21,7 @@ from earlybird.data.dataset import check_images
 from earlybird.errors import InputError
 
 # what a generator is for, mixed into its seed, so that no two streams of random numbers are the same
-_ORDER, _AUGMENTATION, _SAMPLE = 0, 1, 2
+_ORDER, _AUGMENTATION, _SAMPLE, _FLIP = 0, 1, 2, 3
 
 
 class Loader:
@@ -89,6 +91,12 @@ class Loader:
             )
         if seed < 0:
             raise InputError(f"seed {seed}", needed="0 or more")
+        if augment.pad == "reflect" and augment.crop >= min(images.shape[2:]):
+            raise InputError(
+                f"a crop of {augment.crop} pixels beyond images of {images.shape[2]} x {images.shape[3]}",
+                needed=f"at most {min(images.shape[2:]) - 1} where they are reflected",
+                hint="lower crop, or pad with zeros",
+            )
         self.device = torch.device(device)
         self.images = _place(images, self.device)
         self.labels = labels.to(self.images.device)
@@ -130,18 +138,19 @@ class Loader:
             )
         return self._walk(epoch, start)
 
-    def sample(self, count: int, seed: int) -> Tensor:
-        """Return ``count`` different, augmented inputs chosen by ``seed`` alone, e.g. for calibration.
+    def sample(self, count: int, seed: int, *, augmented: bool = True) -> Tensor:
+        """Return ``count`` different inputs chosen by ``seed`` alone, e.g. for calibration.
 
         Args:
             count: At most as many as there are images are returned.
             seed: From 0; the same for all ranks gives all ranks the same inputs.
+            augmented: As in training; else only normalised.
 
         Returns:
             (B, C, H, W) in the loader's type, memory format and device.
         """
         index, choices = self._draw_sample(count, seed)
-        return self._inputs(index, choices)
+        return self._inputs(index, choices if augmented else Choices())
 
     def sample_in_batches(self, count: int, size: int, seed: int) -> Sample:
         """Return what `sample` returns, to the bit, in batches that are made when they are asked for.
@@ -163,6 +172,7 @@ class Loader:
         count = len(self.images)
         order = torch.randperm(count, generator=_generator(_ORDER, self.seed, epoch)) if self.shuffle else None
         share = slice(self.rank, None, self.world_size)
+        mirrored = self._first_mirrored() ^ bool(epoch % 2) if self.augment.flip == "alternating" else None
         for batch in range(start, len(self)):
             low, high = batch * self.batch_size, min((batch + 1) * self.batch_size, count)
             # all ranks draw for the whole batch and keep their share
@@ -175,7 +185,13 @@ class Loader:
                 index = torch.arange(low, high)[share]
             else:
                 index = slice(low + self.rank, high, self.world_size)
+            if mirrored is not None:
+                choices = replace(choices, mirrored=mirrored[index])
             yield self._inputs(index, choices), self._labels(index)
+
+    def _first_mirrored(self) -> Tensor:
+        """Return for each image whether an alternating flip mirrors it in epoch 0, bool (N,)."""
+        return torch.rand(len(self.images), generator=_generator(_FLIP, self.seed)) < 0.5
 
     def _choose(self, count: int, generator: torch.Generator) -> Choices:
         height, width = self.images.shape[2:]
@@ -183,7 +199,7 @@ class Loader:
 
     def _inputs(self, index: Tensor | slice, choices: Choices) -> Tensor:
         # a slice is a view: evaluation reads the images where they are
-        pixels = self.images[index] if isinstance(index, slice) else take(self.images, index, choices)
+        pixels = self.images[index] if isinstance(index, slice) else take(self.images, index, choices, self.augment.pad)
         if pixels.device != self.device:
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
         inputs = normalise(pixels, self.mean, self.std, self.dtype, self.channels_last)

@@ -42,6 +42,7 @@ _VGG = "Simonyan and Zisserman, ICLR 2015, https://arxiv.org/abs/1409.1556"
 _RESNET = "He et al., CVPR 2016, https://arxiv.org/abs/1512.03385"
 _PREACT = "He et al., ECCV 2016, https://arxiv.org/abs/1603.05027"
 _MOBILE = "Sandler et al., CVPR 2018, https://arxiv.org/abs/1801.04381"
+_SPEEDRUN = "Jordan, 2024, https://arxiv.org/abs/2404.00498"
 
 MODELS: dict[str, ModelInfo] = {
     name: ModelInfo(name, f"earlybird.models.{file}:{name}", citation)
@@ -52,6 +53,7 @@ MODELS: dict[str, ModelInfo] = {
         ("preact_resnet", _PREACT, ("preact_resnet29", "preact_resnet56", "preact_resnet101", "preact_resnet164")),
         ("resnet", _RESNET, ("resnet18", "resnet34", "resnet50")),
         ("mobilenet_v2", _MOBILE, ("mobilenet_v2",)),
+        ("speedrun", _SPEEDRUN, ("speedrun",)),
     )
     for name in names
 }

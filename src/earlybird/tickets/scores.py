@@ -131,13 +131,15 @@ def magnitude(model: nn.Module) -> dict[str, Tensor]:
     """Return the root mean square of each filter, over the layer's mean: name to ``(out_channels,)``.
 
     Convolutions and linear layers count, in order of definition; the last one is taken for the classifier and left
-    out, since its outputs are not free to go. Depthwise convolutions follow the layer that feeds them.
+    out, since its outputs are not free to go. Depthwise convolutions follow the layer that feeds them. Frozen filters
+    are left out, too, and so stay whole.
     """
-    layers = {name: module for name, module in model.named_modules() if mixes_channels(module)}
-    if len(layers) < 2:
+    layers = [(name, module) for name, module in model.named_modules() if mixes_channels(module)]
+    hidden = [(name, module) for name, module in layers[:-1] if module.weight.requires_grad]
+    if not hidden:
         raise InputError(f"{type(model).__name__} has no hidden convolution or linear layer to rank")
     scores: dict[str, Tensor] = {}
-    for name, module in list(layers.items())[:-1]:
+    for name, module in hidden:
         weight: Tensor = module.weight.detach()
         if isinstance(module, TransposedConv):
             if module.groups > 1:

@@ -191,8 +191,8 @@ def _recipe(recipe: Recipe, name: str, seed: int, done: Mapping[tuple[str, int],
     epochs = max(1, round(recipe.epochs * ticket["seconds"] / dense["seconds"]))
     share = epochs / recipe.epochs
     milestones = tuple(_scaled(point, share) for point in recipe.milestones)
-    warmup = None if recipe.lr_warmup is None else _scaled(recipe.lr_warmup, share)
-    return own.replace(dense=True, epochs=epochs, milestones=milestones, lr_warmup=warmup)
+    warmup, stem = (None if point is None else _scaled(point, share) for point in (recipe.lr_warmup, recipe.stem_until))
+    return own.replace(dense=True, epochs=epochs, milestones=milestones, lr_warmup=warmup, stem_until=stem)
 
 
 def _scaled(point: Step, share: float) -> Step:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from earlybird.errors import DivergedError, Interrupted
 from earlybird.train import ema
+from earlybird.train.views import mean_logits
 
 if TYPE_CHECKING:
     from earlybird.train.run import Run
@@ -107,9 +108,9 @@ def _waits(run: Run) -> bool:
 def _step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
     """Take one optimizer step and return the sum of the losses of its batches, shape ()."""
     recipe = run.recipe
-    rate = run.schedule(run.step)
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = group.get("lr_scale", 1.0) * run.schedule(run.step, group.get("lr_end"))
+    run.freeze_ended()
     total: Tensor | None = None
     for batch in range(recipe.accumulate):
         images, labels = next(batches)
@@ -163,7 +164,10 @@ class _Saver:
 
 
 def evaluate(run: Run) -> tuple[float, float]:
-    """Return loss and accuracy (0 to 1) on the test images, with the averaged weights where there are any."""
+    """Return loss and accuracy (0 to 1) on the test images, with the averaged weights where there are any.
+
+    The last evaluation of a run averages over the recipe's views of an image; those before see the image alone.
+    """
     run.share_buffers()
     sums = torch.zeros(3, dtype=torch.float64, device=run.fabric.device)  # loss, right answers, images
     with run.ledger.during("evaluate"), run.averaged_weights(), torch.no_grad():
@@ -173,8 +177,7 @@ def evaluate(run: Run) -> tuple[float, float]:
                 if not len(labels):
                     continue  # another rank has all of a short last batch
                 with run.autocast():
-                    logits = run.model(images)
-                logits = logits.float()
+                    logits = mean_logits(run.model, images, run.test_time)
                 sums[0] += functional.cross_entropy(logits, labels, reduction="sum").double()
                 sums[1] += (logits.argmax(1) == labels).sum()
                 sums[2] += len(labels)

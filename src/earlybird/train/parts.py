@@ -12,6 +12,7 @@ from torch import nn
 
 from earlybird.data import Augment, DataSet, Loader, load
 from earlybird.errors import InputError
+from earlybird.optimizers.muon import Muon, by_role
 from earlybird.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def make_loaders(recipe: Recipe, data: DataSet, fabric: Fabric) -> tuple[Loader,
         "rank": fabric.global_rank,
         "world_size": fabric.world_size,
     }
-    augment = Augment(crop=recipe.crop, flip=recipe.flip, cutout=recipe.cutout)
+    augment = Augment(crop=recipe.crop, flip=recipe.flip, cutout=recipe.cutout, pad=recipe.pad)
     training = Loader(
         data.train_images,
         data.train_labels,
@@ -86,8 +87,16 @@ def make_loaders(recipe: Recipe, data: DataSet, fabric: Fabric) -> tuple[Loader,
     return training, test
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer over all parameters; the schedule sets its rate at each step."""
+def make_optimizer(
+    recipe: Recipe, model: nn.Module, steps_per_epoch: int, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer over the parameters that learn; the schedule sets its rate at each step.
+
+    A group's rate is ``lr_scale`` times that of the run (by default once), and comes to 0 at step ``lr_end`` (by
+    default at the end). ``dtype`` is that of the run's matrix products.
+    """
+    if recipe.optimizer == "muon":
+        return _make_muon(recipe, model, steps_per_epoch, dtype)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
             model.parameters(),
@@ -98,6 +107,48 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         )
     betas = (recipe.momentum, 0.999)
     return torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay)
+
+
+def _make_muon(recipe: Recipe, model: nn.Module, steps_per_epoch: int, dtype: torch.dtype) -> Muon:
+    """Return Muon over the filters, with SGD over head, biases and stem; scales of norms keep their values.
+
+    Published rates and penalties are for a loss that is summed over the n images of a step; the loop's is their mean,
+    whose gradients are n times smaller. SGD is linear in the gradient: with n times the rate and an n-th of the L2
+    penalty it makes the same step. Muon's step does not depend on the size of the gradient.
+    """
+    images = recipe.batch_size * recipe.accumulate
+    roles = by_role(model)
+
+    def by_sgd(role: str, rate: float, **more: int) -> dict[str, Any]:
+        return {
+            "params": roles[role],
+            "orthogonal": False,
+            "momentum": recipe.sgd_momentum,
+            # published as n * weight_decay / rate, so that all lose the same share at their peak; an n-th of that
+            "weight_decay": recipe.weight_decay / rate if rate else 0.0,
+            "lr_scale": images * rate / recipe.lr,
+            **more,
+        }
+
+    end = (
+        {}
+        if recipe.stem_until is None
+        else {"lr_end": recipe.stem_until.in_iterations(steps_per_epoch, recipe.epochs * steps_per_epoch)}
+    )
+    groups = [
+        {"params": roles["filters"]},
+        by_sgd("head", recipe.lr_head),
+        by_sgd("biases", recipe.lr_bias),
+        by_sgd("stem", recipe.lr_bias, **end),
+        by_sgd("scales", 0.0),  # they get gradients, by which a ticket ranks, but stay where they are
+    ]
+    return Muon(
+        [group for group in groups if group["params"]],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        dtype=dtype,
+    )
 
 
 def require_board() -> None:

@@ -39,18 +39,35 @@ class Recipe(BaseModel):
     data: str = Field("digits", min_length=1, description="digits, mnist, fashion-mnist, cifar10, a folder or an .npz")
     image_size: int | None = Field(None, ge=4, le=4096, description="side to which images are resized, in pixels")
     crop: int = Field(0, ge=0, description="random crop after padding by this many pixels")
-    flip: bool = Field(False, description="random horizontal flip")
+    pad: Literal["zeros", "reflect"] = Field("zeros", description="what crop pads with")
+    flip: bool | Literal["alternating"] = Field(
+        False, description="horizontal flip: random, or alternating (random in the first epoch, then turned each epoch)"
+    )
     cutout: int = Field(0, ge=0, description="side of the square that is blanked out, in pixels")
     # how long
     epochs: int = Field(10, ge=1, description="passes over the training images, search included")
     batch_size: int = Field(128, ge=1, description="images in a forward pass, over all processes")
     accumulate: int = Field(1, ge=1, description="batches whose gradients make one optimizer step")
     # optimizer and schedule
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (with momentum) or adamw")
-    lr: float = Field(0.1, gt=0, description="peak learning rate")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd; beta1 of adamw")
-    nesterov: bool = Field(True, description="Nesterov momentum (sgd)")
-    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty (sgd) or decoupled decay (adamw), on all weights")
+    optimizer: Literal["sgd", "adamw", "muon"] = Field(
+        "sgd", description="sgd (with momentum), adamw, or muon for filters with sgd for all else"
+    )
+    lr: float = Field(0.1, gt=0, description="peak learning rate; of muon's filters")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd, of muon's filters; beta1 of adamw")
+    nesterov: bool = Field(True, description="Nesterov momentum (sgd, muon)")
+    weight_decay: float = Field(
+        5e-4,
+        ge=0,
+        description="L2 penalty (sgd), decoupled decay (adamw); muon: what an image takes off head and biases",
+    )
+    lr_head: float = Field(
+        0.67, gt=0, description="muon: peak rate of the last layer, for a loss summed over the batch"
+    )
+    lr_bias: float = Field(0.053, gt=0, description="muon: peak rate of biases, for a loss summed over the batch")
+    sgd_momentum: float = Field(0.85, ge=0, lt=1, description="muon: of head and biases")
+    stem_until: Step | None = Field(
+        None, description="muon: when the rate of the first layer's bias reaches 0; default: the end"
+    )
     schedule: Literal["cosine", "step", "one_cycle", "constant"] = Field(
         "one_cycle", description="learning rate over the whole run; the draw does not disturb it"
     )
@@ -60,6 +77,9 @@ class Recipe(BaseModel):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     clip_norm: float | None = Field(None, gt=0, description="gradients are scaled down to this norm")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of an average of the weights, which is the result")
+    test_time: Literal["none", "mirror", "mirror_shift"] = Field(
+        "none", description="views of a test image whose logits are averaged, in the last evaluation"
+    )
     # the methods
     dense: bool = Field(False, description="train the whole model, without any method")
     method: tuple[str, ...] = Field(("early_bird",), min_length=1, description="one or several of 'earlybird methods'")
@@ -166,7 +186,7 @@ class Recipe(BaseModel):
         return "-".join([model, data, what, f"seed{self.seed}"])
 
 
-_NO_EFFECT = frozenset({"out", "tensorboard", "checkpoint_every", "evaluate_every"})
+_NO_EFFECT = frozenset({"out", "tensorboard", "checkpoint_every", "evaluate_every", "test_time"})
 
 # What differs from the general defaults, by data set.
 _BY_DATA: dict[str, dict[str, Any]] = {
@@ -175,7 +195,10 @@ _BY_DATA: dict[str, dict[str, Any]] = {
     "fashion-mnist": {"model": "small_cnn", "epochs": 10, "flip": True},
     "cifar10": {"model": "resnet20", "epochs": 20, "crop": 4, "flip": True, "label_smoothing": 0.1},
 }
-_BY_OPTIMIZER: dict[str, dict[str, Any]] = {"adamw": {"lr": 2e-3, "weight_decay": 0.01, "nesterov": False}}
+_BY_OPTIMIZER: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 2e-3, "weight_decay": 0.01, "nesterov": False},
+    "muon": {"lr": 0.24, "momentum": 0.6, "weight_decay": 2e-6},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,30 +275,30 @@ def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -
         typed[name] = _check(where, key, _from_text(value, key) if name in flags else _from_toml(value, key))
 
     methods: tuple[str, ...] = typed.get("method", by_name["method"].default)
-    classes = {name: method_class(name) for name in methods}
-    if len(classes) < len(methods):
+    if len(set(methods)) < len(methods):
         raise InputError(f"{where}: method = {', '.join(methods)} names one twice")
+    if typed.get("keep") in (1, (1,), (1.0,)):
+        # Keeping everything is the run without a ticket; no search is needed to find that out.
+        owner = by_name["keep"].method
+        others = tuple(name for name in methods if name != owner)
+        if others:
+            methods = typed["method"] = others
+            typed = {name: value for name, value in typed.items() if by_name[name].method != owner}
+        else:
+            del typed["keep"]
+            typed["dense"] = True
     for name in typed:
         owner = by_name[name].method
-        if owner and owner not in classes:
+        if owner and owner not in methods:
             raise InputError(
                 f"{where}: '{name}' belongs to the method {owner}, and the run has {', '.join(methods)}",
                 hint=f"set method = '{','.join((owner, *methods))}'",
             )
-    if typed.get("keep") in (1, (1,), (1.0,)):
-        # Keeping everything is the run without a ticket; no search is needed to find that out.
-        del typed["keep"]
-        others = [name for name in methods if name != by_name["keep"].method]
-        if others:
-            classes = {name: classes[name] for name in others}
-            typed = {name: value for name, value in typed.items() if by_name[name].method in ("", *others)}
-            typed["method"] = tuple(others)
-        else:
-            typed["dense"] = True
 
     data = typed.get("data", Recipe.model_fields["data"].default)
     filled = {**_BY_DATA.get(data, {}), **_BY_OPTIMIZER.get(typed.get("optimizer", ""), {}), **typed}
-    preset = _preset(list(classes.values()), filled.get("preset", "default"))
+    classes = {name: method_class(name) for name in methods}
+    preset = _preset(classes.values(), filled.get("preset", "default"))
     settings = {
         # Presets come in under whatever was said explicitly.
         name: filled[name] if name in filled else _check(where, key, preset[name]) if name in preset else key.default

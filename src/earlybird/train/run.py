@@ -50,6 +50,9 @@ OnEvent = Callable[[str, Mapping[str, Any]], None]
 _OTHER_WEIGHTS = 2**31
 """Added to a run's seed for weights that are drawn anew, so that they are not the ones it began with."""
 
+INITIAL_IMAGES = 5000
+"""Training images from which a model that asks for it takes its first weights."""
+
 CALIBRATION_IMAGES = 2048
 """Training images from which batch-norm statistics are estimated anew, and layers are refitted."""
 
@@ -233,26 +236,28 @@ class Run:
         def build_model() -> nn.Module:
             return self.blueprint.build(recipe.seed)
 
-        self.model = build_model().to(fabric.device)
+        self._notes: list[str] = []
+        self._found = checkpoint.load_newest(folder.path, recipe.hash(), self._notes.append)
+        # weights of a checkpoint need no images to begin from
+        self.model = self._begun(build_model()) if self._found is None else build_model().to(fabric.device)
         # a mask of -inf is fine
         self._infinite = {name for name, buffer in self.model.named_buffers() if not bool(buffer.isfinite().all())}
         example = self.loader.sample(2, recipe.seed)
-        self._notes: list[str] = []
-        self._found = checkpoint.load_newest(folder.path, recipe.hash(), self._notes.append)
         self.choice = self._choose(build_model)
         torch.set_num_threads(self.choice.threads)
         self.loader.channels_last = self.test.channels_last = self.choice.channels_last
         ledger.bits = 16 if self.choice.precision == "bf16" else 32
         self._precision = precision(self.choice, fabric.device)
         self._layout()
-        self.optimizer = make_optimizer(recipe, self.model)
+        dtype = torch.bfloat16 if self.choice.precision == "bf16" else torch.float32
+        self.optimizer = make_optimizer(recipe, self.model, self.steps_per_epoch, dtype)
         ledger.watch(self.model, self.optimizer, example)
         context = {
             "example_inputs": example,
             "steps_per_epoch": self.steps_per_epoch,
             "total_steps": self.total,
             "calibration": self.calibration,
-            "fresh": lambda: self.blueprint.build(recipe.seed + _OTHER_WEIGHTS),
+            "fresh": lambda: self._begun(self.blueprint.build(recipe.seed + _OTHER_WEIGHTS)),
             "ledger": ledger,
             "seed": recipe.seed,
         }
@@ -276,6 +281,17 @@ class Run:
         ledger.enter("setup")
 
     # ---- putting together ----
+
+    def _begun(self, model: nn.Module) -> nn.Module:
+        """Move a new model to the device; one with a method ``initialise_from_images`` takes weights from the data."""
+        device = self.fabric.device
+        model.to(device)
+        if hasattr(model, "initialise_from_images"):
+            images = self.loader.sample(INITIAL_IMAGES, self.recipe.seed, augmented=False)
+            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(self.recipe.seed)
+                model.initialise_from_images(images)  # type: ignore[operator]
+        return model
 
     def _choose(self, build_model: Callable[[], nn.Module]) -> Choice:
         """Take the choice that was written down, in the checkpoint before the file, else make one.
@@ -352,6 +368,32 @@ class Run:
 
     # ---- what the loop calls ----
 
+    @property
+    def test_time(self) -> str:
+        """Which views of an image an evaluation after this step averages over."""
+        return self.recipe.test_time if self.step == self.total else "none"
+
+    def freeze_ended(self) -> None:
+        """Freeze what has come to the end of its learning rate: nobody needs to compute its gradients any more."""
+        ended = {
+            id(parameter)
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad and self.step >= group.get("lr_end", self.total)
+        }
+        if not ended:
+            return
+        names = {name for name, parameter in self.model.named_parameters() if id(parameter) in ended}
+        dense = self.model
+        if self.search is not None and self.search.drawn:
+            dense = self.blueprint.build(self.recipe.seed).to(self.fabric.device)
+        for model in (self.model, dense):
+            for name, parameter in model.named_parameters():
+                if name in names:
+                    parameter.requires_grad_(False)
+        self.ledger.reprice(dense)
+        self.forward = self._wrap()
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a forward pass: bf16 or nothing."""
         return self._precision.forward_context()  # type: ignore[no-any-return]
@@ -409,6 +451,7 @@ class Run:
             "loss": train_loss,
             "test_loss": self.test_loss if math.isfinite(self.test_loss) else None,
             "accuracy": self.accuracy,
+            "test_time": self.test_time,
             "lr": self.schedule(self.step - 1),
             "images_per_s": images / elapsed if elapsed > 0 else 0.0,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),

@@ -75,11 +75,19 @@ class Schedule:
             factor=recipe.lr_factor,
         )
 
-    def __call__(self, step: int) -> float:
-        """Return the learning rate of the optimizer step that follows ``step`` finished ones."""
+    def __call__(self, step: int, end: int | None = None) -> float:
+        """Return the learning rate of the optimizer step that follows ``step`` finished ones.
+
+        Args:
+            step: From 0.
+            end: Step at which a part of the network stops learning, for the rate of that part: what decays over the
+                run decays over these steps, and is 0 afterwards. By default ``total``.
+        """
+        if end is not None and step >= end:
+            return 0.0
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(self.total - self.warmup, 1)
+        progress = (step - self.warmup) / max((self.total if end is None else end) - self.warmup, 1)
         if self.kind == "cosine":
             return self.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
         if self.kind == "one_cycle":

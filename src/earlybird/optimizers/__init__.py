@@ -1,0 +1,1 @@
+"""How many steps? Optimizers that need fewer of them."""
