@@ -59,7 +59,8 @@ class Contestant:
     """One way to train.
 
     Attributes:
-        label: For tables and plots.
+        label: For tables.
+        family: For the colours of plots, of `tables.FAMILIES`.
         flags: Of ``earlybird train``, or of the rival's own command.
         rival: Name for `rivals/run.py`; '' for earlybird itself, 'plain' for `plain_pytorch.py`.
         needs: Contestants whose row of the same seed this one needs: 'dense' gives its weights or its time, 'ticket'
@@ -68,6 +69,7 @@ class Contestant:
     """
 
     label: str
+    family: str
     flags: Mapping[str, Any] = field(default_factory=dict)
     rival: str = ""
     needs: tuple[str, ...] = ()

@@ -10,8 +10,10 @@ networks have few to give.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from contest import Contestant, Task, main
-from tables import contest_tables
+from tables import contest_section, contest_tables
 
 NAME = "networks"
 
@@ -31,10 +33,10 @@ TASKS = {
 }  # fmt: skip
 
 CONTESTANTS = {
-    "dense": Contestant("dense, tuned", {"dense": True}),
-    "ticket": Contestant("**early ticket** (default)", {"keep": 0.5}),
+    "dense": Contestant("dense, tuned", "dense", {"dense": True}),
+    "ticket": Contestant("**early ticket** (default)", "ours", {"keep": 0.5}),
     "dense-equal-time": Contestant(
-        "dense, fewer epochs: the ticket's time", {"dense": True}, needs=("dense", "ticket"), equal_time=True
+        "dense, fewer epochs: the ticket's time", "dense", {"dense": True}, needs=("dense", "ticket"), equal_time=True
     ),
 }
 
@@ -42,6 +44,11 @@ CONTESTANTS = {
 def table() -> str:
     """Return the results as Markdown, one table a network."""
     return contest_tables(NAME, TASKS, CONTESTANTS)
+
+
+def section(images: Path) -> str:
+    """Return tables and plots for the page of all results."""
+    return contest_section(NAME, TASKS, CONTESTANTS, images)
 
 
 if __name__ == "__main__":

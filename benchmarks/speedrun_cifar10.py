@@ -9,8 +9,10 @@ ticket, or both. The question is the time to 94 %, so a contestant that ends bel
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from contest import Contestant, Task, main
-from tables import contest_tables
+from tables import contest_section, contest_tables
 
 NAME = "speedrun_cifar10"
 
@@ -26,14 +28,20 @@ _TICKET = {"keep": 0.7, "skip": "20%", "look_every": "2%", "deadline": "25%"}
 _RESIZING = {"initial_scale": 0.75, "grow_from": "40%", "whole_from": "70%"}
 
 CONTESTANTS = {
-    "dense": Contestant("the recipe, dense", {"dense": True}),
-    "ticket": Contestant("**early ticket**", _TICKET),
-    "resized": Contestant("**progressive resizing**", {"method": "progressive_resizing", **_RESIZING}),
+    "dense": Contestant("the recipe, dense", "dense", {"dense": True}),
+    "ticket": Contestant("**early ticket**", "ours", _TICKET),
+    "resized": Contestant("**progressive resizing**", "ours", {"method": "progressive_resizing", **_RESIZING}),
     "resized-ticket": Contestant(
-        "**progressive resizing, early ticket**", {"method": "early_bird,progressive_resizing", **_RESIZING, **_TICKET}
+        "**progressive resizing, early ticket**",
+        "ours",
+        {"method": "early_bird,progressive_resizing", **_RESIZING, **_TICKET},
     ),
     "dense-equal-time": Contestant(
-        "dense, fewer epochs: the resized run's time", {"dense": True}, needs=("dense", "resized"), equal_time=True
+        "dense, fewer epochs: the resized run's time",
+        "dense",
+        {"dense": True},
+        needs=("dense", "resized"),
+        equal_time=True,
     ),
 }
 
@@ -41,6 +49,11 @@ CONTESTANTS = {
 def table() -> str:
     """Return the results as Markdown."""
     return contest_tables(NAME, TASKS, CONTESTANTS)
+
+
+def section(images: Path) -> str:
+    """Return tables and plots for the page of all results."""
+    return contest_section(NAME, TASKS, CONTESTANTS, images)
 
 
 if __name__ == "__main__":

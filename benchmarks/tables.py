@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from common import comparable, rows, source, spread
 from contest import Contestant, Task
+from figures import COLOURS, Axis, Series, chart
 
 Row = dict[str, Any]
+
+FAMILIES = {
+    "ours": COLOURS[0],
+    "dense": COLOURS[5],
+    "at initialisation": COLOURS[2],
+    "after training": COLOURS[1],
+    "lottery": COLOURS[3],
+    "speed-up": COLOURS[4],
+}
+"""Kind of contestant to its colour."""
+
+_PLOTS = {
+    "seconds": ("seconds", "seconds of the whole run, measured"),
+    "energy": ("joules", "joules of the whole run, modelled"),
+    "weights": ("parameters", "weights of the final network, counted"),
+}
 
 
 def contest_tables(name: str, tasks: Mapping[str, Task], contestants: Mapping[str, Contestant]) -> str:
@@ -122,3 +140,44 @@ def _origin(block: Sequence[Row]) -> str:
             )
         texts.append(text)
     return ". ".join(texts) + "."
+
+
+def contest_section(name: str, tasks: Mapping[str, Task], contestants: Mapping[str, Contestant], images: Path) -> str:
+    """Return tables and plots of all tasks as Markdown; the plots are written into ``images``."""
+    everything = rows(name)
+    parts = []
+    for task_name, task in tasks.items():
+        block = [row for row in everything if row["task"] == task_name]
+        if not block:
+            continue
+        parts.append(contest_table(task, block, contestants, source(name)))
+        done = [row for row in block if row["status"] == "done" and row["accuracy"] is not None]
+        for plot, (key, label) in _PLOTS.items():
+            series = _means(done, contestants, key)
+            if len(series) > 1:
+                path = images / f"{name}-{task_name}-{plot}.svg"
+                path.write_text(_plot(series, label, task.title, block[-1]), encoding="utf-8")
+                parts.append(f"![{task.title}: accuracy against {label}]({images.name}/{path.name})\n")
+    return "\n".join(parts)
+
+
+def _means(done: Sequence[Row], contestants: Mapping[str, Contestant], key: str) -> list[Series]:
+    """Return one point a contestant: its means over seeds of ``key`` and of the accuracy in percent."""
+    series = []
+    for name, contestant in contestants.items():
+        mine = [row for row in done if row["contestant"] == name and row.get(key)]
+        if mine:
+            point = (
+                statistics.fmean(row[key] for row in mine),
+                100 * statistics.fmean(row["accuracy"] for row in mine),
+            )
+            series.append(Series(points=[point], colour=FAMILIES[contestant.family], label=name, line=False))
+    return series
+
+
+def _plot(series: Sequence[Series], label: str, title: str, row: Row) -> str:
+    x, y = zip(*(one.points[0] for one in series))
+    return chart(
+        series, Axis.around(x, label, zero=True), Axis.around(y, "test accuracy, %"), title=title,
+        note=f"{row['device']}, torch {row['torch']}, {row['date']}; means over seeds; up and to the left is better",
+    )  # fmt: skip

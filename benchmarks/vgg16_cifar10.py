@@ -12,8 +12,10 @@ tickets at initialisation, lottery tickets, and the usual speed-ups. `contest.py
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from contest import Contestant, Task, main
-from tables import contest_tables
+from tables import contest_section, contest_tables
 
 NAME = "vgg16_cifar10"
 
@@ -29,45 +31,62 @@ TASKS = {
 
 # in the order of the tables
 CONTESTANTS = {
-    "plain": Contestant("plain PyTorch (fp32, eager, DataLoader)", rival="plain"),
-    "dense": Contestant("dense, tuned", {"dense": True}),
-    "ticket": Contestant("**early ticket** (default)", {"keep": 0.5}),
-    "ticket_layer": Contestant("**early ticket**, by layer", {"keep": 0.5, "scope": "layer"}),
+    "plain": Contestant("plain PyTorch (fp32, eager, DataLoader)", "dense", rival="plain"),
+    "dense": Contestant("dense, tuned", "dense", {"dense": True}),
+    "ticket": Contestant("**early ticket** (default)", "ours", {"keep": 0.5}),
+    "ticket_layer": Contestant("**early ticket**, by layer", "ours", {"keep": 0.5, "scope": "layer"}),
     "dense-equal-time": Contestant(
-        "dense, fewer epochs: the ticket's time", {"dense": True}, needs=("dense", "ticket"), equal_time=True
+        "dense, fewer epochs: the ticket's time", "dense", {"dense": True}, needs=("dense", "ticket"), equal_time=True
     ),
     "small-dense": Contestant(
-        "narrower from the start, the ticket's cost", rival="small-dense", needs=("dense", "ticket")
+        "narrower from the start, the ticket's cost", "dense", rival="small-dense", needs=("dense", "ticket")
     ),
-    "random-ticket": Contestant("random ticket at initialisation", rival="random-ticket", needs=("dense", "ticket")),
-    "snip": Contestant("SNIP at initialisation", rival="snip", needs=("dense", "ticket")),
-    "grasp": Contestant("GraSP at initialisation", rival="grasp", needs=("dense", "ticket")),
-    "synflow": Contestant("SynFlow at initialisation", rival="synflow", needs=("dense", "ticket")),
+    "random-ticket": Contestant(
+        "random ticket at initialisation", "at initialisation", rival="random-ticket", needs=("dense", "ticket")
+    ),
+    "snip": Contestant("SNIP at initialisation", "at initialisation", rival="snip", needs=("dense", "ticket")),
+    "grasp": Contestant("GraSP at initialisation", "at initialisation", rival="grasp", needs=("dense", "ticket")),
+    "synflow": Contestant("SynFlow at initialisation", "at initialisation", rival="synflow", needs=("dense", "ticket")),
     "prune-finetune-magnitude": Contestant(
-        "train, prune (magnitude), fine-tune", rival="prune-finetune-magnitude", needs=("dense", "ticket")
+        "train, prune (magnitude), fine-tune",
+        "after training",
+        rival="prune-finetune-magnitude",
+        needs=("dense", "ticket"),
     ),
     "prune-finetune-taylor": Contestant(
-        "train, prune (Taylor), fine-tune", rival="prune-finetune-taylor", needs=("dense", "ticket")
+        "train, prune (Taylor), fine-tune", "after training", rival="prune-finetune-taylor", needs=("dense", "ticket")
     ),
     "prune-finetune-bn_scale": Contestant(
-        "train, prune (BN scale), fine-tune", rival="prune-finetune-bn_scale", needs=("dense", "ticket")
+        "train, prune (BN scale), fine-tune",
+        "after training",
+        rival="prune-finetune-bn_scale",
+        needs=("dense", "ticket"),
     ),
     "prune-finetune-gradual": Contestant(
-        "train, prune gradually, fine-tune", rival="prune-finetune-gradual", needs=("dense", "ticket")
+        "train, prune gradually, fine-tune", "after training", rival="prune-finetune-gradual", needs=("dense", "ticket")
     ),
-    "slimming": Contestant("network slimming", rival="slimming", needs=("dense", "ticket")),
-    "soft-filter": Contestant("soft filter pruning", rival="soft-filter", needs=("dense", "ticket")),
-    "lottery-one-shot": Contestant("lottery ticket, one shot", rival="lottery-one-shot", needs=("dense", "ticket")),
-    "lottery-iterative": Contestant("lottery ticket, iterative", rival="lottery-iterative", needs=("dense", "ticket")),
-    "progressive-resizing": Contestant("progressive resizing", rival="progressive-resizing"),
-    "layer-freezing": Contestant("layer freezing", rival="layer-freezing"),
-    "selective-backprop": Contestant("selective backprop", rival="selective-backprop"),
+    "slimming": Contestant("network slimming", "after training", rival="slimming", needs=("dense", "ticket")),
+    "soft-filter": Contestant("soft filter pruning", "after training", rival="soft-filter", needs=("dense", "ticket")),
+    "lottery-one-shot": Contestant(
+        "lottery ticket, one shot", "lottery", rival="lottery-one-shot", needs=("dense", "ticket")
+    ),
+    "lottery-iterative": Contestant(
+        "lottery ticket, iterative", "lottery", rival="lottery-iterative", needs=("dense", "ticket")
+    ),
+    "progressive-resizing": Contestant("progressive resizing", "speed-up", rival="progressive-resizing"),
+    "layer-freezing": Contestant("layer freezing", "speed-up", rival="layer-freezing"),
+    "selective-backprop": Contestant("selective backprop", "speed-up", rival="selective-backprop"),
 }
 
 
 def table() -> str:
     """Return the results as Markdown, one table a task."""
     return contest_tables(NAME, TASKS, CONTESTANTS)
+
+
+def section(images: Path) -> str:
+    """Return tables and plots for the page of all results."""
+    return contest_section(NAME, TASKS, CONTESTANTS, images)
 
 
 if __name__ == "__main__":

@@ -205,6 +205,7 @@ class Ledger:
         self._dense_evaluation: float | None = None  # seconds a sample in the fastest evaluation before the shrink
         self._model: nn.Module | None = None  # without the wrappers of DDP and torch.compile
         self._sample: Any = None
+        self._dense_sample: Any = None  # what `dense_cost` was counted on: whole images, where they are resized later
         self._handles: list[Any] = []
         self._peak = PeakMemory(self.device)
         self._energy = energy_meter(self.device)
@@ -364,9 +365,10 @@ class Ledger:
         """
         self._settle()
         self._price()
+        self._costs.clear()
         if self._model is not None and self._sample is not None and self.cost is not None:
             self._count(self._model, self._sample)
-            self.dense_cost = count(dense, self._sample)
+            self.dense_cost = count(dense, self._dense_sample)
 
     def _count(self, model: nn.Module, inputs: Any) -> None:
         self._counting = True  # the count runs the model, and with it our own hook
@@ -379,7 +381,7 @@ class Ledger:
         if self._size is not None:
             self._costs[self._size] = self.cost
         if self.dense_cost is None and not self._shrunk:
-            self.dense_cost = self.cost
+            self.dense_cost, self._dense_sample = self.cost, self._sample
 
     def _on_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._since is None or self._counting or self._model is None:

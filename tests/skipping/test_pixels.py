@@ -142,3 +142,26 @@ def test_detached_it_leaves_images_alone():
     running.detach()
     model(torch.ones(2, 1, 16, 16))
     assert model.sides == [8, 16]
+
+
+def test_what_freezes_on_small_images_is_priced_anew_at_every_size_and_dense_at_the_whole():
+    model = build("small_cnn", classes=10, in_channels=1, image_size=16, width=0.25)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    ledger = eb.Ledger()
+    ledger.watch(model, optimizer, torch.zeros(1, 1, 16, 16))
+    ledger.enter("train")
+
+    def step(side):
+        model(torch.rand(4, 1, side, side)).sum().backward()
+        optimizer.step()
+
+    step(16)
+    step(8)
+    next(model.parameters()).requires_grad_(False)
+    ledger.reprice(model)
+    spent = ledger.phases["train"].macs
+    step(8)
+    step(16)
+    price = {side: count(model, torch.zeros(1, 1, side, side)) for side in (8, 16)}
+    assert ledger.phases["train"].macs - spent == 4 * (price[8].training_macs + price[16].training_macs)
+    assert ledger.dense_cost == price[16]

@@ -53,6 +53,24 @@ def test_the_fastest_is_chosen_and_the_reason_has_its_numbers(fake_times: Any) -
     assert Choice(**json.loads(json.dumps(record))["choice"]) == choice
 
 
+def test_a_large_batch_is_timed_in_part_on_a_cpu(fake_times: Any) -> None:
+    fake_times({**PLAIN, ("bf16", True, False): 0.4})
+    seen: list[int] = []
+
+    class Counting(nn.Flatten):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(len(images))
+            return super().forward(images)
+
+    _, record = tune(
+        Recipe.from_values(), lambda: nn.Sequential(Counting(), nn.Linear(16, 10)), torch.randn(1024, 1, 4, 4),
+        torch.zeros(1024, dtype=torch.long), steps=10,
+    )  # fmt: skip
+    assert set(seen) == {module.ENOUGH_IMAGES}
+    # a step of the whole batch is four times as long
+    assert {row["step_s"] for row in record["candidates"]} == {4.0, 1.6}
+
+
 def test_a_gain_within_noise_changes_nothing(fake_times: Any) -> None:
     fake_times({**PLAIN, ("bf16", True, False): 0.98})
     choice, record = tune(Recipe.from_values(), build, IMAGES, LABELS, steps=10)

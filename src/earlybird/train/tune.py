@@ -1,8 +1,9 @@
 """Choose number format, memory layout and compilation by timed steps, and write down why.
 
-Every candidate runs real training steps (forward, loss, backward, optimizer) of the run's own model and batch. They
-take turns, so that a busy machine slows all of them alike; the first step of each is warm-up and is not counted; the
-fastest step of each stands for it. A candidate must beat plain fp32 by 3 %, so that noise alone changes nothing.
+Every candidate runs real training steps (forward, loss, backward, optimizer) of the run's own model and batch (on a CPU,
+where steps of thousands of images take seconds, of a part of it). They take turns, so that a busy machine slows all of
+them alike; the first step of each is warm-up and is not counted; the fastest step of each stands for it. A candidate
+must beat plain fp32 by 3 %, so that noise alone changes nothing.
 `torch.compile` is tried only on runs that are long enough to pay for compiling twice (before and after the draw).
 
 The time it takes belongs to the bill, phase ``setup``. A resumed run reuses what was written; it never tunes again.
@@ -29,6 +30,8 @@ SHARE = 0.01
 """Share of the estimated run that timing may take, once each candidate has had two steps."""
 DROPPED = (3.0, 1.3)
 """A candidate this many times slower than the best is not timed further: after one timed step, and after more."""
+ENOUGH_IMAGES = 256
+"""On a CPU, which a small batch keeps busy, no more images than these are timed; a step is as many times longer."""
 COMPILE_FROM_S = 1800.0
 """Estimated length of the run from which compiling is tried."""
 
@@ -96,13 +99,16 @@ def tune(
     """
     start = time.perf_counter()
     device = images.device
+    batch = len(images)
+    if device.type == "cpu":
+        images, labels = images[:ENOUGH_IMAGES], labels[:ENOUGH_IMAGES]
     base = untuned(recipe, device)
     if recipe.exact or not recipe.tune:
         return base, _record(base, [], "exact" if recipe.exact else "tune is off", start)
     precisions = ["fp32", "bf16"] if recipe.precision == "auto" else [recipe.precision]
     layouts = [False, True] if recipe.channels_last == "auto" else [bool(recipe.channels_last)]
     candidates = [
-        _Candidate(dataclasses.replace(base, precision=precision, channels_last=layout, compile=base.compile))
+        _Candidate(dataclasses.replace(base, precision=precision, channels_last=layout), batch / len(images))
         for precision in precisions
         for layout in layouts
     ]
@@ -117,7 +123,7 @@ def tune(
             if length_s < COMPILE_FROM_S:
                 reason += f"; compile not tried: the run takes about {length_s:.0f} s, under {COMPILE_FROM_S:.0f} s"
             else:
-                compiled = _Candidate(dataclasses.replace(best.choice, compile=True))
+                compiled = _Candidate(dataclasses.replace(best.choice, compile=True), batch / len(images))
                 candidates.append(compiled)
                 best, why = _try_compile(compiled, best, build, images, labels, steps)
                 reason += f"; {why}"
@@ -125,10 +131,11 @@ def tune(
 
 
 class _Candidate:
-    """One choice with the steps that were timed for it."""
+    """One choice with the steps that were timed for it, on one of ``parts`` equal parts of a batch."""
 
-    def __init__(self, choice: Choice) -> None:
+    def __init__(self, choice: Choice, parts: float) -> None:
         self.choice = choice
+        self._parts = parts
         self.times_s: list[float] = []
         self.first_s = 0.0
         self.failure = ""
@@ -137,6 +144,11 @@ class _Candidate:
     @property
     def seconds(self) -> float:
         return min(self.times_s, default=float("inf"))
+
+    @property
+    def compile_s(self) -> float:
+        """What the first step took longer than the others."""
+        return self.first_s - self.seconds / self._parts
 
     def attempt(self, action: Callable[[], None]) -> bool:
         """Do ``action``; where it fails (an operator without bf16, a view of channels_last), keep why and return False.
@@ -174,7 +186,7 @@ class _Candidate:
         self.first_s = self._time()
 
     def time_once(self) -> None:
-        self.times_s.append(self._time())
+        self.times_s.append(self._time() * self._parts)
 
     def release(self) -> None:
         self._step = None
@@ -233,7 +245,7 @@ def _try_compile(
     if not (prepared and all(compiled.attempt(compiled.time_once) for _ in range(3))):
         return eager, f"compile failed ({compiled.failure})"
     compiled.release()
-    cost_s = compiled.first_s - compiled.seconds
+    cost_s = compiled.compile_s
     gain_s = (eager.seconds - compiled.seconds) * steps
     text = f"compiled takes {_ms(compiled)} a step after {cost_s:.0f} s of compiling"
     if gain_s > 2 * cost_s:
