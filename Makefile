@@ -1,6 +1,8 @@
 # make demo   train the bundled digits dense and as an early ticket, print the bill, write the report
 # make test   run the whole test suite
 # make check  ruff and mypy
+# make bench  a short version of every benchmark, some ten minutes on two cores; writes benchmarks/README.md
+# make bench-full [HOURS=8]   all of them, three seeds; goes on where it was stopped
 #
 # Each works as the first command; everything lands in .venv, and a second run installs nothing.
 #
@@ -14,7 +16,7 @@ TORCH := torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench bench-full clean
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -28,6 +30,14 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+HOURS ?= 8
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/run_all.py
+
+bench-full: .venv/installed
+	$(BIN)/python benchmarks/run_all.py --full --hours $(HOURS)
 
 clean:
 	rm -rf .venv

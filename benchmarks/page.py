@@ -6,6 +6,7 @@ python benchmarks/page.py
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 from common import HERE
 
@@ -37,8 +38,9 @@ channels_last without the time that tuning takes, which favours them a little.
 """
 
 
-def main() -> None:
-    images = HERE / "images"
+def write(folder: Path) -> Path:
+    """Write page and plots into ``folder``, and return the page."""
+    images = folder / "images"
     images.mkdir(exist_ok=True)
     parts = [HEAD]
     for name, heading in SECTIONS.items():
@@ -46,9 +48,10 @@ def main() -> None:
         found = module.section(images)
         # the first line of a script's docstring is its claim
         parts.append(f"## {heading}\n\n{module.__doc__.splitlines()[0]} (`{name}.py`)\n\n{found or 'No rows yet.'}\n")
-    (HERE / "README.md").write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
-    print(f"wrote {HERE / 'README.md'}")
+    path = folder / "README.md"
+    path.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+    return path
 
 
 if __name__ == "__main__":
-    main()
+    print(f"wrote {write(HERE)}")

@@ -152,6 +152,13 @@ def contest_section(name: str, tasks: Mapping[str, Task], contestants: Mapping[s
             continue
         parts.append(contest_table(task, block, contestants, source(name)))
         done = [row for row in block if row["status"] == "done" and row["accuracy"] is not None]
+        curves = _curves(done, contestants)
+        if len(curves) > 1:
+            path = images / f"{name}-{task_name}-curves.svg"
+            path.write_text(
+                _plot(curves, "seconds of the run so far, measured", task.title, block[-1]), encoding="utf-8"
+            )
+            parts.append(f"![{task.title}: accuracy in the course of the runs]({images.name}/{path.name})\n")
         for plot, (key, label) in _PLOTS.items():
             series = _means(done, contestants, key)
             if len(series) > 1:
@@ -175,9 +182,22 @@ def _means(done: Sequence[Row], contestants: Mapping[str, Contestant], key: str)
     return series
 
 
+def _curves(done: Sequence[Row], contestants: Mapping[str, Contestant]) -> list[Series]:
+    """Return accuracy in percent against seconds of every run of ours and of dense ones; one of each has a label."""
+    series: list[Series] = []
+    for name, contestant in contestants.items():
+        if contestant.family not in ("ours", "dense"):
+            continue
+        for row in (row for row in done if row["contestant"] == name and len(row.get("curve", ())) > 1):
+            points = [(seconds, 100 * accuracy) for seconds, accuracy in row["curve"]]
+            label = "" if any(one.label == name for one in series) else name
+            series.append(Series(points=points, colour=FAMILIES[contestant.family], label=label))
+    return series
+
+
 def _plot(series: Sequence[Series], label: str, title: str, row: Row) -> str:
-    x, y = zip(*(one.points[0] for one in series))
+    x, y = zip(*(point for one in series for point in one.points))
     return chart(
         series, Axis.around(x, label, zero=True), Axis.around(y, "test accuracy, %"), title=title,
-        note=f"{row['device']}, torch {row['torch']}, {row['date']}; means over seeds; up and to the left is better",
+        note=f"{row['device']}, torch {row['torch']}, {row['date']}; up and to the left is better",
     )  # fmt: skip

@@ -61,9 +61,9 @@ class Recipe(BaseModel):
         description="L2 penalty (sgd), decoupled decay (adamw); muon: what an image takes off head and biases",
     )
     lr_head: float = Field(
-        0.67, gt=0, description="muon: peak rate of the last layer, for a loss summed over the batch"
+        1e-3, gt=0, description="muon: peak rate of the last layer, for a loss summed over the batch"
     )
-    lr_bias: float = Field(0.053, gt=0, description="muon: peak rate of biases, for a loss summed over the batch")
+    lr_bias: float = Field(1e-3, gt=0, description="muon: peak rate of biases, for a loss summed over the batch")
     sgd_momentum: float = Field(0.85, ge=0, lt=1, description="muon: of head and biases")
     stem_until: Step | None = Field(
         None, description="muon: when the rate of the first layer's bias reaches 0; default: the end"
@@ -197,7 +197,7 @@ _BY_DATA: dict[str, dict[str, Any]] = {
 }
 _BY_OPTIMIZER: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 2e-3, "weight_decay": 0.01, "nesterov": False},
-    "muon": {"lr": 0.24, "momentum": 0.6, "weight_decay": 2e-6},
+    "muon": {"lr": 0.05, "momentum": 0.6, "weight_decay": 2e-6},
 }
 
 

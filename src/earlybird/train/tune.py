@@ -1,6 +1,6 @@
 """Choose number format, memory layout and compilation by timed steps, and write down why.
 
-Every candidate runs real training steps (forward, loss, backward, optimizer) of the run's own model and batch (on a CPU,
+Every candidate runs real training steps (forward, loss, backward, optimizer) of the run's model and batch (on a CPU,
 where steps of thousands of images take seconds, of a part of it). They take turns, so that a busy machine slows all of
 them alike; the first step of each is warm-up and is not counted; the fastest step of each stands for it. A candidate
 must beat plain fp32 by 3 %, so that noise alone changes nothing.

@@ -1,0 +1,179 @@
+"""The harness: who runs when, with which words, and what becomes of those that fail."""
+
+import argparse
+import json
+import re
+import sys
+
+import common
+import contest
+import networks
+import page
+import pytest
+import speedrun_cifar10
+import tables
+import vgg16_cifar10
+from contest import Contestant, Task, command, order, words
+
+from earlybird.cli import main
+from earlybird.train.recipe import Recipe
+
+TASK = Task("A task", "digits", {"epochs": 8, "width": 0.5}, seeds=2, budget_s=20)
+CONTESTANTS = {
+    "dense": Contestant("dense", "dense", {"dense": True}),
+    "ticket": Contestant("ticket", "ours", {"keep": 0.5}),
+    "dense-equal-time": Contestant("short", "dense", {"dense": True}, needs=("dense", "ticket"), equal_time=True),
+    "snip": Contestant("SNIP", "at initialisation", rival="snip", needs=("dense", "ticket")),
+}
+MACHINE = {"date": "2026-01-01", "device": "a", "threads": 2, "torch": "2", "revision": "abc", "source": "x"}
+
+
+def row(contestant, seed=0, **values):
+    done = {"status": "done", "accuracy": 0.9, "seconds": 100.0, "seconds_kind": "measured", "macs": 1000}
+    return {"task": "t", "contestant": contestant, "seed": seed, "session": "s", **MACHINE, **done, **values}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(contest, "WORK", contest.HERE.parent / "runs" / "test-benchmarks")
+    monkeypatch.setattr(contest, "yardstick", lambda: 0.01)
+    return tmp_path / "results"
+
+
+def options(**values):
+    given = {"tasks": ["t"], "contestants": list(CONTESTANTS), "seeds": None, "budget": 1e9, "retry": False}
+    return argparse.Namespace(**{**given, **values})
+
+
+def test_every_second_seed_runs_in_reverse_and_who_needs_others_last():
+    assert order(CONTESTANTS, list(CONTESTANTS), 0) == ["dense", "ticket", "dense-equal-time", "snip"]
+    assert order(CONTESTANTS, list(CONTESTANTS), 1) == ["ticket", "dense", "snip", "dense-equal-time"]
+    assert order(CONTESTANTS, ["ticket"], 1) == ["ticket"]
+
+
+def test_equal_time_is_worked_out_from_the_seconds_of_dense_and_ticket(tmp_path):
+    found = {"dense": row("dense", seconds=200.0), "ticket": row("ticket", seconds=120.0)}
+    typed = command(TASK, CONTESTANTS["dense-equal-time"], 3, tmp_path, found)
+    assert typed[typed.index("--epochs") + 1] == "5"  # of 8
+    assert typed[typed.index("--seed") + 1] == "3"
+
+
+def test_a_rival_gets_the_cost_of_the_ticket(tmp_path):
+    dense = row("dense", macs_per_image=1000.0, folder="not/there")
+    found = {"dense": dense, "ticket": row("ticket", macs_per_image=640.0)}
+    typed = command(TASK, CONTESTANTS["snip"], 0, tmp_path, found)
+    assert typed[typed.index("--macs-share") + 1] == "0.64"
+    assert "--dense" not in typed  # its folder is gone, so the rival trains by itself
+
+
+@pytest.mark.parametrize("script", [vgg16_cifar10, networks, speedrun_cifar10])
+def test_every_word_of_ours_is_a_key_of_a_valid_recipe(script):
+    for task in script.TASKS.values():
+        for contestant in script.CONTESTANTS.values():
+            assert contestant.family in tables.FAMILIES
+            if not contestant.rival:
+                Recipe.from_toml(task.path, {**task.flags, **contestant.flags})
+
+
+def test_every_rival_is_one_that_there_is():
+    from benchmarks.rivals.run import RIVALS
+
+    asked = {contestant.rival for contestant in vgg16_cifar10.CONTESTANTS.values()} - {"", "plain"}
+    assert asked <= set(RIVALS)
+
+
+def test_a_real_run_a_failure_and_one_over_budget_leave_rows_and_the_others_go_on(results, monkeypatch):
+    def typed(task, contestant, seed, out, found):
+        code = {
+            "dense": f"import json, pathlib; p = pathlib.Path({str(out)!r}); p.mkdir(parents=True);"
+            "(p / 'row.json').write_text(json.dumps({'accuracy': 0.5, 'seconds': 1.0, 'seconds_kind': 'measured'}))",
+            "ticket": "raise SystemExit('a reason')",
+            "snip": "import time; time.sleep(60)",
+        }[contestant.label]
+        return [sys.executable, "-c", code]
+
+    monkeypatch.setattr(contest, "command", typed)
+    three = {name: Contestant(name, "ours") for name in ("dense", "ticket", "snip")}
+    task = Task("A task", "digits", {}, seeds=1, budget_s=5)
+    contest.run("made_up", {"t": task}, three, options(contestants=list(three)))
+    found = {row["contestant"]: row for row in common.rows("made_up")}
+    assert found["dense"]["status"] == "done"
+    assert found["ticket"]["status"] == "failed with exit code 1: a reason"
+    assert found["snip"]["status"] == "needed more than 5 s and was stopped"
+    assert not found["dense"]["folder"].startswith("/")
+    before = len(common.rows("made_up"))
+    contest.run("made_up", {"t": task}, three, options(contestants=list(three)))
+    assert len(common.rows("made_up")) == before  # what has a row is not run again
+    contest.run("made_up", {"t": task}, three, options(contestants=["ticket"], retry=True))
+    assert len(common.rows("made_up")) == before + 1
+
+
+def test_nothing_is_begun_that_does_not_fit_or_lacks_what_it_needs(results, monkeypatch, capsys):
+    monkeypatch.setattr(contest, "attempt", lambda *_: pytest.fail("begun"))
+    common.append("made_up", row("ticket", seed=1, seconds=3600.0))
+    contest.run("made_up", {"t": TASK}, CONTESTANTS, options(contestants=["ticket", "snip"], seeds=1, budget=10))
+    said = capsys.readouterr().out
+    assert "ticket seed 0: about 3600 s, no time left" in said
+    assert "snip seed 0: waits for dense, ticket" in said
+
+
+def test_tables_pair_seeds_of_one_machine_and_mark_sessions_failures_and_older_scripts():
+    block = [
+        row("dense", 0), row("dense", 1, accuracy=0.92), row("dense", 2, device="another"),
+        row("ticket", accuracy=0.89, seconds=50.0, macs=500), row("ticket", 1, accuracy=0.92, seconds=25, session="z"),
+        row("ticket", 2, accuracy=0.1, seconds=1.0), row("snip", 0, status="failed with exit code 1: x", source="old"),
+    ]  # fmt: skip
+    text = tables.contest_table(TASK, block, CONTESTANTS, "x")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    lines = {first: rest for first, *rest in cells}
+    ticket = lines["ticket"]
+    assert ticket[0] == "3"
+    assert ticket[2] == "-0.50 ± 0.71"  # -1 and 0 points; the third seed ran on another machine
+    assert ticket[5] == "3.00 ± 1.41x*"  # 2x and 4x, of which the second in another session
+    assert ticket[6] == "1.50 ± 0.71x"
+    assert lines["SNIP"][:2] == ["seed 0", "failed with exit code 1: x"]
+    assert "\\* partner runs of another session" in text
+    older = tables.contest_table(TASK, [row("dense", source="old")], CONTESTANTS, "x")
+    assert "| dense† |" in older
+    assert "older version" in older
+
+
+def test_a_section_has_a_table_and_plots_with_one_dot_a_contestant(results, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("dense", "ticket"):
+        common.append("made_up", row(name, joules=5.0 + len(name), parameters=1000 * len(name)))
+    text = tables.contest_section("made_up", {"t": TASK}, CONTESTANTS, images)
+    links = re.findall(r"\]\(images/([^)]+)\)", text)
+    assert links == [f"made_up-t-{plot}.svg" for plot in ("seconds", "energy", "weights")]
+    for link in links:
+        assert (images / link).read_text().count("<circle") == 2
+
+
+def test_the_page_has_every_script_and_every_plot_that_it_shows(tmp_path):
+    text = page.write(tmp_path).read_text()
+    for name, heading in page.SECTIONS.items():
+        assert f"## {heading}" in text
+        assert f"`{name}.py`" in text
+    for link in re.findall(r"\]\((images/[^)]+)\)", text):
+        assert (tmp_path / link).exists(), link
+
+
+def test_words():
+    assert words({"dense": True, "scope": "layer", "tune": False, "lr_head": 0.5}) == [
+        "--dense", "--scope", "layer", "--lr-head", "0.5",
+    ]  # fmt: skip
+
+
+def test_a_run_of_ours_is_read_with_its_costs(tmp_path):
+    assert main(["train", "--data", "digits", "--epochs", "1", "--width", "0.25", "--out", str(tmp_path / "run"),
+                 "--quiet", "--dense", "--no-tune"]) == 0  # fmt: skip
+    found = contest.read(tmp_path / "run")
+    bill = json.loads((tmp_path / "run" / "bill.json").read_text())
+    assert found["macs"] == bill["total"]["macs"]["value"]
+    assert found["joules"] > 0
+    assert (
+        found["macs_per_image"] == bill["phases"]["train"]["macs"]["value"] / bill["phases"]["train"]["images"]["value"]
+    )
+    assert found["curve"][-1][1] == found["accuracy"]
