@@ -45,6 +45,20 @@ def test_singular_values_of_a_gradient_come_near_1(shape: tuple[int, int]) -> No
     assert 0.65 < after.min() <= after.max() < 1.25
 
 
+def test_bfloat16_comes_as_near() -> None:
+    after = torch.linalg.svdvals(orthogonalise(matrix(64, 216).bfloat16()).double())
+    assert 0.6 < after.min() <= after.max() < 1.3
+    filters = nn.Parameter(matrix(4, 18).float())
+    before = filters.detach() * 2 / filters.detach().norm()
+    filters.grad = matrix(4, 18, 1).float()
+    optimizer = copy.deepcopy(Muon([filters], lr=0.2, momentum=0.0, nesterov=False, dtype=torch.bfloat16))
+    (filters,) = optimizer.param_groups[0]["params"]
+    filters.grad = matrix(4, 18, 1).float()
+    optimizer.step()
+    assert filters.dtype == torch.float32
+    torch.testing.assert_close(filters.detach(), before - 0.2 * orthogonalise(matrix(4, 18, 1).bfloat16()).float())
+
+
 def test_the_size_of_the_gradient_does_not_matter() -> None:
     x = matrix(6, 20).float()
     torch.testing.assert_close(orthogonalise(1e-6 * x), orthogonalise(x))

@@ -55,7 +55,7 @@ class SpeedRun(nn.Module):
         classes: Number of classes.
         in_channels: Channels of the images.
         image_size: Height and width of the images, pixels; decides only how often they are pooled.
-        width: Factor on the channels (64, 256, 256) of the three blocks; the whitening has always 8 a channel.
+        width: Factor on the channels (64, 256, 256) of the three blocks.
     """
 
     def __init__(self, *, classes: int = 10, in_channels: int = 3, image_size: int = 32, width: float = 1.0) -> None:

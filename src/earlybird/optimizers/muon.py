@@ -13,6 +13,8 @@ What it saves: steps, so every column of the bill. It does *not* pay with small 
 whatever the batch: for the speed-run network 3.2 GMAC a step, as much as nine training images. They are timed, but not
 counted.
 
+PyTorch's own `torch.optim.Muon` takes matrices only, and does not hold their norm.
+
 Deviations: the gradient's norm is bounded from below by the smallest number instead of raised by 1e-7, which depended
 on the loss being summed over the batch; so is that of the weights, which a filter of zeros survives.
 """
@@ -63,7 +65,6 @@ class Muon(torch.optim.Optimizer):
         orthogonal: bool = True,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._dtype = dtype
         super().__init__(
             params,
             {
@@ -72,6 +73,7 @@ class Muon(torch.optim.Optimizer):
                 "nesterov": nesterov,
                 "weight_decay": weight_decay,
                 "orthogonal": orthogonal,
+                "dtype": dtype,
             },
         )
 
@@ -110,8 +112,9 @@ class Muon(torch.optim.Optimizer):
                     continue
                 direction = self._direction(parameter, group)
                 if group["orthogonal"]:
-                    parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp_min(_TINY))
-                    direction = orthogonalise(direction.flatten(1).to(self._dtype)).view(parameter.shape)
+                    norm = parameter.norm().clamp_min(torch.finfo(parameter.dtype).tiny)
+                    parameter.div_(norm).mul_(len(parameter) ** 0.5)
+                    direction = orthogonalise(direction.flatten(1).to(group["dtype"])).view(parameter.shape)
                 parameter.add_(direction, alpha=-group["lr"])
         return loss
 
@@ -129,14 +132,11 @@ class Muon(torch.optim.Optimizer):
         return gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
 
 
-_TINY = 1e-30  # its inverse is still a number
-
-
 def orthogonalise(matrix: Tensor, steps: int = STEPS) -> Tensor:
     """Return ``U S' V^T`` for ``matrix = U S V^T``, with all of ``S'`` near 1, by Newton-Schulz steps.
 
     Few steps and steep coefficients bring the singular values near 1, roughly 0.5 to 1.5, but not to it; that is as
-    good for training. Those below some hundredth of the matrix's norm stay small.
+    good for training. Those below a hundredth of the matrix's norm stay below one half.
 
     Args:
         matrix: (rows, columns).
@@ -148,7 +148,9 @@ def orthogonalise(matrix: Tensor, steps: int = STEPS) -> Tensor:
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix  # the products are between the short sides
-    x = x / x.norm().clamp_min(_TINY)  # the Frobenius norm is no smaller than the largest singular value
+    x = x / x.norm().clamp_min(
+        torch.finfo(x.dtype).tiny
+    )  # the Frobenius norm is no smaller than the largest singular value
     for _ in range(steps):
         gram = x @ x.T
         polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # b A + c A^2
@@ -159,7 +161,7 @@ def orthogonalise(matrix: Tensor, steps: int = STEPS) -> Tensor:
 def by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Sort the parameters that learn by what they are, which shape and place decide.
 
-    Layers are convolutions and linear layers, in order of definition.
+    Layers are linear layers and convolutions that are not depthwise, in order of definition.
 
     Returns:
         ``head``: the weight of the last layer; ``stem``: the bias of the first layer; ``scales``: the weights of norms;
