@@ -35,6 +35,10 @@ CONTESTANTS = {
     "dense": Contestant("dense, tuned", "dense", {"dense": True}),
     "ticket": Contestant("**early ticket** (default)", "ours", {"keep": 0.5}),
     "ticket_layer": Contestant("**early ticket**, by layer", "ours", {"keep": 0.5, "scope": "layer"}),
+    "resized": Contestant("**progressive resizing**", "ours", {"method": "progressive_resizing"}),
+    "resized-ticket": Contestant(
+        "**early ticket, progressive resizing**", "ours", {"keep": 0.5, "method": "early_bird,progressive_resizing"}
+    ),
     "dense-equal-time": Contestant(
         "dense, fewer epochs: the ticket's time", "dense", {"dense": True}, needs=("dense", "ticket"), equal_time=True
     ),

@@ -368,14 +368,17 @@ class Ledger:
         self._costs.clear()
         if self._model is not None and self._sample is not None and self.cost is not None:
             self._count(self._model, self._sample)
-            self.dense_cost = count(dense, self._dense_sample)
+            self.dense_cost = self._counted(dense, self._dense_sample)
 
-    def _count(self, model: nn.Module, inputs: Any) -> None:
+    def _counted(self, model: nn.Module, inputs: Any) -> ModelCost:
         self._counting = True  # the count runs the model, and with it our own hook
         try:
-            self.cost = count(model, inputs)
+            return count(model, inputs)
         finally:
             self._counting = False
+
+    def _count(self, model: nn.Module, inputs: Any) -> None:
+        self.cost = self._counted(model, inputs)
         self._sample = first_sample(inputs)
         self._size = _image_size(inputs)
         if self._size is not None:

@@ -218,10 +218,15 @@ def test_a_recipe_file_names_one_method_or_several(tmp_path: Path) -> None:
     assert Recipe.from_toml(path) == recipe
 
 
-def test_settings_of_a_method_that_is_not_there_are_refused() -> None:
+def test_settings_of_a_method_that_is_not_there_are_refused_unless_a_flag_changed_the_methods(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'initial_scale' belongs to the method progressive_resizing") as error:
         Recipe.from_values({"initial_scale": 0.75})
     assert "progressive_resizing,early_bird" in str(error.value)
+    path = tmp_path / "recipe.toml"
+    path.write_text("keep = 0.3\n")
+    assert Recipe.from_toml(path, {"method": "progressive_resizing"}).build_methods().keys() == {"progressive_resizing"}
+    with pytest.raises(InputError, match="'keep' belongs"):
+        Recipe.from_toml(path, {"method": "progressive_resizing", "keep": "0.4"})
     with pytest.raises(InputError, match="twice"):
         Recipe.from_values({"method": "early_bird,early_bird"})
 

@@ -25,8 +25,8 @@ from tests.train import nets
 Make = Callable[..., Recipe]
 
 SPEEDRUN: dict[str, Any] = {
-    "model": "speedrun", "width": 0.25, "optimizer": "muon", "flip": "alternating", "pad": "reflect",
-    "label_smoothing": 0.2, "lr_warmup": "0it",
+    "model": "speedrun", "width": 0.25, "optimizer": "muon", "lr": 0.24, "lr_head": 0.67, "lr_bias": 0.053,
+    "flip": "alternating", "pad": "reflect", "label_smoothing": 0.2, "lr_warmup": "0it",
 }  # fmt: skip
 
 

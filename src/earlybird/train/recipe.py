@@ -287,9 +287,12 @@ def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -
         else:
             del typed["keep"]
             typed["dense"] = True
-    for name in typed:
+    for name in list(typed):
         owner = by_name[name].method
         if owner and owner not in methods:
+            if "method" in flags and name not in flags:
+                del typed[name]  # a flag has put other methods in place of the file's
+                continue
             raise InputError(
                 f"{where}: '{name}' belongs to the method {owner}, and the run has {', '.join(methods)}",
                 hint=f"set method = '{','.join((owner, *methods))}'",
