@@ -11,7 +11,8 @@ gradient ``G``:
 
 What it saves: steps, so every column of the bill. It does *not* pay with small batches, since it costs the same
 whatever the batch: for the speed-run network 3.2 GMAC a step, as much as nine training images. They are timed, but not
-counted.
+counted. Of 7.8 s of one core for a step of 2000 images in bfloat16, they took 0.04 s in bfloat16 and 0.07 s in float32
+(AMD EPYC with AVX-512 BF16, PyTorch 2.13, 2026-11-21).
 
 PyTorch's own `torch.optim.Muon` takes matrices only, and does not hold their norm.
 
