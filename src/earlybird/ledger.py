@@ -350,6 +350,16 @@ class Ledger:
             self._count_or_explain(model, inputs)
         return self.cost
 
+    def price_as(self, cost: ModelCost) -> None:
+        """Charge what follows at ``cost`` a sample, until the next count; what came before keeps its price.
+
+        For a model whose cost changes to and fro, so that counting it each time would take longer than the step:
+        inputs of another size, or layers that are frozen.
+        """
+        self._settle()
+        self._price()
+        self.cost = cost
+
     def _count(self, model: nn.Module, inputs: Any) -> None:
         self._counting = True  # the count runs the model, and with it our own hook
         try:
