@@ -25,7 +25,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # it runs as a script, from anywhere
 
 from benchmarks.common import machine
-from benchmarks.rivals import at_init, dense, pruning
+from benchmarks.rivals import at_init, dense, pruning, slimming
 from benchmarks.rivals.loop import Contest, Options, check_macs_share, start, whole_bill
 from earlybird.cost.count import count
 from earlybird.errors import EarlybirdError, InputError, nearest
@@ -37,6 +37,8 @@ RIVALS: dict[str, Callable[[Contest], tuple[nn.Module, float]]] = {
     "prune-finetune-taylor": pruning.taylor,
     "prune-finetune-bn_scale": pruning.bn_scale,
     "prune-finetune-gradual": pruning.gradual,
+    "slimming": slimming.network_slimming,
+    "soft-filter": slimming.soft_filter_pruning,
     "snip": at_init.snip,
     "grasp": at_init.grasp,
     "synflow": at_init.synflow,
