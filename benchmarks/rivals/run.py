@@ -25,7 +25,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # it runs as a script, from anywhere
 
 from benchmarks.common import machine
-from benchmarks.rivals import at_init, dense, pruning, slimming
+from benchmarks.rivals import at_init, dense, lottery, pruning, slimming
 from benchmarks.rivals.loop import Contest, Options, check_macs_share, start, whole_bill
 from earlybird.cost.count import count
 from earlybird.errors import EarlybirdError, InputError, nearest
@@ -43,6 +43,8 @@ RIVALS: dict[str, Callable[[Contest], tuple[nn.Module, float]]] = {
     "grasp": at_init.grasp,
     "synflow": at_init.synflow,
     "random-ticket": at_init.random_ticket,
+    "lottery-one-shot": lottery.one_shot,
+    "lottery-iterative": lottery.iterative,
     "small-dense": dense.small_dense,
     "dense-epochs": dense.dense_epochs,
 }
