@@ -25,7 +25,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # it runs as a script, from anywhere
 
 from benchmarks.common import machine
-from benchmarks.rivals import at_init, dense, lottery, pruning, slimming
+from benchmarks.rivals import at_init, composer, dense, lottery, pruning, slimming
 from benchmarks.rivals.loop import Contest, Options, check_macs_share, start, whole_bill
 from earlybird.cost.count import count
 from earlybird.errors import EarlybirdError, InputError, nearest
@@ -45,6 +45,9 @@ RIVALS: dict[str, Callable[[Contest], tuple[nn.Module, float]]] = {
     "random-ticket": at_init.random_ticket,
     "lottery-one-shot": lottery.one_shot,
     "lottery-iterative": lottery.iterative,
+    "progressive-resizing": composer.progressive_resizing,
+    "layer-freezing": composer.layer_freezing,
+    "selective-backprop": composer.selective_backprop,
     "small-dense": dense.small_dense,
     "dense-epochs": dense.dense_epochs,
 }
