@@ -71,10 +71,10 @@ def run(rival: str, recipe: Recipe, options: Options, out: Path) -> dict[str, An
     key = {
         "rival": rival, "model": recipe.model, "data": recipe.data, "width": recipe.width, "epochs": recipe.epochs,
         "seed": recipe.seed, "macs_share": share, "finetune_epochs": options.finetune_epochs, "score": options.score,
-        "rewind_epochs": options.rewind_epochs, "resize": options.resize,
+        "rewind_epochs": options.rewind_epochs, "resize": options.resize, "recipe": recipe.hash(),
     }  # fmt: skip
-    found: dict[str, Any] | None = read_json(out / "row.json")
-    if found is not None:
+    if (out / "row.json").is_file():
+        found: dict[str, Any] = read_json(out / "row.json")
         if any(found.get(name) != value for name, value in key.items()):
             raise InputError(f"{out} holds the row of another contestant", hint="choose another --out")
         return found
@@ -87,7 +87,7 @@ def run(rival: str, recipe: Recipe, options: Options, out: Path) -> dict[str, An
     contest.ledger.stop()
     bill = whole_bill(contest)
     total = bill.total
-    taken = "" if contest.taken is None else f", the dense training taken over from {options.dense}"
+    taken = "" if options.dense is None else f", the dense training taken over from {options.dense.name}"
     row = {
         **key,
         "accuracy": accuracy,
@@ -99,7 +99,6 @@ def run(rival: str, recipe: Recipe, options: Options, out: Path) -> dict[str, An
         "macs": None if total.macs is None else total.macs.value,
         "joules": None if total.modelled_joules is None else [total.modelled_joules.low, total.modelled_joules.high],
         "curve": contest.curve,
-        "recipe": recipe.hash(),
         "round_to": contest.round_to,
         **contest.notes,
         "bill": bill.to_json(),
