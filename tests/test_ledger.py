@@ -582,6 +582,21 @@ def test_recount_before_anything_was_seen_counts_the_next_batch(ledger: Ledger) 
     assert ledger.bill().dense is None
 
 
+def test_price_as_charges_what_follows_and_leaves_what_came_before(ledger: Ledger) -> None:
+    model, inputs = net(8), torch.ones(10, 4)
+    large, small = count(model, inputs), count(net(2), inputs)
+    ledger.watch(model, sgd(model))
+    ledger.enter("train")
+    model(inputs).sum().backward()
+    ledger.price_as(small)
+    ledger.passes(3)
+    ledger.price_as(large)
+    model(inputs).sum().backward()
+    assert ledger.phases["train"].macs == 20 * large.training_macs + 3 * small.forward_macs
+    assert ledger.cost == large
+    assert ledger.bill().dense is None  # no draw was recorded, so nothing is estimated
+
+
 def test_state_in_the_middle_does_not_disturb_the_run(ledger: Ledger, clock: Clock) -> None:
     model = net()
     optimizer = sgd(model)

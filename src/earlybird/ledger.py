@@ -370,6 +370,16 @@ class Ledger:
             self._count(self._model, self._sample)
             self.dense_cost = self._counted(dense, self._dense_sample)
 
+    def price_as(self, cost: ModelCost) -> None:
+        """Charge what follows at ``cost`` a sample, until the next count; what came before keeps its price.
+
+        For a model whose cost changes to and fro, such as one whose layers are frozen for a while: counting it each
+        time would take longer than the step. Images of another size are counted by themselves.
+        """
+        self._settle()
+        self._price()
+        self.cost = cost
+
     def _counted(self, model: nn.Module, inputs: Any) -> ModelCost:
         self._counting = True  # the count runs the model, and with it our own hook
         try:

@@ -10,7 +10,7 @@ import earlybird as eb
 from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.tickets.coupling import find_groups
-from earlybird.tickets.draw import draw_coupled, macs_share_of, shuffle
+from earlybird.tickets.draw import draw_coupled, group_masks, keep_for_macs, macs_share_of, shuffle
 from earlybird.tickets.scores import bn_scale
 from tests.tickets.topologies import TOPOLOGIES, conv, images, make, stem, tail
 
@@ -223,3 +223,40 @@ def test_nothing_free_to_go_is_said():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     with pytest.raises(InputError, match="none of the ranked channels is free"):
         eb.draw(model, 0.5, example_inputs=images())
+
+
+@settings(max_examples=15, deadline=None)
+@given(share=st.floats(0.15, 1.0), round_to=st.sampled_from([1, 4]), seed=st.integers(0, 99))
+def test_keep_for_macs_is_the_nearest_there_is(share, round_to, seed):
+    model = wide()
+    groups = find_groups(model, images())
+    generator = torch.Generator().manual_seed(seed)
+    scores = {name: torch.rand(value.shape, generator=generator) for name, value in bn_scale(model).items()}
+
+    def found(keep):
+        return macs_share_of(group_masks(draw_coupled(scores, groups, keep), groups), groups, round_to)
+
+    keep = keep_for_macs(scores, groups, share, round_to=round_to, tolerance=0.3)
+    every = [found(kept / 192) for kept in range(1, 193)]  # 32 + 64 + 96 channels
+    assert every == sorted(every)
+    assert abs(found(keep) - share) == pytest.approx(min(abs(other - share) for other in every), abs=1e-12)
+
+
+def test_keep_for_macs_gives_the_real_cost():
+    for round_to in (1, 4):
+        model = wide()
+        dense = count(model, images()).forward_macs
+        groups = find_groups(model, images())
+        keep = keep_for_macs(bn_scale(model), groups, 0.5, round_to=round_to)
+        ticket = eb.draw(model, keep, example_inputs=images())
+        eb.shrink(model, ticket, images(), round_to=round_to)
+        assert count(model, images()).forward_macs / dense == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_share_that_no_keep_gives_names_the_nearest():
+    model = make("plain")
+    groups = find_groups(model, images())
+    with pytest.raises(InputError, match=r"macs_share=0.001 cannot be met; .* nearest of which is 0\.\d+"):
+        keep_for_macs(bn_scale(model), groups, 0.001)
+    with pytest.raises(InputError, match="macs_share is 2"):
+        keep_for_macs(bn_scale(model), groups, 2)

@@ -219,9 +219,7 @@ def shuffle(
     scores = {name: torch.zeros(mask.numel()) for name, mask in masks.items()}
     for group in groups:
         members = _scored(group, masks)
-        whole = torch.ones(group.size, dtype=torch.bool)
-        for member in members:
-            whole[member.root] = masks[member.name][member.local]
+        whole = _over_group(masks, group)
         score = torch.rand(group.size, generator=generator)
         chosen = torch.zeros_like(whole)
         chosen[score.argsort(descending=True)[: int(whole.sum())]] = True
@@ -231,6 +229,76 @@ def shuffle(
             shuffled[member.name][member.local] = chosen[member.root]
             scores[member.name][member.local] = score[member.root]
     return shuffled, scores
+
+
+def group_masks(masks: Mapping[str, Tensor], groups: list[Group]) -> dict[str, Tensor]:
+    """Return masks of layers as masks of the groups whose channels they are.
+
+    Args:
+        masks: Layer name to mask ``(channels,)``, as `draw_coupled` returns them.
+        groups: From `earlybird.tickets.coupling.find_groups`.
+
+    Returns:
+        First producer of each group that has one to the mask over the group's channels.
+    """
+    return {group.producers[0]: _over_group(masks, group) for group in groups if group.producers}
+
+
+def _over_group(masks: Mapping[str, Tensor], group: Group) -> Tensor:
+    whole = torch.ones(group.size, dtype=torch.bool)
+    for member in _scored(group, masks):
+        whole[member.root] = masks[member.name][member.local]
+    return whole
+
+
+def keep_for_macs(
+    scores: Mapping[str, Tensor],
+    groups: list[Group],
+    macs_share: float,
+    *,
+    coupled: Coupled = "whole",
+    scope: Scope = "network",
+    round_to: int = 1,
+    tolerance: float = 0.05,
+) -> float:
+    """Find the ``keep`` with which the ticket's forward MACs are nearest to a share of the dense model's, by bisection.
+
+    With a larger ``keep`` no layer gets narrower, so the share only rises. It rises in steps, one channel's cost (or
+    that of ``round_to`` channels) at a time.
+
+    Args:
+        scores: Layer name to scores ``(channels,)``.
+        groups: From `earlybird.tickets.coupling.find_groups`.
+        macs_share: What is wanted, in (0, 1].
+        coupled: See `draw`.
+        scope: See `draw`.
+        round_to: Multiple to which `shrink` will round widths up.
+        tolerance: How far the ticket's share may lie from ``macs_share``, as a share of it.
+
+    Returns:
+        ``keep``, in (0, 1].
+
+    Raises:
+        InputError: No ``keep`` comes that near.
+    """
+    macs_share = check_share("macs_share", macs_share)
+
+    def share(keep: float) -> float:
+        masks = draw_coupled(scores, groups, keep, coupled=coupled, scope=scope)
+        return macs_share_of(group_masks(masks, groups), groups, round_to)
+
+    low, high = 1e-9, 1.0
+    for _ in range(32):  # finer than one channel in any network
+        middle = (low + high) / 2
+        low, high = (low, middle) if share(middle) > macs_share else (middle, high)
+    keep = min((low, high), key=lambda keep: abs(share(keep) - macs_share))
+    found = share(keep)
+    if abs(found - macs_share) > tolerance * macs_share:
+        raise InputError(
+            f"macs_share={macs_share:g} cannot be met",
+            needed=f"one that the model can have, the nearest of which is {found:.3f}",
+        )
+    return keep
 
 
 def macs_share_of(chosen: Mapping[str, Tensor], groups: list[Group], round_to: int = 1) -> float:

@@ -127,25 +127,44 @@ class TaylorMean:
             self._means[name].copy_(mean)
 
 
-def magnitude(model: nn.Module) -> dict[str, Tensor]:
-    """Return the root mean square of each filter, over the layer's mean: name to ``(out_channels,)``.
+def hidden_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the convolutions and linear layers whose filters can be ranked, by name, in order of definition.
 
-    Convolutions and linear layers count, in order of definition; the last one is taken for the classifier and left
-    out, since its outputs are not free to go. Depthwise convolutions follow the layer that feeds them. Frozen filters
-    are left out, too, and so stay whole.
+    The last one is taken for the classifier and left out, since its outputs are not free to go. Depthwise convolutions
+    follow the layer that feeds them. Frozen filters are left out, too, and so stay whole.
+
+    Raises:
+        InputError: There is none.
     """
     layers = [(name, module) for name, module in model.named_modules() if mixes_channels(module)]
     hidden = [(name, module) for name, module in layers[:-1] if module.weight.requires_grad]
     if not hidden:
         raise InputError(f"{type(model).__name__} has no hidden convolution or linear layer to rank")
+    return dict(hidden)
+
+
+def filters(name: str, module: nn.Module, values: Tensor) -> Tensor:
+    """Return ``values``, one for each weight of ``module``, with a row for each of its filters: (out_channels, rest).
+
+    Raises:
+        InputError: The layer ``name`` is a grouped transposed convolution.
+    """
+    if isinstance(module, TransposedConv):
+        if module.groups > 1:
+            raise InputError(f"layer '{name}' is a grouped transposed convolution, whose filters cannot be ranked")
+        values = values.transpose(0, 1)
+    return values.flatten(1)
+
+
+def magnitude(model: nn.Module) -> dict[str, Tensor]:
+    """Return the root mean square of each filter, over the layer's mean: name to ``(out_channels,)``.
+
+    The layers are those of `hidden_layers`.
+    """
     scores: dict[str, Tensor] = {}
-    for name, module in hidden:
-        weight: Tensor = module.weight.detach()
-        if isinstance(module, TransposedConv):
-            if module.groups > 1:
-                raise InputError(f"layer '{name}' is a grouped transposed convolution, which 'magnitude' cannot rank")
-            weight = weight.transpose(0, 1)
-        norm = weight.flatten(1).float().pow(2).mean(1).sqrt()
+    for name, module in hidden_layers(model).items():
+        weight: Tensor = module.weight.detach()  # type: ignore[operator]
+        norm = filters(name, module, weight).float().pow(2).mean(1).sqrt()
         scores[name] = norm / norm.mean().clamp_min(torch.finfo(norm.dtype).tiny)
     return scores
 

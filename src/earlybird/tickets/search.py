@@ -21,6 +21,7 @@ from earlybird.settings import check_count
 from earlybird.step import Step
 from earlybird.tickets.coupling import Group, find_groups
 from earlybird.tickets.draw import draw_coupled, ranked, shuffle
+from earlybird.tickets.layers import fitting_multiple
 from earlybird.tickets.refit import dense_outputs, estimate_batch_norms, least_squares
 from earlybird.tickets.scores import TaylorMean, batch_norms, score_channels
 from earlybird.tickets.shrink import Change, as_optimizers, shrink
@@ -324,10 +325,7 @@ class Search:
     def _round_to(self) -> int:
         if self.settings.round_to is not None:
             return self.settings.round_to
-        # Tensor cores work on blocks of 8 channels, a CPU's vector units on 16; narrow nets would keep too much.
-        widest = max(self._sizes.values())
-        on_cpu = next(self._model.parameters()).device.type == "cpu"
-        return 16 if widest >= 128 and on_cpu else 8 if widest >= 64 else 1
+        return fitting_multiple(max(self._sizes.values()), next(self._model.parameters()).device)
 
     def _ticket(self, flat: Tensor, ratio: float, reason: str) -> Ticket:
         masks = dict(zip(self._sizes, flat.split(list(self._sizes.values()))))
