@@ -25,7 +25,7 @@ QUICK = {
     "vgg16_cifar10": ["--tasks", "quick"],
     "networks": ["--tasks", "quick"],
     "speedrun_cifar10": ["--tasks", "quick"],
-    "paper_figures": ["--quick"],
+    "paper_figures": ["--quick", "--work", "runs/benchmarks/paper-quick"],
 }
 """Script to its words for a run of a minute or two."""
 
@@ -37,7 +37,7 @@ FULL = {
     "vgg16_cifar10": ["--tasks", "half,full"],
     "speedrun_cifar10": [],
     "networks": [],
-    "paper_figures": [],
+    "paper_figures": ["--work", "runs/benchmarks/paper"],
 }
 _BUDGETED = ("vgg16_cifar10", "speedrun_cifar10", "networks", "paper_figures")
 """Scripts that take ``--budget MINUTES`` and go on where they stopped."""

@@ -55,7 +55,7 @@ def contest_table(task: Task, block: Sequence[Row], contestants: Mapping[str, Co
     lines = [
         f"### {task.title}",
         "",
-        _origin(list(newest.values())),
+        origin(list(newest.values())),
         "",
         "| network | seeds | test accuracy | points against dense | seconds | plain / this | dense / this "
         "| training MACs, dense / this | modelled J | weights |",
@@ -121,7 +121,7 @@ def paired(mine: Sequence[Row], done: Mapping[tuple[str, int], Row], other: str,
     ]
 
 
-def _origin(block: Sequence[Row]) -> str:
+def origin(block: Sequence[Row]) -> str:
     """Say on what and when rows were measured, and how steady the machine was."""
     texts = []
     for device in sorted({row["device"] for row in block}):
