@@ -45,7 +45,8 @@ def step_times_section(images: Path) -> str:
         mine = {name: row for (of, name), row in newest.items() if of == width}
         lines = [
             f"Width {width:g}: {origin(list(mine.values()))}", "",
-            "| network | forward MACs | ms a step (median) | plain / this | dense / this |", "| --- | --- | --- | --- | --- |",
+            "| network | forward MACs | ms a step (median) | plain / this | dense / this |",
+            "| --- | --- | --- | --- | --- |",
         ]  # fmt: skip
         for name, row in mine.items():
             ratios = [
@@ -65,7 +66,7 @@ def overheads_section(images: Path) -> str:
         return ""
     lines = [origin(list(newest.values())), "", "| figure | share | what was measured |", "| --- | --- | --- |"]
     lines += [
-        f"| {name} | {f'{row["share"]:.2%}' if 'share' in row else ''} | {row['detail']} |"
+        f"| {name} | {format(row['share'], '.2%') if 'share' in row else ''} | {row['detail']} |"
         for name, row in newest.items()
     ]
     return "\n".join(lines)
@@ -92,7 +93,8 @@ def roofline_section(images: Path) -> str:
     if rounded:
         lines = [
             "Widths of one ticket, rounded up:", "",
-            "| width | multiple of | weights | forward MACs | ms a step | against 1 |", "| --- | --- | --- | --- | --- | --- |",
+            "| width | multiple of | weights | forward MACs | ms a step | against 1 |",
+            "| --- | --- | --- | --- | --- | --- |",
         ]  # fmt: skip
         lines += [
             f"| {width:g} | {multiple} | {row['parameters'] / 1e6:.2f} M | {row['forward_macs'] / 1e6:.1f} M "
