@@ -34,7 +34,7 @@ FULL = {
     "overheads": [],
     "roofline": [],
     "scaling": [],
-    "vgg16_cifar10": ["--tasks", "half,full"],
+    "vgg16_cifar10": [],
     "speedrun_cifar10": [],
     "networks": [],
     "paper_figures": ["--work", "runs/benchmarks/paper"],
