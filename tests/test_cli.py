@@ -91,6 +91,10 @@ def test_flags_win_over_the_recipe(tmp_path, monkeypatch):
     expected = {"keep": (0.3, 0.6), "epochs": 3, "tune": False, "lr_warmup": None, "round_to": 4}
     assert {name: seen[0][name] for name in expected} == expected
     assert str(seen[0]["look_every"]) == "3it"
+    two = ("early_bird", "progressive_resizing")
+    for words in (("--method", ",".join(two)), ("--method", two[0], "--method", two[1])):
+        assert run("train", recipe, *words) == 0
+        assert seen[-1]["method"] == two
 
 
 @pytest.mark.parametrize(
@@ -107,6 +111,7 @@ def test_flags_win_over_the_recipe(tmp_path, monkeypatch):
         (["train", "--look-every", "3"], "unit"),
         (["train", "--optimizer", "sdg"], "optimizer"),
         (["train", "--method", "early"], "early_bird"),
+        (["train", "--initial-scale", "0.5"], "progressive_resizing,early_bird"),
         (["train", "--data", "cifar"], "cifar10"),
         (["train", "--data", "digits", "--model", "vgg61"], "vgg16"),
         (["train", "nothing.toml"], "nothing.toml"),

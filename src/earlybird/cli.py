@@ -149,7 +149,7 @@ def _print_result(result: Result) -> None:
 def _recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     from earlybird.train.recipe import Recipe
 
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = {name: value for name, value in flags.items() if value is not None and value != []}
     return Recipe.from_values(given) if path is None else Recipe.from_toml(path, given)
 
 
@@ -178,8 +178,10 @@ def _flag(key: Key) -> inspect.Parameter:
     """Make the flag of one key; what it takes is read and checked by the recipe, as in a file."""
     name = "--" + key.name.replace("_", "-")
     default = "" if key.default in (None, "", ()) else f"  [{_shown(key.default)}]"
-    kind: type
-    if key.type is bool:
+    kind: Any
+    if key.type == tuple[str, ...]:  # may be given several times
+        kind, metavar = list[str], "NAME"
+    elif key.type is bool:
         name, kind, metavar = f"{name}/--no-{name[2:]}", bool, None
         default = ""
     else:

@@ -329,8 +329,10 @@ def _check(where: str, key: Key, value: Any) -> Any:
 def _from_toml(value: Any, key: Key) -> Any:
     if value == "none" and type(None) in typing.get_args(key.type):
         return None
-    if isinstance(value, str) and key.type == tuple[str, ...]:
-        return tuple(part.strip() for part in value.split(","))
+    if key.type == tuple[str, ...]:  # 'a,b' stands for several, in a list as well
+        parts = value.split(",") if isinstance(value, str) else value
+        if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
+            return tuple(name.strip() for part in parts for name in part.split(","))
     return tuple(value) if isinstance(value, list) else value
 
 
