@@ -65,6 +65,7 @@ class Contestant:
         rival: Name for `rivals/run.py`; '' for earlybird itself, 'plain' for `plain_pytorch.py`.
         needs: Contestants whose row of the same seed this one needs: 'dense' gives its weights or its time, 'ticket'
             its cost.
+        longer: Factor on the epochs of the task.
         equal_time: Train dense for as many epochs as take the time of the needed ticket.
     """
 
@@ -73,6 +74,7 @@ class Contestant:
     flags: Mapping[str, Any] = field(default_factory=dict)
     rival: str = ""
     needs: tuple[str, ...] = ()
+    longer: float = 1.0
     equal_time: bool = False
 
 
@@ -95,7 +97,7 @@ def command(task: Task, contestant: Contestant, seed: int, out: Path, found: Fou
     if contestant.rival == "plain":
         return [sys.executable, str(HERE / "plain_pytorch.py"), *words({**shared, **contestant.flags})]
     if not contestant.rival:
-        flags = {**shared, **contestant.flags}
+        flags = {**shared, **contestant.flags, "epochs": round(contestant.longer * task.flags["epochs"])}
         if contestant.equal_time:
             share = found[contestant.needs[-1]]["seconds"] / found["dense"]["seconds"]
             flags["epochs"] = max(1, round(task.flags["epochs"] * share))

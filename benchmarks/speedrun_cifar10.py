@@ -32,7 +32,7 @@ CONTESTANTS = {
     "ticket": Contestant("**early ticket**", "ours", _TICKET),
     "resized": Contestant("**progressive resizing**", "ours", {"method": "progressive_resizing", **_RESIZING}),
     "resized-longer": Contestant(
-        "**progressive resizing, 9 epochs**", "ours", {"method": "progressive_resizing", "epochs": 9, **_RESIZING}
+        "**progressive resizing, 9 epochs**", "ours", {"method": "progressive_resizing", **_RESIZING}, longer=9 / 8
     ),
     "resized-ticket": Contestant(
         "**progressive resizing, early ticket**",
