@@ -1,0 +1,6 @@
+"""The benchmarks are scripts beside each other; here they are imported as such."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
