@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +103,32 @@ def spread(values: list[float], digits: int = 2) -> str:
     """Return mean and sample standard deviation as text; a single value stands alone."""
     mean = f"{statistics.fmean(values):,.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def interleaved(
+    actions: Mapping[Any, Callable[[], object]], rounds: int, least_s: float = 0.0
+) -> dict[Any, list[float]]:
+    """Time every action once a round, in turn, so that a busy machine slows all of them alike.
+
+    Two calls of each come first and are not counted. An action that takes less than ``least_s`` seconds is repeated
+    within a round until it takes that long.
+
+    Returns:
+        Name to seconds a call, one entry a round.
+    """
+
+    def seconds(action: Callable[[], object], times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            action()
+        return (time.perf_counter() - start) / times
+
+    repeats: dict[Any, int] = {}
+    for name, action in actions.items():
+        action()
+        repeats[name] = max(1, math.ceil(least_s / max(seconds(action, 1), 1e-7)))
+    taken: dict[Any, list[float]] = {name: [] for name in actions}
+    for _ in range(rounds):
+        for name, action in actions.items():
+            taken[name].append(seconds(action, repeats[name]))
+    return taken

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,31 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y
     optimizer.zero_grad()
 
 
+@dataclass
+class Spent:
+    """Seconds in calls, and how many there were."""
+
+    seconds: float = 0.0
+    calls: int = 0
+
+
+def time_hooks(search: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> Spent:
+    """Time every call of the search's hooks on model and optimizer from now on."""
+    spent = Spent()
+
+    def timed(inner, *args):
+        start = time.perf_counter()
+        inner(*args)
+        spent.seconds += time.perf_counter() - start
+        spent.calls += 1
+
+    hooks = [*model._forward_pre_hooks.values(), *optimizer._optimizer_step_pre_hooks.values()]
+    for hook in [*hooks, *optimizer._optimizer_step_post_hooks.values()]:
+        if isinstance(hook, Hook) and hook.owner is search:
+            hook.call = partial(timed, hook.call)
+    return spent
+
+
 def detector(steps: int = 100) -> dict[str, Any]:
     """Share of the search phase that the detector's hooks take: scores every step, a look every eighth of an epoch."""
     model = build("vgg16", classes=10, width=0.5).to(memory_format=torch.channels_last)
@@ -54,31 +80,19 @@ def detector(steps: int = 100) -> dict[str, Any]:
     search = eb.EarlyBird(skip="49it", look_every="49it", deadline=None, tolerance=0.0).attach(
         model, optimizer, example_inputs=torch.randn(1, 3, 32, 32), steps_per_epoch=390
     )
-    spent, calls = 0.0, 0
-
-    def timed(inner, *args):
-        nonlocal spent, calls
-        start = time.perf_counter()
-        inner(*args)
-        spent += time.perf_counter() - start
-        calls += 1
-
-    hooks = [*model._forward_pre_hooks.values(), *optimizer._optimizer_step_pre_hooks.values()]
-    for hook in [*hooks, *optimizer._optimizer_step_post_hooks.values()]:
-        if isinstance(hook, Hook) and hook.owner is search:
-            hook.call = partial(timed, hook.call)
+    spent = time_hooks(search, model, optimizer)
     start, batches = 0.0, _loader().epoch(0)
     for step in range(steps + 2):
         if step == 2:
-            start, spent = time.perf_counter(), 0.0
+            start, spent.seconds = time.perf_counter(), 0.0
         _step(model, optimizer, *next(batches))
     total = time.perf_counter() - start
-    if calls < 3 * steps or len(search.history) < 2:
-        raise RuntimeError(f"the detector was timed {calls} times in {steps} steps")
+    if spent.calls < 3 * steps or len(search.history) < 2:
+        raise RuntimeError(f"the detector was timed {spent.calls} times in {steps} steps")
     return {
-        "share": spent / total,
+        "share": spent.seconds / total,
         "floor": 0.005,
-        "detail": f"{1e3 * spent / steps:.2f} of {1e3 * total / steps:.0f} ms a step",
+        "detail": f"{1e3 * spent.seconds / steps:.2f} of {1e3 * total / steps:.0f} ms a step",
     }
 
 
@@ -96,7 +110,7 @@ def shrink() -> dict[str, Any]:
         ticket = eb.draw(model, 0.5, example_inputs=x, coupled="group")
         gc.collect()
         peak = PeakMemory("cpu")
-        before = _resident()
+        before = resident()
         peak.reset()
         start = time.perf_counter()
         eb.shrink(model, ticket, x, optimizer=optimizer)
@@ -110,7 +124,8 @@ def shrink() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Return the bytes of memory that this process holds."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS"):
             return int(line.split()[1]) * 1024

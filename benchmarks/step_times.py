@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from common import append, machine
+from common import append, interleaved, machine
 from torch import nn
 from torch.nn import functional
 
@@ -43,39 +43,46 @@ def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, x, y, bf16: bool
     return step
 
 
+def batches() -> Loader:
+    """Return augmented batches of 128 CIFAR-10 images, in the layout that `tune` chooses here."""
+    data = load("cifar10")
+    return Loader(
+        data.train_images, data.train_labels, batch_size=128, mean=data.mean, std=data.std,
+        augment=Augment(crop=4, flip=True), channels_last=True,
+    )  # fmt: skip
+
+
+def early_ticket(
+    width: float, loader: Loader, steps: int, **settings: Any
+) -> tuple[nn.Module, torch.optim.Optimizer, eb.Ticket]:
+    """Train the dense network for some ``steps``, draw its ticket at keep 0.5, and return what is left of it."""
+    model, optimizer = network(width, tuned=True)
+    last = f"{steps}it"
+    search = eb.EarlyBird(keep=0.5, look_every=last, skip=last, deadline=last, **settings).attach(
+        model, optimizer, example_inputs=next(loader.epoch(0))[0][:1]
+    )
+    for images, labels in (batch for _, batch in zip(range(steps), loader.epoch(0))):
+        stepper(model, optimizer, images, labels, True)()
+    search.detach()
+    return model, optimizer, search.ticket
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--search-steps", type=int, default=20, help="dense steps before the tickets are drawn")
     options = parser.parse_args()
-    data = load("cifar10")
-    loader = Loader(
-        data.train_images, data.train_labels, batch_size=128, mean=data.mean, std=data.std,
-        augment=Augment(crop=4, flip=True), channels_last=True,
-    )  # fmt: skip
+    loader = batches()
     x, y = next(loader.epoch(0))
     plain, dense = network(options.width, tuned=False), network(options.width, tuned=True)
     steps = {"plain": stepper(*plain, x.contiguous(), y, False), "dense": stepper(*dense, x, y, True)}
     macs = {name: count(model, x).forward_macs for name, (model, _) in (("plain", plain), ("dense", dense))}
     for name, scope in (("ticket", "network"), ("ticket_layer", "layer")):
-        model, optimizer = network(options.width, tuned=True)
-        last = f"{options.search_steps}it"
-        search = eb.EarlyBird(keep=0.5, scope=scope, look_every=last, skip=last, deadline=last).attach(
-            model, optimizer, example_inputs=x[:1]
-        )
-        for images, labels in (batch for _, batch in zip(range(options.search_steps), loader.epoch(0))):
-            stepper(model, optimizer, images, labels, True)()
-        search.detach()
+        model, optimizer, _ = early_ticket(options.width, loader, options.search_steps, scope=scope)
         steps[name], macs[name] = stepper(model, optimizer, x, y, True), count(model, x).forward_macs
     head = machine()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(options.rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if turn:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
+    times = interleaved(steps, options.rounds)
     print(f"{head['device']}, {head['threads']} threads, torch {head['torch']}, {head['date']}, {head['revision']}")
     print("| contestant | forward MACs | ms a step (median) | plain / this | dense / this |")
     print("| --- | --- | --- | --- | --- |")
