@@ -18,7 +18,7 @@ import time
 from common import HERE
 
 QUICK = {
-    "step_times": ["--width", "0.5", "--rounds", "3", "--search-steps", "10"],
+    "step_times": ["--quick"],
     "overheads": ["detector", "shrink", "startup"],
     "roofline": ["--quick"],
     "scaling": ["--quick"],

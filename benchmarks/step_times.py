@@ -72,7 +72,10 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--search-steps", type=int, default=20, help="dense steps before the tickets are drawn")
+    parser.add_argument("--quick", action="store_true", help="a look at half width, few rounds; nothing is recorded")
     options = parser.parse_args()
+    if options.quick:
+        options.width, options.rounds, options.search_steps = 0.5, 3, 10
     loader = batches()
     x, y = next(loader.epoch(0))
     plain, dense = network(options.width, tuned=False), network(options.width, tuned=True)
@@ -91,9 +94,9 @@ def main() -> None:
         ratios = [statistics.median(a / b for a, b in zip(times[base], times[name])) for base in ("plain", "dense")]
         print(f"| {name} | {macs[name] / 1e6:.0f} M | {1e3 * median:.0f} | {ratios[0]:.2f}x | {ratios[1]:.2f}x |")
         row = {"contestant": name, "width": options.width, "step_seconds": median, "rounds": options.rounds}
-        append(
-            "step_times", {**row, "forward_macs": macs[name], "spread": [min(times[name]), max(times[name])], **head}
-        )
+        if not options.quick:
+            row |= {"forward_macs": macs[name], "spread": [min(times[name]), max(times[name])]}
+            append("step_times", {**row, **head})
 
 
 if __name__ == "__main__":
