@@ -206,6 +206,8 @@ def test_methods_compose_and_each_gets_its_own_settings(text: Any) -> None:
     assert list(methods) == ["early_bird", "progressive_resizing"]
     assert (methods["early_bird"].keep, methods["progressive_resizing"].initial_scale) == (0.3, 0.75)
     assert recipe.replace(seed=1).build_methods() == methods
+    assert recipe.name == "small_cnn-digits-keep0.3-progressive_resizing-seed0"
+    assert recipe.replace(method=("progressive_resizing",)).name == "small_cnn-digits-progressive_resizing-seed0"
 
 
 def test_a_recipe_file_names_one_method_or_several(tmp_path: Path) -> None:

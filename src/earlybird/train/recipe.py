@@ -176,12 +176,16 @@ class Recipe(BaseModel):
         names = () if self.dense else self.method
         return {name: method_class(name)(**_own_settings(name, self.settings)) for name in names}
 
+    def _label(self, method: str) -> str:
+        keep = _own_settings(method, self.settings).get("keep")
+        if keep is None:
+            return method
+        return "keep" + ("-".join(f"{ratio:g}" for ratio in keep) if isinstance(keep, tuple) else str(keep))
+
     @property
     def name(self) -> str:
         """A short name for the run folder, such as ``vgg16-cifar10-keep0.5-seed0``; always a plain file name."""
-        keep = self.settings.get("keep", "default")
-        keep = "-".join(f"{ratio:g}" for ratio in keep) if isinstance(keep, tuple) else keep
-        what = "dense" if self.dense else f"keep{keep}"
+        what = "dense" if self.dense else "-".join(map(self._label, self.method))
         model, data = _word(self.model.rpartition(":")[2], "model"), _word(Path(self.data).stem, "data")
         return "-".join([model, data, what, f"seed{self.seed}"])
 
