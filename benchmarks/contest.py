@@ -273,6 +273,7 @@ def main(
         unknown = [name for name in asked if name not in known]
         if unknown:
             parser.error(f"unknown: {', '.join(unknown)} (known: {', '.join(known)})")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a child in its own session goes, too
     if not options.table:
         run(script, tasks, contestants, options)
     print(table())

@@ -204,15 +204,15 @@ def peaks(options: argparse.Namespace) -> int:
         head = machine()
         for dtype in (torch.bfloat16, torch.float32):
             name = str(dtype).removeprefix("torch.")
-            times = interleaved({size: product(size, dtype) for size in options.gemms}, options.rounds, LEAST_S)
+            products = {size: product(size, dtype) for size in options.gemms}
+            times, others = interleaved(products, options.rounds, LEAST_S)
             speeds = {size: 2 * size**3 / statistics.median(taken) for size, taken in times.items()}
             fastest = max(speeds, key=lambda size: speeds[size])
             if dtype == torch.bfloat16:
                 best[threads] = speeds[fastest], fastest
             print(f"matrix product, {name}, {threads} threads: {speeds[fastest] / 1e9:.0f} GFLOP/s at {fastest}")
-            record(
-                options, {"part": "peak", "dtype": name, "flops": {str(k): round(v) for k, v in speeds.items()}}, head
-            )
+            flops = {str(size): round(speed) for size, speed in speeds.items()}
+            record(options, {"part": "peak", "dtype": name, "flops": flops, "others": others}, head)
     torch.set_num_threads(everything)
     return best[everything][1]
 
@@ -245,10 +245,10 @@ def layers(options: argparse.Namespace, size: int) -> None:
             actions["step", name] = stepper(model, optimizer, x, y, True)
             actions["optimizer", name] = updater(model)
         head = machine()
-        times = interleaved(actions, options.rounds, LEAST_S)
+        times, others = interleaved(actions, options.rounds, LEAST_S)
         able_to = as_machine(times)
         for name, (model, _) in networks.items():
-            report(options, width, name, model, x, found[name], times, able_to, head)
+            report(options, width, name, model, x, found[name], times, able_to, {**head, "others": others})
 
 
 def updater(model: nn.Module) -> Callable[[], object]:
@@ -300,8 +300,10 @@ def report(
     flops, least = (sum(own[column] for own in sums.values()) for column in (2, 1))
     counted = BATCH * count(model, images).training_macs
     shares = {"of_peak": flops / step / able_to.peak, "of_roofline": least / step}
-    print(f"\nstep {1e3 * step:.1f} ms (best {1e3 * best:.1f}), {counted / 1e9:.2f} GMAC counted; without padding "
-          f"{flops / 1e9:.1f} GFLOP, {flops / step / 1e9:.0f} GFLOP/s, {shares['of_peak']:.0%} of the peak.")  # fmt: skip
+    print(
+        f"\nstep {1e3 * step:.1f} ms (best {1e3 * best:.1f}), {counted / 1e9:.2f} GMAC counted. Without padding: "
+        f"{flops / 1e9:.1f} GFLOP, {flops / step / 1e9:.0f} GFLOP/s, {shares['of_peak']:.0%} of the peak."
+    )
     print(f"Its operations at the roofline would take {1e3 * least:.1f} ms: {shares['of_roofline']:.0%} attained.")
     record(
         options,
@@ -338,7 +340,8 @@ def channels(options: argparse.Namespace, size: int) -> None:
             (width, phase): Operation("convolution", phase, side, width, width) for width in widths for phase in PHASES
         }
         head = machine()
-        times = interleaved({**able_at, **{one: one.make() for one in every.values()}}, options.rounds, LEAST_S)
+        actions = {**able_at, **{one: one.make() for one in every.values()}}
+        times, others = interleaved(actions, options.rounds, LEAST_S)
         able_to = as_machine(times)
         taken = {key: statistics.median(times[one]) for key, one in every.items()}
         together = {width: sum(taken[width, phase] for phase in PHASES) for width in widths}
@@ -355,7 +358,7 @@ def channels(options: argparse.Namespace, size: int) -> None:
         record(
             options,
             {
-                "part": "channels", "side": side, "peak": able_to.peak, "rounds": options.rounds,
+                "part": "channels", "side": side, "peak": able_to.peak, "rounds": options.rounds, "others": others,
                 "seconds": {
                     phase: {str(width): round(taken[width, phase], 8) for width in widths}
                     for phase in PHASES
@@ -377,7 +380,7 @@ def rounding(options: argparse.Namespace, _: int) -> None:
             eb.shrink(model, ticket, x[:1], optimizer=optimizer, round_to=multiple)
             steps[multiple], costs[multiple] = stepper(model, optimizer, x, y, True), count(model, x)
         head = machine()
-        times = interleaved(steps, options.rounds)
+        times, others = interleaved(steps, options.rounds)
         print(f"\nwidth {width:g}, ticket over the network, keep 0.5, widths rounded up\n")
         print("| multiple of | parameters | forward MACs | ms a step | against 1 | GMAC/s |")
         print("| --- | --- | --- | --- | --- | --- |")
@@ -395,7 +398,7 @@ def rounding(options: argparse.Namespace, _: int) -> None:
                 {
                     "part": "rounding", "width": width, "multiple": multiple, "step_seconds": seconds,
                     "against_1": gain, "parameters": cost.parameters, "forward_macs": cost.forward_macs,
-                    "rounds": options.rounds,
+                    "rounds": options.rounds, "others": others,
                 },
                 head,
             )  # fmt: skip

@@ -85,7 +85,7 @@ def main() -> None:
         model, optimizer, _ = early_ticket(options.width, loader, options.search_steps, scope=scope)
         steps[name], macs[name] = stepper(model, optimizer, x, y, True), count(model, x).forward_macs
     head = machine()
-    times = interleaved(steps, options.rounds)
+    times, others = interleaved(steps, options.rounds)
     print(f"{head['device']}, {head['threads']} threads, torch {head['torch']}, {head['date']}, {head['revision']}")
     print("| contestant | forward MACs | ms a step (median) | plain / this | dense / this |")
     print("| --- | --- | --- | --- | --- |")
@@ -93,9 +93,11 @@ def main() -> None:
     for name, median in medians.items():
         ratios = [statistics.median(a / b for a, b in zip(times[base], times[name])) for base in ("plain", "dense")]
         print(f"| {name} | {macs[name] / 1e6:.0f} M | {1e3 * median:.0f} | {ratios[0]:.2f}x | {ratios[1]:.2f}x |")
-        row = {"contestant": name, "width": options.width, "step_seconds": median, "rounds": options.rounds}
+        row = {
+            "contestant": name, "width": options.width, "step_seconds": median, "rounds": options.rounds,
+            "others": others, "forward_macs": macs[name], "spread": [min(times[name]), max(times[name])],
+        }  # fmt: skip
         if not options.quick:
-            row |= {"forward_macs": macs[name], "spread": [min(times[name]), max(times[name])]}
             append("step_times", {**row, **head})
 
 

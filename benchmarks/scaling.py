@@ -1,0 +1,344 @@
+"""Question: how do step time, memory, shrink time and the detector's cost grow with width, depth, batch and threads?
+
+For every point of a sweep: a training step (bf16, channels_last, SGD with momentum, noise images of 32x32), dense and
+shrunk at keep 0.5; the peak memory of such steps above what the process held before; the time of shrinking model and
+optimizer; the time the detector adds to a step of the search, its looks (eight an epoch of 50,000 images) spread over
+the steps. Times of a sweep are taken in turn within one process, and medians count.
+
+    quantity = factor * x ^ exponent          (least squares of the logarithms, standard error from their residuals)
+
+The shrunk networks keep the channels with the largest filters, widths rounded up to multiples of 8; which channels
+they are does not matter for the time of a step. Where a sweep has two points, the exponent has no standard error.
+
+    python benchmarks/scaling.py                    # all sweeps, some five minutes
+    python benchmarks/scaling.py width batch
+    python benchmarks/scaling.py --quick            # a look of about a minute; nothing is recorded
+    python benchmarks/scaling.py --table            # the exponents of all rows
+    python benchmarks/scaling.py --draw docs/images # the figures, from the rows
+
+A sweep whose rows are all in `results/scaling.jsonl` is not run again; delete them to repeat it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import append, interleaved, machine, rows
+from figures import COLOURS, Axis, Series, chart
+from overheads import resident, time_hooks
+from step_times import stepper
+from torch import Tensor, nn
+
+import earlybird as eb
+from earlybird.allocator import give_back, keep_freed
+from earlybird.cost.count import count
+from earlybird.cost.meters import PeakMemory
+from earlybird.models.resnet_cifar import CifarResNet
+from earlybird.models.vgg import VGG
+
+NAME = "scaling"
+KEEP, ROUND_TO = 0.5, 8
+IMAGES = 50_000  # of an epoch, over which the detector's eight looks are spread
+FAMILIES: dict[str, Callable[..., nn.Module]] = {"vgg": VGG, "resnet": CifarResNet}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One network and how it is run.
+
+    Attributes:
+        family: Of `FAMILIES`.
+        depth: Layers, as in the network's name.
+        width: Factor on its channels.
+        batch: Images in a step.
+        threads: CPU threads.
+    """
+
+    family: str = "vgg"
+    depth: int = 16
+    width: float = 0.5
+    batch: int = 128
+    threads: int = 2
+
+    def images(self) -> Tensor:
+        """Return a batch of noise, ``(batch, 3, 32, 32)`` in channels_last."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(self.batch, 3, 32, 32, generator=generator).to(memory_format=torch.channels_last)
+
+    def build(self, *, shrunk: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return the network, dense or cut to its ticket, and its optimizer."""
+        model = FAMILIES[self.family](self.depth, width=self.width).to(memory_format=torch.channels_last)
+        if shrunk:
+            eb.shrink(model, ticket(model), example(), round_to=ROUND_TO)
+        return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+
+    def step(self, *, shrunk: bool) -> Callable[[], None]:
+        """Return one training step."""
+        labels = torch.arange(self.batch) % 10
+        taken = stepper(*self.build(shrunk=shrunk), self.images(), labels, True)
+
+        def step() -> None:
+            with threads(self.threads):
+                taken()
+
+        return step
+
+
+ALL = torch.get_num_threads()
+SWEEPS: dict[str, list[Point]] = {
+    "width": [Point(width=width, threads=ALL) for width in (0.25, 0.375, 0.5, 0.75, 1.0)],
+    "depth": [Point(depth=depth, threads=ALL) for depth in (11, 16, 19)],
+    "resnet-depth": [Point(family="resnet", depth=depth, width=1.0, threads=ALL) for depth in (20, 32, 44, 56)],
+    "batch": [Point(batch=batch, threads=ALL) for batch in (32, 64, 128, 256, 512)],
+    "threads": [Point(threads=number) for number in sorted({1, ALL})],
+}
+ALONG = {"width": "width", "depth": "depth", "resnet-depth": "depth", "batch": "batch", "threads": "threads"}
+QUANTITIES = {
+    "dense_step_s": "step, dense", "shrunk_step_s": "step, shrunk", "dense_macs": "MACs of a step, dense",
+    "shrunk_macs": "MACs of a step, shrunk", "dense_peak_bytes": "peak memory, dense",
+    "shrunk_peak_bytes": "peak memory, shrunk", "shrink_s": "shrinking", "detector_s": "detector, a step",
+}  # fmt: skip
+
+
+def example() -> Tensor:
+    return torch.zeros(1, 3, 32, 32)
+
+
+def ticket(model: nn.Module) -> eb.Ticket:
+    return eb.draw(model, KEEP, score="magnitude", example_inputs=example(), coupled="group")
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Use so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def peak_bytes(point: Point, *, shrunk: bool) -> int:
+    """Return the peak memory of two steps, network and optimizer included, above what the process held before."""
+    gc.collect()
+    give_back()
+    before = resident()
+    meter = PeakMemory("cpu")
+    step = point.step(shrunk=shrunk)
+    step()
+    step()
+    peak = meter.read()
+    if peak is None:
+        raise RuntimeError(f"the peak of these steps cannot be read here ({meter.name})")
+    return max(peak - before, 0)
+
+
+def shrink_seconds(point: Point, times: int) -> float:
+    """Return the median seconds of shrinking a network with its momentum."""
+    taken = []
+    for _ in range(times):
+        model, optimizer = point.build(shrunk=False)
+        stepper(model, optimizer, point.images()[:8], torch.arange(8), True)()
+        drawn = ticket(model)
+        start = time.perf_counter()
+        eb.shrink(model, drawn, example(), optimizer=optimizer, round_to=ROUND_TO)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def detector_seconds(point: Point, times: int) -> float:
+    """Return what the search adds to a step: its hooks, and its looks spread over the steps between them."""
+    model, optimizer = point.build(shrunk=False)
+    steps_per_epoch = IMAGES // point.batch
+    search = eb.EarlyBird(keep=KEEP, skip="1000000it", deadline=None).attach(
+        model, optimizer, example_inputs=example(), steps_per_epoch=steps_per_epoch
+    )
+    step = stepper(model, optimizer, point.images(), torch.arange(point.batch) % 10, True)
+    step()
+    spent = time_hooks(search, model, optimizer)
+    for _ in range(times):
+        step()
+    scoring = spent.seconds / times
+    looks = []
+    for _ in range(times):
+        start = time.perf_counter()
+        search._look()
+        looks.append(time.perf_counter() - start)
+    search.detach()
+    return scoring + statistics.median(looks) * 8 / steps_per_epoch
+
+
+def measure(sweep: str, points: Sequence[Point], rounds: int) -> list[dict[str, Any]]:
+    """Measure every point of a sweep; return a row each."""
+    head = machine()
+    found: list[dict[str, Any]] = [{"sweep": sweep, **asdict(point)} for point in points]
+    for row, point in zip(found, points):
+        with threads(point.threads):
+            row["dense_peak_bytes"] = peak_bytes(point, shrunk=False)
+            row["shrunk_peak_bytes"] = peak_bytes(point, shrunk=True)
+            row["shrink_s"] = shrink_seconds(point, 3)
+            row["detector_s"] = detector_seconds(point, 5)
+        for name in ("dense", "shrunk"):
+            model = point.build(shrunk=name == "shrunk")[0]
+            row[f"{name}_macs"] = point.batch * count(model, example()).training_macs
+    steps = {
+        (index, name): point.step(shrunk=name == "shrunk")
+        for index, point in enumerate(points)
+        for name in ("dense", "shrunk")
+    }
+    times, others = interleaved(steps, rounds)
+    for (index, name), taken in times.items():
+        found[index][f"{name}_step_s"] = statistics.median(taken)
+        found[index][f"{name}_spread"] = [min(taken), max(taken)]
+    return [{**row, "rounds": rounds, "others": others, **head, "threads": row["threads"]} for row in found]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A power law through points.
+
+    Attributes:
+        exponent: Slope of the logarithms.
+        standard_error: Of the exponent; None for two points.
+        factor: The quantity at x = 1.
+    """
+
+    exponent: float
+    standard_error: float | None
+    factor: float
+
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.2f}"
+        return f"{self.exponent:.2f}{error}"
+
+
+def power_law(points: Sequence[tuple[float, float]]) -> Fit:
+    """Fit ``y = factor * x ^ exponent`` to positive ``points`` by least squares of the logarithms.
+
+    The standard error is ``sqrt(residual sum of squares / (n - 2) / sum of squares of log x about their mean)``.
+
+    Raises:
+        ValueError: Fewer than two different x, or a number that is not positive.
+    """
+    if any(x <= 0 or y <= 0 for x, y in points):
+        raise ValueError("a power law needs positive numbers")
+    logs = [(math.log(x), math.log(y)) for x, y in points]
+    if len({x for x, _ in logs}) < 2:
+        raise ValueError("a power law needs two different x at least")
+    mean_x, mean_y = (statistics.fmean(column) for column in zip(*logs))
+    spread = sum((x - mean_x) ** 2 for x, _ in logs)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in logs) / spread
+    residual = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in logs)
+    error = math.sqrt(residual / (len(logs) - 2) / spread) if len(logs) > 2 else None
+    return Fit(slope, error, math.exp(mean_y - slope * mean_x))
+
+
+def complete(sweep: str, found: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether every point of a sweep has a row."""
+    return all(any(row["sweep"] == sweep and matches(row, point) for row in found) for point in SWEEPS[sweep])
+
+
+def matches(row: dict[str, Any], point: Point) -> bool:
+    return all(row[key] == value for key, value in asdict(point).items())
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """Return the exponents of every sweep as Markdown."""
+    lines = ["| exponent of | " + " | ".join(QUANTITIES.values()) + " |", "| --- |" + " --- |" * len(QUANTITIES)]
+    for sweep, along in ALONG.items():
+        mine = [row for row in found if row["sweep"] == sweep]
+        if len({row[along] for row in mine}) < 2:
+            continue
+        fits = [str(power_law([(row[along], row[key]) for row in mine])) for key in QUANTITIES]
+        lines.append(f"| {sweep} ({', '.join(f'{row[along]:g}' for row in mine)}) | {' | '.join(fits)} |")
+    return "\n".join(lines)
+
+
+def points_table(found: Sequence[dict[str, Any]]) -> str:
+    """Return what was measured as Markdown."""
+    lines = [
+        "| network | batch | threads | step dense, ms | shrunk, ms | dense / shrunk | MACs dense / shrunk | "
+        "peak dense, MiB | shrunk, MiB | shrinking, ms | detector, ms a step |",
+        "| --- |" + " --- |" * 10,
+    ]
+    for row in found:
+        cells = [
+            f"{row['family']}{row['depth']} x {row['width']:g}", f"{row['batch']}", f"{row['threads']}",
+            f"{1e3 * row['dense_step_s']:.1f}", f"{1e3 * row['shrunk_step_s']:.1f}",
+            f"{row['dense_step_s'] / row['shrunk_step_s']:.2f}x", f"{row['dense_macs'] / row['shrunk_macs']:.2f}x",
+            f"{row['dense_peak_bytes'] / 2**20:.0f}", f"{row['shrunk_peak_bytes'] / 2**20:.0f}",
+            f"{1e3 * row['shrink_s']:.0f}", f"{1e3 * row['detector_s']:.2f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def figure(sweep: str, found: Sequence[dict[str, Any]]) -> str:
+    """Return the step times of a sweep on logarithmic axes, with the fitted power laws dashed."""
+    along, series = ALONG[sweep], []
+    mine = sorted((row for row in found if row["sweep"] == sweep), key=lambda row: row[along])
+    for key, label, colour in (
+        ("dense_step_s", "dense", COLOURS[5]),
+        ("shrunk_step_s", "shrunk", COLOURS[0]),
+        ("detector_s", "detector", COLOURS[1]),
+    ):
+        points = [(row[along], 1e3 * row[key]) for row in mine]
+        fit = power_law(points)
+        line = [(x, fit.factor * x**fit.exponent) for x, _ in (points[0], points[-1])]
+        series.append(
+            Series(points=line, colour=colour, dots=False, dashed=True, label=f"{label}, ^{fit.exponent:.2f}")
+        )
+        series.append(Series(points=points, colour=colour, line=False))
+    xs, ys = ([point[axis] for one in series for point in one.points] for axis in (0, 1))
+    head = mine[-1]
+    title = {"resnet-depth": "ResNets on 32x32 images"}.get(sweep, "VGG with batch norm on 32x32 images")
+    return chart(
+        series, Axis.around(xs, along, log=True), Axis.around(ys, "ms a step", log=True),
+        title=f"{title}: time of a training step against {along}",
+        note=f"{head['device']}, torch {head['torch']}, {head['date']}; bf16, channels_last",
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sweeps", nargs="*", help=f"of {', '.join(SWEEPS)}; default: all")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="the ends of each sweep, few rounds; nothing is recorded")
+    parser.add_argument("--table", action="store_true", help="print the tables of all rows and stop")
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the figures of all rows and stop")
+    options = parser.parse_args()
+    unknown = set(options.sweeps) - set(SWEEPS)
+    if unknown:
+        sys.exit(f"unknown sweep {', '.join(sorted(unknown))}; there are {', '.join(SWEEPS)}")
+    if options.draw:
+        options.draw.mkdir(parents=True, exist_ok=True)
+        for sweep in SWEEPS:
+            if complete(sweep, rows(NAME)):
+                (options.draw / f"scaling-{sweep}.svg").write_text(figure(sweep, rows(NAME)), encoding="utf-8")
+        return
+    keep_freed()  # as `earlybird train` does
+    looked: list[dict[str, Any]] = []
+    for sweep in () if options.table else options.sweeps or SWEEPS:
+        if options.quick:
+            looked += measure(sweep, SWEEPS[sweep][:: max(len(SWEEPS[sweep]) - 1, 1)], 2)
+        elif not complete(sweep, rows(NAME)):
+            for row in measure(sweep, SWEEPS[sweep], options.rounds):
+                append(NAME, row)
+    shown = looked or rows(NAME)
+    print(f"{points_table(shown)}\n\n{table(shown)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+import json
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import paper_figures
+import pytest
+import torch
+from paper_figures import KEEPS, Training, as_hex, distance, groups, of, plan, read, work_off
+
+import earlybird as eb
+from earlybird.train.recipe import Recipe
+
+BASE = Training(network="vgg11", data="cifar10", epochs=10, seed=0, preset="default", kind="dense")
+
+
+def options(*words):
+    return read(["--work", "unused", *words])
+
+
+class Machine:
+    """A fake runner with its own clock: every run takes what ``takes`` says."""
+
+    def __init__(self, takes):
+        self.now, self.takes, self.ran = 0.0, takes, []
+
+    def run(self, training):
+        self.now += self.takes(training)
+        self.ran.append(training)
+
+    def work(self, trainings, estimate, budget_s):
+        return work_off(trainings, estimate, self.run, budget_s=budget_s, clock=lambda: self.now)
+
+
+def test_without_a_budget_everything_is_done_in_order():
+    machine, trainings = Machine(lambda _: 60), plan(options("--seeds", "1"))
+    assert machine.work(trainings, lambda _: 1.0, None) == machine.ran == trainings
+
+
+def test_a_run_that_would_not_fit_is_not_begun():
+    machine, trainings = Machine(lambda _: 60), plan(options())
+    assert machine.work(trainings, lambda _: 60, 200) == trainings[:3]
+    assert machine.now == 180
+
+
+def test_a_machine_slower_than_estimated_does_fewer():
+    machine, trainings = Machine(lambda _: 120), plan(options())
+    assert machine.work(trainings, lambda _: 60, 300) == trainings[:2]
+    assert machine.now <= 300
+
+
+def test_nothing_is_begun_when_not_even_the_first_fits():
+    machine = Machine(lambda _: 60)
+    assert machine.work(plan(options()), lambda _: 60, 59) == []
+
+
+def test_rows_that_are_there_are_found_again_and_others_are_not():
+    found = [json.loads(json.dumps({**vars(BASE), "accuracy": 0.9}))]
+    assert of(BASE, found)["accuracy"] == 0.9
+    for changed in (replace(BASE, seed=1), replace(BASE, kind="watch"), replace(BASE, epochs=9)):
+        assert of(changed, found) is None
+
+
+def test_figures_share_their_runs_and_the_first_seed_comes_first():
+    whole = plan(options("--seeds", "2"))
+    assert len(whole) == len(set(whole)) == 2 * (1 + 3 * 2 * 6 + 4 + 3 * 3)
+    assert [training.seed for training in whole] == [0] * 50 + [1] * 50
+    assert set(plan(options("--seeds", "2", "--figures", "costs"))) < set(whole)
+    assert plan(options("--figures", "distances")) == plan(options("--figures", "precision"))
+
+
+def test_every_training_has_a_folder_of_its_own_and_flags_that_say_all():
+    whole = plan(options("--networks", "vgg11,resnet20,preact_resnet29", "--data", "cifar10,fashion-mnist"))
+    assert len({training.name for training in whole}) == len(whole)
+    assert len({tuple(training.flags()) for training in whole}) == len(whole)
+
+
+@pytest.mark.parametrize("preset", ["default", "published"])
+def test_flags_are_a_recipe_and_a_method(preset):
+    for training in plan(options("--preset", preset, "--seeds", "1")):
+        recipe = recipe_of(training)
+        assert recipe.dense == (training.kind == "dense")
+        assert (recipe.epochs, recipe.precision, recipe.nesterov) == (10, training.precision, False)
+        method = recipe.build_method()
+        if training.kind == "forced":
+            assert str(method.skip) == str(method.look_every) == str(method.deadline) == training.draw
+        if training.kind == "watch":
+            assert method.deadline is None
+            assert method.ratios == (0.5, 0.7, 0.3)
+        if method is not None:
+            assert method.score == ("bn_scale" if preset == "published" else "taylor")
+            assert (method.weights, method.shuffle) == (training.weights, training.shuffle)
+
+
+def recipe_of(training):
+    values, words = {}, iter(training.flags())
+    for word in words:
+        key = word.removeprefix("--").replace("-", "_")
+        if key.startswith("no_"):
+            values[key.removeprefix("no_")] = False
+        else:
+            values[key] = True if key in ("dense", "shuffle") else next(words)
+    return Recipe.from_values(values)
+
+
+def test_draws_beyond_the_schedule_are_left_out():
+    draws = {training.draw for training in plan(options("--epochs", "4")) if training.draw}
+    assert draws == {"0.25ep", "0.5ep", "1ep", "2ep"}
+
+
+def test_an_unknown_figure_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        options("--figures", "costs,colour")
+    assert "unknown: colour" in capsys.readouterr().err
+
+
+def test_distances_of_written_masks_are_those_of_tickets():
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.rand(37, generator=generator) < 0.5 for _ in range(2))
+    expected = eb.Ticket({"a": one}).distance(eb.Ticket({"a": other}))
+    assert distance(as_hex(one.tolist()), as_hex(other.tolist()), 37) == pytest.approx(expected)
+    assert len(as_hex(one.tolist())) == 10
+    assert distance(as_hex([False, True]), as_hex([True, True]), 2) == 0.5
+
+
+def made_up(training, accuracy):
+    row = {**vars(training), "accuracy": accuracy, "macs": 1e12, "modelled_joules": [1e3, 2e3], "drawn_at": 100,
+           "device": "d", "torch": "t", "date": "2026"}  # fmt: skip
+    if training.kind == "watch":
+        looks = [as_hex([bool(i >> bit & 1) for bit in range(8)]) for i in range(1 + training.seed, 5 + training.seed)]
+        row |= {"looks": [1, 2, 3, 4], "channels": 8, "masks": {f"{keep:g}": looks for keep in KEEPS}}
+    return row
+
+
+def test_every_figure_of_made_up_rows_is_well_formed_and_the_table_has_all_methods():
+    (group,) = groups(made_up(training, 0.9) for training in plan(options("--seeds", "2")))
+    for drawing in paper_figures.DRAWINGS.values():
+        ElementTree.fromstring(drawing(group))
+    lines = paper_figures.table(group).splitlines()
+    assert [line.split(" | ")[0] for line in lines[4:8]] == [
+        "| dense", "| early bird", "| re-initialised", "| random channels"
+    ]  # fmt: skip
+    assert "90.00 ± 0.00 (2)" in lines[5]
+    assert "1 to 2 / 2.0" in lines[5]
+
+
+def test_what_was_not_run_is_not_drawn_and_said_in_the_table():
+    (group,) = groups([made_up(BASE, 0.5)])
+    assert all(drawing(group) is None for drawing in paper_figures.DRAWINGS.values())
+    assert "not run" in paper_figures.table(group)
+
+
+def test_overlap_compares_searches_of_the_same_seed_only():
+    watch = replace(BASE, kind="watch")
+    found = [made_up(replace(watch, seed=seed, precision=p), 0.5) for seed, p in ((0, "fp32"), (1, "bf16"))]
+    (group,) = groups(found)
+    assert paper_figures.overlaps(group, 0.1, 0.5) == {}
+    (group,) = groups([*found, made_up(replace(watch, seed=0), 0.5)])
+    assert paper_figures.overlaps(group, 0.1, 0.5) == {1: [0.0], 2: [0.0], 3: [0.0], 4: [0.0]}
