@@ -65,6 +65,7 @@ class Contestant:
         rival: Name for `rivals/run.py`; '' for earlybird itself, 'plain' for `plain_pytorch.py`.
         needs: Contestants whose row of the same seed this one needs: 'dense' gives its weights or its time, 'ticket'
             its cost.
+        takes_over: The rival begins with a dense training, and takes over that of the needed row.
         longer: Factor on the epochs of the task.
         equal_time: Train dense for as many epochs as take the time of the needed ticket.
     """
@@ -74,6 +75,7 @@ class Contestant:
     flags: Mapping[str, Any] = field(default_factory=dict)
     rival: str = ""
     needs: tuple[str, ...] = ()
+    takes_over: bool = False
     longer: float = 1.0
     equal_time: bool = False
 
@@ -105,11 +107,10 @@ def command(task: Task, contestant: Contestant, seed: int, out: Path, found: Fou
     flags = {"recipe": task.path, **shared, **contestant.flags}
     if "ticket" in contestant.needs:
         flags["macs_share"] = round(found["ticket"]["macs_per_image"] / found["dense"]["macs_per_image"], 4)
-    if (
-        "dense" in contestant.needs
-        and (folder := HERE.parent / found["dense"]["folder"]).joinpath("result.json").exists()
-    ):
-        flags["dense"] = folder
+    if contestant.takes_over:
+        folder = HERE.parent / found["dense"]["folder"]
+        if (folder / "result.json").exists():
+            flags["dense"] = folder
     return [sys.executable, str(HERE / "rivals" / "run.py"), contestant.rival, *words(flags)]
 
 

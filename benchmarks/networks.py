@@ -27,8 +27,8 @@ TASKS = {
     ),
     "mobilenet_v2": Task("MobileNetV2, CIFAR-10, 6 epochs", "resnet20-cifar10", {**_SHORT, "model": "mobilenet_v2"}),
     "quick": Task(
-        "ResNet-20, half width, CIFAR-10, 1 epoch (shows that it runs, proves nothing)", "resnet20-cifar10",
-        {"width": 0.5, "epochs": 1, "deadline": "30%"}, seeds=1, budget_s=300,
+        "ResNet-20, quarter width, CIFAR-10, 1 epoch (shows that it runs, proves nothing)", "resnet20-cifar10",
+        {"width": 0.25, "epochs": 1, "deadline": "30%"}, seeds=1, budget_s=300,
     ),
 }  # fmt: skip
 

@@ -162,7 +162,8 @@ def detector_seconds(point: Point, times: int) -> float:
     """Return what the search adds to a step: its hooks, and its looks spread over the steps between them."""
     model, optimizer = point.build(shrunk=False)
     steps_per_epoch = IMAGES // point.batch
-    search = eb.EarlyBird(keep=KEEP, skip="1000000it", deadline=None).attach(
+    # a window that is never full: looks at unchanged scores would agree, and draw
+    search = eb.EarlyBird(keep=KEEP, skip="1000000it", deadline=None, window=times + 2).attach(
         model, optimizer, example_inputs=example(), steps_per_epoch=steps_per_epoch
     )
     step = stepper(model, optimizer, point.images(), torch.arange(point.batch) % 10, True)

@@ -56,26 +56,36 @@ CONTESTANTS = {
         "after training",
         rival="prune-finetune-magnitude",
         needs=("dense", "ticket"),
+        takes_over=True,
     ),
     "prune-finetune-taylor": Contestant(
-        "train, prune (Taylor), fine-tune", "after training", rival="prune-finetune-taylor", needs=("dense", "ticket")
+        "train, prune (Taylor), fine-tune",
+        "after training",
+        rival="prune-finetune-taylor",
+        needs=("dense", "ticket"),
+        takes_over=True,
     ),
     "prune-finetune-bn_scale": Contestant(
         "train, prune (BN scale), fine-tune",
         "after training",
         rival="prune-finetune-bn_scale",
         needs=("dense", "ticket"),
+        takes_over=True,
     ),
     "prune-finetune-gradual": Contestant(
-        "train, prune gradually, fine-tune", "after training", rival="prune-finetune-gradual", needs=("dense", "ticket")
+        "train, prune gradually, fine-tune",
+        "after training",
+        rival="prune-finetune-gradual",
+        needs=("dense", "ticket"),
+        takes_over=True,
     ),
     "slimming": Contestant("network slimming", "after training", rival="slimming", needs=("dense", "ticket")),
     "soft-filter": Contestant("soft filter pruning", "after training", rival="soft-filter", needs=("dense", "ticket")),
     "lottery-one-shot": Contestant(
-        "lottery ticket, one shot", "lottery", rival="lottery-one-shot", needs=("dense", "ticket")
+        "lottery ticket, one shot", "lottery", rival="lottery-one-shot", needs=("dense", "ticket"), takes_over=True
     ),
     "lottery-iterative": Contestant(
-        "lottery ticket, iterative", "lottery", rival="lottery-iterative", needs=("dense", "ticket")
+        "lottery ticket, iterative", "lottery", rival="lottery-iterative", needs=("dense", "ticket"), takes_over=True
     ),
     "progressive-resizing": Contestant("progressive resizing", "speed-up", rival="progressive-resizing"),
     "layer-freezing": Contestant("layer freezing", "speed-up", rival="layer-freezing"),

@@ -64,7 +64,24 @@ def test_a_rival_gets_the_cost_of_the_ticket(tmp_path):
     found = {"dense": dense, "ticket": row("ticket", macs_per_image=640.0)}
     typed = command(TASK, CONTESTANTS["snip"], 0, tmp_path, found)
     assert typed[typed.index("--macs-share") + 1] == "0.64"
-    assert "--dense" not in typed  # its folder is gone, so the rival trains by itself
+    assert "--dense" not in typed  # it begins with the small network
+
+
+def test_who_begins_with_a_dense_training_takes_over_the_one_that_is_there(tmp_path):
+    pruned = Contestant("pruned", "after training", rival="x", needs=("dense", "ticket"), takes_over=True)
+    (tmp_path / "dense").mkdir()
+    found = {
+        "dense": row("dense", macs_per_image=1000.0, folder=str(tmp_path / "dense")),
+        "ticket": row("ticket", macs_per_image=640.0),
+    }
+    assert "--dense" not in command(TASK, pruned, 0, tmp_path, found)  # its folder is empty: it trains by itself
+    (tmp_path / "dense" / "result.json").write_text("{}")
+    typed = command(TASK, pruned, 0, tmp_path, found)
+    assert typed[typed.index("--dense") + 1] == str(tmp_path / "dense")
+    from benchmarks.rivals.run import BEGIN_DENSE
+
+    for contestant in vgg16_cifar10.CONTESTANTS.values():
+        assert contestant.takes_over == (contestant.rival in BEGIN_DENSE)
 
 
 @pytest.mark.parametrize("script", [vgg16_cifar10, networks, speedrun_cifar10])
