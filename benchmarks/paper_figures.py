@@ -282,7 +282,7 @@ def masks(folder: Path) -> dict[str, Any]:
     loaded = load_newest(folder, Recipe.from_toml(folder / "recipe.toml").hash(), lambda text: print(text))
     if loaded is None:
         raise FileNotFoundError(f"no checkpoint in {folder}: its masks are lost; delete the folder and run it again")
-    search, spe = loaded[1]["search"], loaded[1]["steps_per_epoch"]
+    search, spe = loaded[1]["methods"]["early_bird"], loaded[1]["steps_per_epoch"]
     ranked = torch.tensor(search["ranked"])
     return {
         "looks": [round(step / spe, 3) for step in search["looked_at"]],
