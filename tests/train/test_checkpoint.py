@@ -118,7 +118,7 @@ def test_a_damaged_newest_one_falls_back_and_says_so(end: str, damage: Any, tmp_
         lambda text: text.replace('"lr": 0.5', '"lr": 0.7'),
         lambda text: text.replace('"recipe": "r"', '"recipe": "q"'),
         lambda text: text.replace('"step": 2', '"step": 3'),
-        lambda text: text.replace('"format": 3', '"format": 4'),
+        lambda text: text.replace(f'"format": {checkpoint.FORMAT}', f'"format": {checkpoint.FORMAT + 1}'),
         lambda text: text.replace('"checksum"', '"checksun"'),
         lambda text: text.replace('"$tensor"', '"$tensoR"'),
         lambda text: "[]",
