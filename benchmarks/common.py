@@ -51,8 +51,9 @@ def machine(threads: int | None = None) -> dict[str, Any]:
 
 
 def comparable(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Tell whether two rows may stand in one ratio: same device, threads and PyTorch."""
-    return all(one[key] == other[key] for key in ("device", "threads", "torch"))
+    """Tell whether two rows may stand in one ratio: same device, threads, PyTorch and number of neighbours."""
+    same = all(one[key] == other[key] for key in ("device", "threads", "torch"))
+    return same and one.get("side_by_side", 1) == other.get("side_by_side", 1)
 
 
 def source(script: str) -> str:
@@ -60,6 +61,7 @@ def source(script: str) -> str:
     files = [
         HERE / f"{script}.py",
         HERE / "contest.py",
+        HERE / "slots.py",
         HERE / "plain_pytorch.py",
         *sorted((HERE / "rivals").glob("*.py")),
     ]
@@ -69,7 +71,7 @@ def source(script: str) -> str:
     return digest.hexdigest()[:8]
 
 
-def yardstick() -> float:
+def yardstick(threads: int) -> float:
     """Time a fixed piece of work, in seconds: what the machine gives at the moment, beside each row.
 
     One training step of two convolutions in bf16 (batch 64, 128 channels, 16 x 16); the median of 9.
@@ -77,6 +79,7 @@ def yardstick() -> float:
     import torch
     from torch import nn
 
+    torch.set_num_threads(threads)
     model = nn.Sequential(*(nn.Conv2d(128, 128, 3, padding=1) for _ in range(2))).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(64, 128, 16, 16).contiguous(memory_format=torch.channels_last)
     times = []

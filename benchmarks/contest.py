@@ -7,6 +7,10 @@ are those of the whole run as its bill has them: set-up, tuning, search, draw, t
 What has a row is not run again. A contestant that fails, or needs more than its budget, leaves a row that says so, and
 the others go on; `--retry` runs it again. Ratios are taken within one seed, between rows of one machine
 (`comparable`); those whose two runs belong to different sessions are marked in the tables.
+
+``--side-by-side 2`` does two runs at a time, each on its own half of the cores: more runs an hour, since small networks
+use one core better than two. All of them then have a neighbour, and their rows are never compared with those of runs
+that had the machine to themselves.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from common import HERE, append, machine, rows, source, yardstick
+from slots import Children, cores_of_slots, in_slots
 
 WORK = HERE.parent / "runs" / "benchmarks"
 RECIPES = HERE.parent / "recipes"
@@ -157,38 +163,73 @@ def run(
     """Run what has no row yet, within the budget of ``options``."""
     session = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M")
     deadline = time.monotonic() + 60 * options.budget
-    for task_name in options.tasks:
-        task = tasks[task_name]
-        for seed in range(options.seeds or task.seeds):
-            for contestant_name in order(contestants, options.contestants, seed):
-                found = {
-                    row["contestant"]: row
-                    for row in rows(name)
-                    if (row["task"], row["seed"]) == (task_name, seed) and row["status"] == "done"
-                }
-                tried = any(
-                    (row["task"], row["seed"], row["contestant"]) == (task_name, seed, contestant_name)
-                    for row in rows(name)
-                )
-                if contestant_name in found or (tried and not options.retry):
-                    continue
-                key = {"task": task_name, "contestant": contestant_name, "seed": seed}
-                contestant = contestants[contestant_name]
-                missing = [need for need in contestant.needs if need not in found]
-                if missing:
-                    print(f"{task_name} {contestant_name} seed {seed}: waits for {', '.join(missing)}", flush=True)
-                    continue
-                expected = _expected(name, task_name, contestant_name)
-                if time.monotonic() + expected > deadline:
-                    print(
-                        f"{task_name} {contestant_name} seed {seed}: about {expected:.0f} s, no time left", flush=True
-                    )
-                    continue
-                head = {**machine(), "session": session, "source": source(name), "yardstick_s": yardstick()}
-                print(f"{task_name} {contestant_name} seed {seed} ...", end=" ", flush=True)
-                row = attempt(task, contestant, seed, WORK / name / task_name / f"{contestant_name}-seed{seed}", found)
-                append(name, {**key, **row, **head})
-                print(row["status"] if row["status"] != "done" else f"{row['seconds']:.0f} s", flush=True)
+    slots = cores_of_slots(options.side_by_side)
+    waiting = [
+        (task_name, seed, contestant_name)
+        for task_name in options.tasks
+        for seed in range(options.seeds or tasks[task_name].seeds)
+        for contestant_name in order(contestants, options.contestants, seed)
+    ]
+    running: set[tuple[str, int, str]] = set()
+    children = Children()
+    changed = threading.Condition()
+
+    def tell(job: tuple[str, int, str], text: str) -> None:
+        print(f"{job[0]} {job[2]} seed {job[1]}: {text}", flush=True)
+
+    def missing(job: tuple[str, int, str], found: Found) -> list[str]:
+        return [need for need in contestants[job[2]].needs if need not in found]
+
+    def take() -> tuple[tuple[str, int, str], Found] | None:
+        """Return the first run that has all it needs, and what it needs; None when there is none left."""
+        with changed:
+            while waiting and not children.killed:
+                everything = rows(name)
+                for job in list(waiting):
+                    task_name, seed, contestant_name = job
+                    same = [row for row in everything if (row["task"], row["seed"]) == (task_name, seed)]
+                    found = {row["contestant"]: row for row in same if row["status"] == "done"}
+                    tried = any(row["contestant"] == contestant_name for row in same)
+                    expected = _expected(everything, task_name, contestant_name)
+                    if contestant_name in found or (tried and not options.retry):
+                        waiting.remove(job)
+                    elif missing(job, found):
+                        continue
+                    elif time.monotonic() + expected > deadline:
+                        waiting.remove(job)
+                        tell(job, f"about {expected:.0f} s, no time left")
+                    else:
+                        waiting.remove(job)
+                        running.add(job)
+                        return job, found
+                if waiting and not running:  # nobody is left who could bring what they need
+                    for job in waiting:
+                        tell(job, f"waits for {', '.join(contestants[job[2]].needs)}")
+                    waiting.clear()
+                elif waiting:
+                    changed.wait()
+        return None
+
+    def work(slot: int) -> None:
+        while (taken := take()) is not None:
+            (task_name, seed, contestant_name), found = taken
+            try:
+                threads = len(slots[slot])
+                head = {**machine(threads), "side_by_side": len(slots), "session": session, "source": source(name)}
+                head["yardstick_s"] = yardstick(threads)
+                tell(taken[0], "begins")
+                out = WORK / name / task_name / f"{contestant_name}-seed{seed}"
+                row = attempt(tasks[task_name], contestants[contestant_name], seed, out, found, children)
+                if children.killed:
+                    return
+                append(name, {"task": task_name, "contestant": contestant_name, "seed": seed, **row, **head})
+                tell(taken[0], row["status"] if row["status"] != "done" else f"{row['seconds']:.0f} s")
+            finally:
+                with changed:
+                    running.remove(taken[0])
+                    changed.notify_all()
+
+    in_slots(slots, work, children.kill)
 
 
 def order(contestants: Mapping[str, Contestant], asked: Sequence[str], seed: int) -> list[str]:
@@ -199,38 +240,29 @@ def order(contestants: Mapping[str, Contestant], asked: Sequence[str], seed: int
     return [*first, *later] if seed % 2 == 0 else [*reversed(first), *reversed(later)]
 
 
-def _expected(name: str, task: str, contestant: str) -> float:
+def _expected(everything: Sequence[Mapping[str, Any]], task: str, contestant: str) -> float:
     known = [
         row["seconds"]
-        for row in rows(name)
+        for row in everything
         if (row["task"], row["contestant"], row["status"]) == (task, contestant, "done")
         and row["seconds_kind"] == "measured"
     ]
     return max(known, default=0.0)
 
 
-def attempt(task: Task, contestant: Contestant, seed: int, out: Path, found: Found) -> dict[str, Any]:
-    """Do one run in a process of its own and return its row, whatever becomes of it."""
+def attempt(
+    task: Task, contestant: Contestant, seed: int, out: Path, found: Found, children: Children
+) -> dict[str, Any]:
+    """Do one run in a process of its own, of ``children`` while it runs; return its row, whatever becomes of it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     log = out.parent / f"{out.name}.log"
     _discard(out)
     begun = time.monotonic()
     with open(log, "w+", encoding="utf-8") as said:
-        process = subprocess.Popen(
-            command(task, contestant, seed, out, found),
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-            env=_environment(),
-        )
         try:
-            code = process.wait(task.budget_s)
+            code = children.run(command(task, contestant, seed, out, found), said, _environment(), task.budget_s)
         except subprocess.TimeoutExpired:
             return {"status": f"needed more than {task.budget_s:.0f} s and was stopped"}
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
     if code:
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] or ["no message"]
         return {"status": f"failed with exit code {code}: {last[0]}", "seconds": time.monotonic() - begun}
@@ -246,7 +278,7 @@ def _environment() -> dict[str, str]:
 def _discard(out: Path) -> None:
     """Make room for a run: what an earlier try left there has no row, or it would not be tried again."""
     if out.exists():
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
         out.rename(out.with_name(f"{out.name}-abandoned-{stamp}"))
 
 
@@ -267,6 +299,7 @@ def main(
     parser.add_argument("--contestants", type=listed, default=list(contestants), help=f"of {', '.join(contestants)}")
     parser.add_argument("--seeds", type=int, help="how many; default: the task's")
     parser.add_argument("--budget", type=float, default=1e9, help="minutes; nothing is begun that would not fit")
+    parser.add_argument("--side-by-side", type=int, default=1, help="runs at a time, each on its own cores")
     parser.add_argument("--retry", action="store_true", help="try again what failed or was stopped")
     parser.add_argument("--table", action="store_true", help="print the table of all rows and stop")
     options = parser.parse_args()

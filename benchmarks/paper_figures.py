@@ -35,6 +35,7 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -43,6 +44,7 @@ from typing import Any
 
 from common import append, machine, rows, spread
 from figures import COLOURS, Axis, Series, chart, heat_maps
+from slots import cores_of_slots, in_slots
 
 NAME = "paper_figures"
 WIDTHS = {"vgg11": 0.25, "resnet20": 0.5, "preact_resnet29": 0.5}  # factors on the channels: minutes a run
@@ -176,34 +178,49 @@ def of(training: Training, found: Iterable[dict[str, Any]]) -> dict[str, Any] | 
 def work_off(
     trainings: Sequence[Training],
     estimate: Callable[[Training], float],
-    run: Callable[[Training], None],
+    run: Callable[[Training, int], None],
     *,
     budget_s: float | None,
+    side_by_side: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Training]:
-    """Run one training after the other, and stop before one that is not likely to fit the budget.
+    """Run the trainings in order, and stop before one that is not likely to fit the budget.
 
     Estimates are corrected by what the runs so far took over what they had been estimated to take.
 
     Args:
         trainings: What is to be done, in order.
         estimate: Seconds that a training should take.
-        run: Does it.
+        run: Does it, with so many threads.
         budget_s: Seconds for all; None: as long as it takes.
+        side_by_side: Runs at a time, each on cores of its own.
         clock: Seconds.
 
     Returns:
         What was done.
     """
-    start, expected, done = clock(), 0.0, []
-    for training in trainings:
-        spent, own = clock() - start, estimate(training)
-        factor = spent / expected if expected else 1.0
-        if budget_s is not None and spent + factor * own > budget_s:
-            break
-        run(training)
-        expected += own
-        done.append(training)
+    slots = cores_of_slots(side_by_side)
+    start, expected, took = clock(), 0.0, 0.0
+    waiting, done, lock = list(trainings), list[Training](), threading.Lock()
+
+    def work(slot: int) -> None:
+        nonlocal expected, took
+        while True:
+            with lock:
+                if not waiting:
+                    return
+                own = estimate(waiting[0])
+                factor = took / expected if expected else 1.0
+                if budget_s is not None and clock() - start + factor * own > budget_s:
+                    waiting.clear()
+                    return
+                training, begun = waiting.pop(0), clock()
+            run(training, len(slots[slot]))
+            with lock:
+                expected, took = expected + own, took + clock() - begun
+                done.append(training)
+
+    in_slots(slots, work, waiting.clear)
     return done
 
 
@@ -252,9 +269,9 @@ def step_seconds(training: Training, keep: float) -> float:
     return statistics.median(interleaved({"step": step}, 3)[0]["step"])
 
 
-def run(training: Training, work: Path) -> dict[str, Any]:
+def run(training: Training, work: Path, threads: int) -> dict[str, Any]:
     """Run a training in a process of its own, or resume it, and return its row."""
-    head, folder = machine(), work / training.name
+    head, folder = machine(threads), work / training.name
     if not (folder / "result.json").exists():
         begun = (folder / "recipe.toml").exists()
         words = ["resume", str(folder)] if begun else ["train", *training.flags(), "--out", str(folder)]
@@ -507,6 +524,7 @@ def read(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, help="folder for the run folders")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop before a run that is not likely to fit")
+    parser.add_argument("--side-by-side", type=int, default=1, help="runs at a time, each on its own cores")
     parser.add_argument(
         "--quick", action="store_true", help="one epoch of one network, one run of each kind, not recorded"
     )
@@ -550,13 +568,14 @@ def main() -> None:
         if options.plan:
             return
 
-        def do(training: Training) -> None:
-            row = run(training, options.work)
+        def do(training: Training, threads: int) -> None:
+            row = run(training, options.work, threads)
             print(f"{training.name}: {row['accuracy']:.2%} in {row['seconds']:.0f} s", flush=True)
             if not options.quick:
                 append(NAME, row)
 
-        done = work_off(left, estimate, do, budget_s=None if options.budget is None else 60 * options.budget)
+        budget_s = None if options.budget is None else 60 * options.budget
+        done = work_off(left, estimate, do, budget_s=budget_s, side_by_side=options.side_by_side)
         print(f"{len(done)} runs done, {len(left) - len(done)} left")
         if options.quick:
             return

@@ -129,8 +129,10 @@ def origin(block: Sequence[Row]) -> str:
         listed = {
             key: ", ".join(sorted({str(row[key]) for row in own})) for key in ("torch", "threads", "date", "revision")
         }
+        neighbours = max(row.get("side_by_side", 1) for row in own)
+        beside = f" ({neighbours} runs at a time, each on cores of its own)" if neighbours > 1 else ""
         text = (
-            f"{device}, {listed['threads']} threads, torch {listed['torch']}; {listed['date']}; "
+            f"{device}, {listed['threads']} threads{beside}, torch {listed['torch']}; {listed['date']}; "
             f"revision {listed['revision']}"
         )
         sticks = [row["yardstick_s"] for row in own if "yardstick_s" in row]

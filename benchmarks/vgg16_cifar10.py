@@ -39,6 +39,16 @@ CONTESTANTS = {
     "resized-ticket": Contestant(
         "**early ticket, progressive resizing**", "ours", {"keep": 0.5, "method": "early_bird,progressive_resizing"}
     ),
+    "ticket-longer": Contestant("**early ticket** (default), 1.4 times the epochs", "ours", {"keep": 0.5}, longer=1.4),
+    "ticket_layer-longer": Contestant(
+        "**early ticket**, by layer, twice the epochs", "ours", {"keep": 0.5, "scope": "layer"}, longer=2
+    ),
+    "resized-ticket-longer": Contestant(
+        "**early ticket, progressive resizing**, 1.6 times the epochs",
+        "ours",
+        {"keep": 0.5, "method": "early_bird,progressive_resizing"},
+        longer=1.6,
+    ),
     "dense-equal-time": Contestant(
         "dense, fewer epochs: the ticket's time", "dense", {"dense": True}, needs=("dense", "ticket"), equal_time=True
     ),

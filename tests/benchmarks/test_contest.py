@@ -4,12 +4,14 @@ import argparse
 import json
 import re
 import sys
+import time
 
 import common
 import contest
 import networks
 import page
 import pytest
+import slots
 import speedrun_cifar10
 import tables
 import vgg16_cifar10
@@ -37,13 +39,29 @@ def row(contestant, seed=0, **values):
 def results(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(contest, "WORK", contest.HERE.parent / "runs" / "test-benchmarks")
-    monkeypatch.setattr(contest, "yardstick", lambda: 0.01)
+    monkeypatch.setattr(contest, "yardstick", lambda threads: 0.01)
     return tmp_path / "results"
 
 
 def options(**values):
     given = {"tasks": ["t"], "contestants": list(CONTESTANTS), "seeds": None, "budget": 1e9, "retry": False}
-    return argparse.Namespace(**{**given, **values})
+    return argparse.Namespace(**{**given, "side_by_side": 1, **values})
+
+
+def script(out, wait_for="", code=0):
+    """Return the command of a run that leaves a row, once the run ``wait_for`` of the same folder has begun."""
+    lines = [
+        "import json, os, pathlib, sys, time",
+        f"out = pathlib.Path({str(out)!r}); out.mkdir(parents=True)",
+        f"other = out.parent / {wait_for!r}",
+        "until = time.monotonic() + 30",
+        "while not other.exists() and time.monotonic() < until: time.sleep(0.02)",
+        "values = {'accuracy': 0.5, 'seconds': 1.0, 'seconds_kind': 'measured', 'macs_per_image': 5.0}",
+        "values['cores'] = sorted(os.sched_getaffinity(0))",
+        "(out / 'row.json').write_text(json.dumps(values))",
+        f"sys.exit({code} or (not other.exists()))",
+    ]
+    return [sys.executable, "-c", "\n".join(lines)]
 
 
 def test_every_second_seed_runs_in_reverse_and_who_needs_others_last():
@@ -133,6 +151,51 @@ def test_nothing_is_begun_that_does_not_fit_or_lacks_what_it_needs(results, monk
     said = capsys.readouterr().out
     assert "ticket seed 0: about 3600 s, no time left" in said
     assert "snip seed 0: waits for dense, ticket" in said
+
+
+@pytest.mark.skipif(len(slots.cores_of_slots(1)[0]) < 2, reason="needs two cores")
+def test_side_by_side_runs_have_cores_of_their_own_and_wait_for_what_they_need(results, monkeypatch):
+    """dense and ticket each end only when the other has begun; the third needs both."""
+    together = {"dense": "ticket-seed0", "ticket": "dense-seed0", "snip": "dense-seed0"}
+    monkeypatch.setattr(
+        contest, "command", lambda task, contestant, seed, out, found: script(out, together[contestant.label])
+    )
+    three = {name: Contestant(name, "ours") for name in ("dense", "ticket")}
+    three["snip"] = Contestant("snip", "ours", needs=("dense", "ticket"))
+    task = Task("A task", "digits", {}, seeds=1)
+    contest.run("made_up", {"t": task}, three, options(contestants=list(three), side_by_side=2))
+    found = {row["contestant"]: row for row in common.rows("made_up")}
+    assert {row["status"] for row in found.values()} == {"done"}
+    assert list(found)[-1] == "snip"
+    assert not set(found["dense"]["cores"]) & set(found["ticket"]["cores"])
+    assert {row["side_by_side"] for row in found.values()} == {2}
+    assert found["dense"]["threads"] == len(found["dense"]["cores"])
+
+
+@pytest.mark.skipif(len(slots.cores_of_slots(1)[0]) < 2, reason="needs two cores")
+def test_an_error_beside_a_run_ends_that_run_without_a_row(results, monkeypatch):
+    def typed(task, contestant, seed, out, found):
+        if contestant.label == "ticket":
+            raise RuntimeError("a mistake in the harness")
+        return [sys.executable, "-c", "import time; time.sleep(60)"]
+
+    monkeypatch.setattr(contest, "command", typed)
+    two = {name: Contestant(name, "ours") for name in ("dense", "ticket")}
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match="a mistake"):
+        contest.run("made_up", {"t": TASK}, two, options(contestants=list(two), side_by_side=2, seeds=1))
+    assert time.monotonic() - begun < 30
+    assert common.rows("made_up") == []
+
+
+def test_more_runs_at_a_time_than_cores_are_refused():
+    with pytest.raises(ValueError, match="1000 runs side by side on"):
+        slots.cores_of_slots(1000)
+
+
+def test_rows_with_and_without_neighbours_are_not_compared():
+    assert common.comparable(row("dense"), row("ticket", side_by_side=1))
+    assert not common.comparable(row("dense"), row("ticket", side_by_side=2))
 
 
 def test_tables_pair_seeds_of_one_machine_and_mark_sessions_failures_and_older_scripts():

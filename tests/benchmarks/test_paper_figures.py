@@ -6,6 +6,7 @@ import paper_figures
 import pytest
 import torch
 from paper_figures import KEEPS, Training, as_hex, distance, groups, of, plan, read, work_off
+from slots import cores_of_slots
 
 import earlybird as eb
 from earlybird.train.recipe import Recipe
@@ -23,7 +24,7 @@ class Machine:
     def __init__(self, takes):
         self.now, self.takes, self.ran = 0.0, takes, []
 
-    def run(self, training):
+    def run(self, training, threads):
         self.now += self.takes(training)
         self.ran.append(training)
 
@@ -156,3 +157,15 @@ def test_overlap_compares_searches_of_the_same_seed_only():
     assert paper_figures.overlaps(group, 0.1, 0.5) == {}
     (group,) = groups([*found, made_up(replace(watch, seed=0), 0.5)])
     assert paper_figures.overlaps(group, 0.1, 0.5) == {1: [0.0], 2: [0.0], 3: [0.0], 4: [0.0]}
+
+
+def test_side_by_side_every_training_is_done_once_with_its_share_of_the_cores():
+    trainings, ran = plan(options("--seeds", "1"))[:6], []
+    cores = len(cores_of_slots(1)[0])
+    slots = min(2, cores)
+    done = work_off(
+        trainings, lambda _: 1.0, lambda *given: ran.append(given), budget_s=None, side_by_side=slots
+    )  # fmt: skip
+    assert sorted(done, key=trainings.index) == trainings
+    assert sorted((training for training, _ in ran), key=trainings.index) == trainings
+    assert {threads for _, threads in ran} == {cores // slots}
