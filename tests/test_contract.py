@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib
+import itertools
 import time
 import warnings
 
@@ -126,3 +127,58 @@ class TestContract:
     def test_unknown_settings_are_refused(self, name):
         with pytest.raises((TypeError, InputError)):
             method_class(name)(no_such_setting=1)
+
+
+def attach_all(order, model, optimizer):
+    return {name: attach(name, model, optimizer, acting=True) for name in order}
+
+
+ORDERS = list(itertools.permutations(METHODS))
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=["-".join(order) for order in ORDERS])
+class TestComposition:
+    def test_in_any_order_they_end_in_the_same_bits(self, order):
+        ends = []
+        for names in (tuple(METHODS), order):
+            model = make("residual")
+            optimizer = sgd(model)
+            attach_all(names, model, optimizer)
+            train(model, optimizer, STEPS)
+            ends.append(model.state_dict())
+        for (key, one), two in zip(ends[0].items(), ends[1].values(), strict=True):
+            assert torch.equal(one, two), key
+
+    @pytest.mark.parametrize("stop", [1, 5, 8, 11])
+    def test_together_they_resume_to_the_bit(self, order, stop):
+        whole = make("residual")
+        optimizer = sgd(whole)
+        attach_all(order, whole, optimizer)
+        train(whole, optimizer, STEPS)
+        first = make("residual")
+        first_optimizer = sgd(first)
+        running = attach_all(order, first, first_optimizer)
+        train(first, first_optimizer, stop)
+        states = {name: method.state_dict() for name, method in running.items()}
+        saved = copy.deepcopy((states, first.state_dict(), first_optimizer.state_dict()))
+        second = make("residual")
+        second_optimizer = sgd(second)
+        for name, method in attach_all(order, second, second_optimizer).items():
+            method.load_state_dict(saved[0][name])
+        second.load_state_dict(saved[1])
+        second_optimizer.load_state_dict(saved[2])
+        train(second, second_optimizer, STEPS - stop, stop)
+        for (key, one), two in zip(second.state_dict().items(), whole.state_dict().values(), strict=True):
+            assert torch.equal(one, two), key
+
+    def test_each_ones_own_bill_prices_the_model_that_the_others_leave(self, order):
+        model = make("residual")
+        optimizer = sgd(model)
+        running = attach_all(order, model, optimizer)
+        train(model, optimizer, STEPS)
+        bills = [method.bill() for method in running.values()]
+        assert {bill.parameters for bill in bills} == {sum(parameter.numel() for parameter in model.parameters())}
+        training = [
+            sum(bill.phases[name].macs.value for name in {"search", "train"} & set(bill.phases)) for bill in bills
+        ]
+        assert len(set(training)) == 1

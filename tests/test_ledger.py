@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from earlybird import ledger as ledger_module
 from earlybird.cost.bill import Bill, Estimated, Measured
 from earlybird.cost.count import count
 from earlybird.errors import InputError
@@ -823,3 +825,84 @@ def test_meter_readings_are_split_between_phases(clock: Clock, monkeypatch: pyte
         "search": Measured(50, "J", "test meter"),
         "train": Measured(300, "J", "test meter"),
     }
+
+
+def conv() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+
+def square(side: int) -> Tensor:
+    return torch.zeros(2, 1, side, side)
+
+
+def test_images_of_many_sizes_are_not_counted_at_every_step(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    real = ledger_module.count
+
+    def counting(model: nn.Module, inputs: Any) -> Any:
+        counted.append(1)
+        return real(model, inputs)
+
+    monkeypatch.setattr(ledger_module, "count", counting)
+    model = conv()
+    ledger.watch(model)
+    ledger.enter("train")
+    for side in range(8, 72):
+        model(square(side)).sum().backward()
+    assert len(counted) == 16
+    exact = 2 * sum(real(model, square(side)).training_macs for side in range(8, 72))
+    assert ledger.phases["train"].macs == pytest.approx(exact, rel=0.01)  # only the classifier does not scale
+
+
+def test_passes_below_the_hooks_are_priced_at_their_own_size(ledger: Ledger) -> None:
+    model = conv()
+    ledger.watch(model)
+    ledger.enter("train")
+    model(square(8)).sum().backward()
+    before = ledger.phases["train"].macs
+    assert [batch.shape[-1] for batch in ledger.passing([square(16), square(16)])] == [16, 16]
+    model(square(8)).sum().backward()
+    price = {side: count(model, square(side)) for side in (8, 16)}
+    assert ledger.phases["train"].macs - before == 2 * (2 * price[16].forward_macs + price[8].training_macs)
+
+
+def test_a_price_given_before_the_first_images_is_that_of_their_size(ledger: Ledger) -> None:
+    model = conv()
+    dear = count(model, square(32))
+    ledger.watch(model)
+    ledger.enter("train")
+    ledger.price_as(dear)
+    for side in (8, 16, 8):  # there and back
+        model(square(side)).sum().backward()
+    own = count(model, square(16)).training_macs
+    assert ledger.phases["train"].macs == 2 * (2 * dear.training_macs + own)
+
+
+def test_another_model_has_another_price(ledger: Ledger) -> None:
+    for model in (conv(), nn.Sequential(nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())):
+        ledger.watch(model)
+        ledger.enter("train")
+        before = ledger.phases["train"].macs
+        model(square(8)).sum().backward()
+        assert ledger.phases["train"].macs - before == 2 * count(model, square(8)).training_macs
+
+
+def test_dense_time_is_estimated_for_whole_images(clock: Clock) -> None:
+    """The search takes 1 s a step on images of a quarter of the MACs: dense would have taken some 4 s a step."""
+    ledger = Ledger(clock=clock)
+    model = conv()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ledger.watch(model, optimizer, square(16))
+    ledger.enter("search")
+    for _ in range(4):
+        model(square(8)).sum().backward()
+        clock.now += 1.0
+        optimizer.step()
+    ledger.recount(model)
+    ledger.enter("train")
+    dense = ledger.bill().dense
+    assert dense is not None
+    whole = count(model, square(16)).training_macs / count(model, square(8)).training_macs
+    assert 3.9 < whole < 4
+    assert dense.phases["train"].seconds.value == pytest.approx(4 * whole, rel=0.01)
+    assert "for the MACs of whole images" in dense.phases["train"].seconds.basis

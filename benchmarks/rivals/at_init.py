@@ -1,8 +1,8 @@
 """Tickets drawn before the first step: every step of the training is one of the small network.
 
-What each score is, and where from: `earlybird.tickets.at_init`. Settings as published: ten images of each class for
-SNIP and GraSP, temperature 200, 100 rounds for SynFlow. The ticket is drawn over the whole network at the cost that was
-asked for, and the small network takes the whole recipe.
+What each score is, and where from: `earlybird.tickets.at_init`. Settings as published: a hundred images for SNIP and
+GraSP (ten of each class), temperature 200, 100 rounds for SynFlow. The ticket is drawn over the whole network at the
+cost that was asked for, and the small network takes the whole recipe.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def synflow(contest: Contest) -> tuple[nn.Module, float]:
 
     def score(model: nn.Module) -> dict[str, Tensor]:
         inputs = contest.example[:1]
-        first = at_init.synflow(model, inputs, keep=1.0, rounds=1)
+        first = at_init.synflow(model, inputs, keep=1.0, rounds=1, coupled="group")
         keep = keep_for_macs(first, find_groups(model, inputs), contest.macs_share, coupled="group")
         contest.ledger.passes(101, batches=101, training=True)
-        return at_init.synflow(model, inputs, keep=keep, rounds=100)
+        return at_init.synflow(model, inputs, keep=keep, rounds=100, coupled="group")
 
     return _train_ticket(contest, score)
 

@@ -1,4 +1,4 @@
-"""Calling somebody's model without leaving a trace, and hooks that stay with the object they were put on."""
+"""What a user's loop passes, calling somebody's model without leaving a trace, and hooks that stay where they are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from earlybird.errors import InputError
 
 
 class Call(NamedTuple):
@@ -66,6 +68,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Return None, one or several optimizers as a list; anything else is an `InputError`."""
+    if optimizer is None:
+        return []
+    found = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    for one in found:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise InputError(f"optimizer is a {type(one).__name__}", needed="a torch.optim.Optimizer, or several")
+    return found
+
+
+def processes() -> int:
+    """Return how many processes train together."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -153,11 +172,13 @@ class Hook:
     Dynamo leaves it out of its graphs: it would otherwise compile anew whenever a counter in it has changed.
     """
 
+    idle = False  # of all of them, see `hooks_idle`
+
     def __init__(self, call: Callable[..., Any] | None, owner: Any = None) -> None:
         self.call, self.owner = call, owner
 
     def __call__(self, *args: Any) -> Any:  # noqa: D102
-        if self.call is None:
+        if self.call is None or Hook.idle:
             return None
         if "torch._dynamo" not in sys.modules:  # imported by whoever compiles; importing it here would take a second
             return self.call(*args)
@@ -170,3 +191,13 @@ class Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (None,)
+
+
+@contextmanager
+def hooks_idle() -> Iterator[None]:
+    """Let our own hooks do nothing: what runs is no step of anybody's loop. Those of others may belong to the model."""
+    before, Hook.idle = Hook.idle, True
+    try:
+        yield
+    finally:
+        Hook.idle = before

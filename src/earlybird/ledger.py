@@ -3,7 +3,8 @@
 Seconds are those of one monotonic clock, handed from phase to phase without a gap, so the phases add up to the time
 between the first `Ledger.enter` and the last `Ledger.stop`, pauses left out. Samples are counted where they enter
 the model, steps where the optimizer has made one; MACs and bytes moved follow from them and from a count of the
-model (`earlybird.cost.count`), which is made anew after a shrink and for each size of images.
+model (`earlybird.cost.count`), which is made anew after a shrink and for each size of images (of many sizes, the
+first ones; the others are priced like the nearest one, in proportion to their pixels).
 
     ledger = Ledger()
     ledger.watch(model, optimizer)     # two hooks; any loop, accumulation and evaluation in between included
@@ -21,8 +22,10 @@ a phase are exact and those of a single step are the host's. Cost: some 5 us per
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -33,20 +36,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from earlybird import allocator
-from earlybird.calls import Call, Hook, batch_size, first_sample, tensors_in, unwrapped
+from earlybird.calls import Call, Hook, as_optimizers, batch_size, first_sample, processes, tensors_in, unwrapped
 from earlybird.cost.bill import Bill, Counted, Estimated, Measured, Modelled, Spending
 from earlybird.cost.count import ModelCost, count
 from earlybird.cost.energy import CITATION, Energy, joules
 from earlybird.cost.meters import PeakMemory, energy_meter
 from earlybird.errors import InputError
 
-__all__ = ["PHASES", "Ledger", "PhaseRecord", "Work"]
+__all__ = ["PHASES", "Ledger", "PhaseRecord", "Work", "ledger_of", "ledgers_on"]
 
 PHASES = ("setup", "search", "draw", "train", "evaluate", "lost")
 """The phases, in the order of the bill; 'lost' is time of a killed process that no checkpoint has (`Ledger.charge`)."""
 
 _LOOP_PHASES = ("search", "train")
 _WARM_UP_STEPS = 3  # compilation and first use of kernels happen here, once, however long the run
+_COUNTED_SIZES = 16  # of images; loops whose every batch has another size must not be counted at every step
 _METER_EVERY_S = 60.0  # the fastest energy counter wraps after some 20 minutes
 
 
@@ -197,7 +201,8 @@ class Ledger:
         self._open: str | None = None  # phase in which the training pass that awaits its optimizer step was made
         self._size: tuple[int, ...] | None = None  # of the images that `cost` was counted on, without the batch
         self._costs: dict[tuple[int, ...], ModelCost] = {}  # the model as it is now, by that size
-        self._counting = False
+        self._told = False  # `cost` was given by `price_as` before the first images, whose size it is for
+        self._counted_model: weakref.ref[nn.Module] | None = None  # that of `cost`
         self._uncounted = ""  # why there is no count
         self._shrunk = False
         self._warm_up = (0.0, 0, 0)  # seconds, steps and training samples of the first steps of the search
@@ -306,12 +311,16 @@ class Ledger:
         """
         self.unwatch()
         self._model = unwrapped(model)
+        if self._counted_model is not None and self._counted_model() is not self._model:
+            self._price()
+            self.cost, self._size, self._told = None, None, False
+            self._costs.clear()
+        self._counted_model = weakref.ref(self._model)
         if example_inputs is not None:
             self._count(self._model, example_inputs)
-        on_forward, on_step = Hook(self._on_forward), Hook(self._on_step)
+        on_forward, on_step = Hook(self._on_forward, self), Hook(self._on_step, self)
         self._handles.append(self._model.register_forward_pre_hook(on_forward, with_kwargs=True))
-        optimizers = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
-        for one in optimizers:
+        for one in as_optimizers(optimizer):
             self._handles.append(one.register_step_post_hook(on_step))
 
     def unwatch(self) -> None:
@@ -321,17 +330,34 @@ class Ledger:
         self._handles.clear()
         self._model = None
 
-    def passes(self, images: int, *, batches: int = 1, training: bool = False) -> None:
+    def passes(self, images: int, *, batches: int = 1, training: bool = False, inputs: Any = None) -> None:
         """Count samples that go through the model without its hooks (a caller that runs ``model.forward`` itself).
 
         Args:
             images: Samples, of this process.
             batches: Batches they come in.
             training: Forward and backward, or forward only.
+            inputs: Some of them, where their size decides the price; by default it is that of the batch before.
         """
+        if inputs is not None and self._model is not None:
+            self._price_for(self._model, inputs)
         kind = "train" if training else "forward"
         for name, amount in ((f"{kind}_images", images), (f"{kind}_batches", batches)):
             setattr(self._pending, name, getattr(self._pending, name) + amount * self._world_size)
+
+    def passing(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yield ``batches``, each counted as a forward pass below the hooks, at the price of its size."""
+        for batch in batches:
+            self.passes(batch_size(batch), inputs=batch)
+            yield batch
+
+    def count_whole(self, inputs: Any) -> None:
+        """Count the model on images that are about to be made smaller, unless it was counted before.
+
+        So that the dense run is priced at whole images, whatever the search saw.
+        """
+        if self.cost is None and self._model is not None and not self._uncounted:
+            self._count_or_explain(self._model, inputs)
 
     def recount(self, model: nn.Module | None = None, example_inputs: Any = None) -> ModelCost | None:
         """Count the model again after its shape has changed; what came before keeps its price.
@@ -368,7 +394,7 @@ class Ledger:
         self._costs.clear()
         if self._model is not None and self._sample is not None and self.cost is not None:
             self._count(self._model, self._sample)
-            self.dense_cost = self._counted(dense, self._dense_sample)
+            self.dense_cost = count(dense, self._dense_sample)
 
     def price_as(self, cost: ModelCost) -> None:
         """Charge what follows at ``cost`` a sample, until the next count; what came before keeps its price.
@@ -378,34 +404,26 @@ class Ledger:
         """
         self._settle()
         self._price()
-        self.cost = cost
-
-    def _counted(self, model: nn.Module, inputs: Any) -> ModelCost:
-        self._counting = True  # the count runs the model, and with it our own hook
-        try:
-            return count(model, inputs)
-        finally:
-            self._counting = False
+        self._costs.clear()
+        self.cost, self._told = cost, self._size is None
+        if self._size is not None:
+            self._costs[self._size] = cost
 
     def _count(self, model: nn.Module, inputs: Any) -> None:
-        self.cost = self._counted(model, inputs)
+        self.cost = count(model, inputs)
         self._sample = first_sample(inputs)
-        self._size = _image_size(inputs)
+        self._size, self._told = _image_size(inputs), False
+        self._counted_model = weakref.ref(unwrapped(model))
         if self._size is not None:
             self._costs[self._size] = self.cost
         if self.dense_cost is None and not self._shrunk:
             self.dense_cost, self._dense_sample = self.cost, self._sample
 
     def _on_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._since is None or self._counting or self._model is None:
+        if self._since is None or self._model is None:
             return
         inputs = Call(tuple(args), dict(kwargs))
-        size = _image_size(inputs)
-        if self.cost is not None and size != self._size:
-            self._price()  # what came before had another size, and another price
-            self.cost, self._size = self._costs.get(size) if size is not None else None, size
-        if self.cost is None and not self._uncounted:
-            self._count_or_explain(self._model, inputs)
+        self._price_for(self._model, inputs)
         samples = batch_size(inputs) * self._world_size
         training = self._model.training
         if training and self._current == "evaluate" and self._declared in _LOOP_PHASES:
@@ -419,6 +437,27 @@ class Ledger:
         else:
             self._pending.forward_images += samples
             self._pending.forward_batches += self._world_size
+
+    def _price_for(self, model: nn.Module, inputs: Any) -> None:
+        """Let `cost` be that of the size of ``inputs``; what came before keeps its price."""
+        size = _image_size(inputs)
+        if self._told:
+            self._size, self._told = size, False
+            if size is not None and self.cost is not None:
+                self._costs[size] = self.cost
+        if self.cost is not None and size != self._size:
+            self._price()
+            self.cost, self._size = None if size is None else self._cost_of(size), size
+        if self.cost is None and not self._uncounted:
+            self._count_or_explain(model, inputs)
+
+    def _cost_of(self, size: tuple[int, ...]) -> ModelCost | None:
+        """Return the cost of images of this size, as counted or like the nearest one's; None: it is to be counted."""
+        if size in self._costs or len(self._costs) < _COUNTED_SIZES:
+            return self._costs.get(size)
+        pixels = math.prod(size)
+        nearest = min(self._costs, key=lambda known: abs(math.prod(known) - pixels))
+        return self._costs[nearest].scaled(pixels / math.prod(nearest))
 
     def _count_or_explain(self, model: nn.Module, inputs: Any) -> None:
         """Count on the first batch that comes along; a model that cannot be counted must not stop its training."""
@@ -599,9 +638,14 @@ class Ledger:
         # warming up is paid once, the rest at the pace of the search; a very short search has only its mean
         seconds, steps, images = self._warm_up if search.steps > 2 * _WARM_UP_STEPS else (0.0, 0, 0)
         pace = (search.seconds - seconds) / (search.train_images - images)
+        # a search on smaller images than dense would have seen is faster than dense, in proportion to the MACs
+        whole = search.priced(self.dense_cost).macs / search.macs if search.macs else 1.0
+        pace *= whole
         training.seconds = seconds + pace * (training.train_images - images)
         step_ms = 1e3 * (search.seconds - seconds) / max(1, search.steps - steps)
         basis = f"the search phase's own {step_ms:.4g} ms a step"
+        if abs(whole - 1) > 0.005:
+            basis += f", times {whole:.3g} for the MACs of whole images"
         spent = {"setup": self._records.get("setup"), "train": training, "evaluate": self._dense_evaluate()}
         return Bill(
             phases={
@@ -621,6 +665,17 @@ class Ledger:
         pace = self._dense_evaluation
         seconds = record.seconds if pace is None else pace * record.images
         return PhaseRecord(seconds, record.steps, record.work, record.peak_bytes)
+
+
+def ledger_of(model: nn.Module) -> Ledger:
+    """Return a new ledger for the device of ``model`` and all processes that train together."""
+    return Ledger(device=next(model.parameters()).device, world_size=processes())
+
+
+def ledgers_on(model: nn.Module) -> list[Ledger]:
+    """Return all ledgers that watch ``model``: those of several methods, and the user's own."""
+    owners = [hook.owner for hook in model._forward_pre_hooks.values() if isinstance(hook, Hook)]
+    return [owner for owner in owners if isinstance(owner, Ledger)]
 
 
 def _image_size(inputs: Any) -> tuple[int, ...] | None:

@@ -23,9 +23,11 @@ def check_share(name: str, value: Any) -> float:
     return float(value)
 
 
-def check_count(name: str, value: Any, example: str) -> int | None:
-    """Return a number of steps, or None where it was not given; raise an `InputError` that names it otherwise."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+def check_count(name: str, value: Any, example: str, *, optional: bool = True) -> int | None:
+    """Return a whole number of at least 1, or None where it may be left out; else raise an `InputError`."""
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name} is {value!r}", needed=f"a whole number of at least 1, such as {example}")
     return value
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from earlybird.cost.count import ModelCost, count
 from earlybird.errors import InputError
+from earlybird.ledger import Ledger
 from earlybird.models import build
 
 
@@ -233,3 +234,14 @@ def test_totals_survive_json() -> None:
     again = ModelCost.from_json(cost.to_json())
     assert again.to_json() == cost.to_json()
     assert again.training_macs == cost.training_macs
+
+
+def test_a_watched_model_is_counted_once_and_the_ledger_sees_none_of_it() -> None:
+    """The ledger's hook would count the new size itself, inside this count."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(1))
+    alone = count(model, torch.zeros(1, 1, 8, 8))
+    ledger = Ledger()
+    ledger.watch(model, example_inputs=torch.zeros(1, 1, 16, 16))
+    ledger.enter("train")
+    assert count(model, torch.zeros(1, 1, 8, 8)) == alone
+    assert ledger.phases["train"].images == 0

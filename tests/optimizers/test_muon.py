@@ -141,6 +141,10 @@ def test_a_closure_computes_the_gradients() -> None:
 def test_vectors_cannot_be_orthogonal() -> None:
     with pytest.raises(InputError, match=r"shape \(3,\)"):
         Muon([torch.ones(2, 2), torch.ones(3)])
+    optimizer = Muon([torch.ones(2, 2)])
+    with pytest.raises(InputError):
+        optimizer.add_param_group({"params": [torch.ones(3)]})
+    assert len(optimizer.param_groups) == 1  # as if it had not been asked
 
 
 def test_memory_format_stays() -> None:
@@ -183,3 +187,17 @@ def test_every_parameter_that_learns_has_one_role(name: str) -> None:
     model = build(name, classes=10, width=0.25)
     found = [id(parameter) for parameters in by_role(model).values() for parameter in parameters]
     assert sorted(found) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_tables_and_tokens_are_not_filters() -> None:
+    """Muon is for the weights of hidden layers; a token (1, N, D) flattened to one row would keep a norm of 1."""
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model.register_parameter("token", nn.Parameter(torch.zeros(1, 3, 4)))
+    roles = names_by_role(model)
+    assert roles["filters"] == ["1.weight"]
+    assert {"0.weight", "token"} <= set(roles["biases"])
+
+
+def test_depthwise_convolutions_are_filters() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 1), nn.Linear(4, 2))
+    assert names_by_role(model)["filters"] == ["0.weight", "1.weight", "2.weight"]

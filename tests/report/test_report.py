@@ -252,3 +252,14 @@ def test_only_a_report_is_written_over(tmp_path):
     write([run], out)  # its own kind is replaced
     with pytest.raises(InputError, match="is a folder"):
         write([run], tmp_path)
+
+
+def test_a_run_without_a_ticket_is_called_by_its_method(tmp_path):
+    run = write_run(tmp_path / "resized", seconds=40)
+    for name in ("ticket.safetensors", "change.json", "history.json"):
+        (run / name).unlink()
+    recipe = run / "recipe.toml"
+    text = recipe.read_text().replace("keep = 0.5\n", "").replace("tolerance = 0.1\nwindow = 5\n", "")
+    recipe.write_text(text + 'method = ["progressive_resizing"]\n')
+    page, _ = page_of(write_run(tmp_path / "dense", dense=True, seconds=100), run)
+    assert page["headline"].startswith("Progressive resizing trained in 2.50")

@@ -120,6 +120,8 @@ def test_it_composes_with_the_early_ticket_in_the_shipped_loop_and_resumes_to_th
         ({"size_step": 0}, "size_step is 0"),
         ({"grow_from": "half"}, "half"),
         ({"grow_from": "90%"}, "whole_from = 80% comes before grow_from = 90%"),
+        ({"grow_from": "4it", "whole_from": "3it"}, "whole_from = 3it comes before grow_from = 4it"),
+        ({"whole_from": "5it"}, "whole_from = 5it comes after the end of the run"),
     ],
 )
 def test_wrong_settings_name_the_value(settings, said):
@@ -165,3 +167,55 @@ def test_what_freezes_on_small_images_is_priced_anew_at_every_size_and_dense_at_
     price = {side: count(model, torch.zeros(1, 1, side, side)) for side in (8, 16)}
     assert ledger.phases["train"].macs - spent == 4 * (price[8].training_macs + price[16].training_macs)
     assert ledger.dense_cost == price[16]
+
+
+def test_shares_out_of_order_are_refused_before_anything_is_attached():
+    with pytest.raises(InputError, match="comes before grow_from"):
+        eb.ProgressiveResizing(grow_from="90%")
+
+
+def test_a_model_that_cannot_take_small_images_is_refused_before_the_first_step_and_left_alone():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * 14 * 14, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match="Sequential does not run on images of 8 x 8 pixels"):
+        eb.ProgressiveResizing().attach(model, optimizer, example_inputs=torch.ones(2, 1, 16, 16), total_steps=5)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not model._forward_pre_hooks
+    eb.ProgressiveResizing(initial_scale=1.0).attach(
+        model, optimizer, example_inputs=torch.ones(2, 1, 16, 16), total_steps=5
+    )
+
+
+def test_images_are_resized_once_and_somebody_steps():
+    model = Seen()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InputError, match="no optimizer was given"):
+        eb.ProgressiveResizing().attach(model, [], total_steps=5)
+    first = eb.ProgressiveResizing().attach(model, optimizer, total_steps=5)
+    with pytest.raises(InputError, match="resized already"):
+        eb.ProgressiveResizing().attach(model, optimizer, total_steps=5)
+    first.detach()
+    eb.ProgressiveResizing().attach(model, optimizer, total_steps=5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_images_of_one_channel_keep_the_layout_that_convolutions_see(layout):
+    """A plain batch of one channel is contiguous in both senses; its strides say which one it is meant in."""
+    plain = torch.rand(3, 1, 8, 8)
+    assert resize(plain, 0.5).stride() == torch.rand(3, 1, 4, 4).stride()
+    several = torch.rand(3, 2, 8, 8).contiguous(memory_format=layout)
+    assert resize(several, 0.5).is_contiguous(memory_format=layout)
+
+
+def test_dense_is_priced_at_whole_images_without_being_shown_one_first():
+    model = build("small_cnn", classes=10, in_channels=1, image_size=16, width=0.25)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    ledger = eb.Ledger()
+    ledger.watch(model, optimizer)
+    ledger.enter("train")
+    eb.ProgressiveResizing().attach(model, optimizer, total_steps=4, ledger=ledger)
+    model(torch.rand(4, 1, 16, 16)).sum().backward()
+    optimizer.step()
+    assert ledger.dense_cost == count(model, torch.zeros(1, 1, 16, 16))
+    assert ledger.phases["train"].macs == 4 * count(model, torch.zeros(1, 1, 8, 8)).training_macs

@@ -202,3 +202,65 @@ def test_what_cannot_be_scored_is_said() -> None:
         synflow(model, torch.zeros(1, 2), keep=0.5, rounds=0)
     with pytest.raises(InputError, match="no hidden"):
         snip(nn.Linear(2, 2), torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
+
+
+class Tied(nn.Module):
+    """Two layers that share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+        self.last = nn.Linear(3, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.first(x)))  # type: ignore[no-any-return]
+
+
+def test_layers_that_share_a_weight_share_its_gradient() -> None:
+    torch.manual_seed(0)
+    model, x, y = Tied(), torch.randn(6, 3), torch.tensor([0, 1, 0, 1, 1, 0])
+    functional.cross_entropy(model(x), y).backward()
+    assert model.first.weight.grad is not None
+    expected = (model.first.weight.grad * model.first.weight).abs().sum(1).detach()
+    model.zero_grad()
+    scores = snip(model, x, y)
+    torch.testing.assert_close(scores["first"], expected)
+    torch.testing.assert_close(scores["second"], expected)
+
+
+def test_a_weight_that_is_computed_is_refused_by_name_and_nothing_is_changed() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2))
+    before = copy.deepcopy(model.state_dict())
+    for score in (snip, grasp):
+        with pytest.raises(InputError, match="layer '0' is computed by a parametrisation"):
+            score(model, torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class Centred(nn.Module):
+    """Takes the mean over pixels away, as normalisation by the sample's own statistics does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean((2, 3), keepdim=True)
+
+
+def test_a_network_without_synaptic_flow_is_refused() -> None:
+    """Nothing of constant ones is left without their mean: all channels would tie."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), Centred(), nn.Flatten(), nn.Linear(64, 2, bias=False))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)  # so that the differences are 0 to the bit
+    with pytest.raises(InputError, match="no synaptic flow"):
+        synflow(model, torch.zeros(1, 1, 4, 4), keep=0.5)
+
+
+def test_what_synflow_has_removed_stays_removed_where_groups_are_balanced() -> None:
+    """Scores tell the round in which a channel went: of a nested sequence of tickets, whatever the rounding."""
+    model = make("grouped")
+    scores = synflow(model, images(1), keep=0.3, rounds=10)
+    rounds = torch.cat([score.floor() for score in scores.values()])
+    assert rounds.min() >= 1
+    assert rounds.max() == 11
+    smaller = synflow(model, images(1), keep=0.3, rounds=10, coupled="group")
+    assert smaller.keys() == scores.keys()

@@ -363,3 +363,32 @@ def test_widths_are_rounded_and_the_change_says_which_channels_stayed():
     assert resumed.ticket == search.ticket
     assert resumed.change.rounded == search.change.rounded
     assert resumed.change.layers == search.change.layers
+
+
+def test_a_ledger_that_is_shared_knows_the_small_network_after_a_resume():
+    """What follows is training of the small network: not a search, and not at the price of the dense one."""
+
+    def begin():
+        model = make("residual")
+        optimizer = sgd(model)
+        ledger = eb.Ledger()
+        ledger.watch(model, optimizer, images(2))
+        settings = {**QUICK, "keep": 0.5, "deadline": "4it"}
+        search = eb.EarlyBird(**settings).attach(model, optimizer, example_inputs=images(2), ledger=ledger)
+        return model, optimizer, ledger, search
+
+    model, optimizer, ledger, search = begin()
+    train(model, optimizer, 6)
+    assert search.drawn
+    saved = copy.deepcopy((search.state_dict(), model.state_dict(), optimizer.state_dict(), ledger.state_dict()))
+    second, second_optimizer, second_ledger, resumed = begin()
+    resumed.load_state_dict(saved[0])
+    second.load_state_dict(saved[1])
+    second_optimizer.load_state_dict(saved[2])
+    second_ledger.load_state_dict(saved[3])
+    assert second_ledger.phase == "train"
+    train(model, optimizer, 3, 6)
+    train(second, second_optimizer, 3, 6)
+    for name, record in ledger.phases.items():
+        again = second_ledger.phases[name]
+        assert (again.steps, again.macs, again.moved_bytes) == (record.steps, record.macs, record.moved_bytes), name

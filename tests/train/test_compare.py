@@ -216,6 +216,8 @@ def test_the_exit_code_tells_our_failure_from_wrong_input(model: str, code: int,
         ({}, {"seeds": ()}, "seeds"),
         ({}, {"seeds": (1, 1)}, "all different"),
         ({"dense": True}, {}, "the recipe is dense"),
+        ({"method": "progressive_resizing"}, {"contenders": ("ticket-shuffled",)}, "'shuffle' belongs to the method"),
+        ({"method": "progressive_resizing"}, {"contenders": ("small-dense",)}, "as wide as a ticket"),
     ],
 )
 def test_what_cannot_be_compared(

@@ -206,6 +206,8 @@ def test_methods_compose_and_each_gets_its_own_settings(text: Any) -> None:
     assert list(methods) == ["early_bird", "progressive_resizing"]
     assert (methods["early_bird"].keep, methods["progressive_resizing"].initial_scale) == (0.3, 0.75)
     assert recipe.replace(seed=1).build_methods() == methods
+    assert recipe.replace(method="progressive_resizing,early_bird").settings == recipe.settings
+    assert recipe.replace(method="early_bird").settings["keep"] == 0.3
     assert recipe.name == "small_cnn-digits-keep0.3-progressive_resizing-seed0"
     assert recipe.replace(method=("progressive_resizing",)).name == "small_cnn-digits-progressive_resizing-seed0"
 
@@ -237,3 +239,24 @@ def test_keeping_everything_leaves_the_other_methods() -> None:
     recipe = Recipe.from_values({"method": "early_bird,progressive_resizing", "keep": 1, "window": 4})
     assert not recipe.dense
     assert list(recipe.build_methods()) == ["progressive_resizing"]
+
+
+def test_a_file_that_says_dense_is_not_silently_stronger_than_a_flag(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(Recipe.from_values({"dense": True}).to_toml())  # as every dense run writes it: with all keys
+    assert Recipe.from_toml(path, {"seed": 1}).dense
+    with pytest.raises(InputError, match="dense leaves no method to which 'keep' could belong; add --no-dense"):
+        Recipe.from_toml(path, {"keep": 0.7})
+    assert Recipe.from_toml(path, {"keep": 0.7, "dense": False}).settings["keep"] == 0.7
+    with pytest.raises(InputError, match="'method' could belong"):
+        Recipe.from_toml(path, {"method": "progressive_resizing"})
+    assert Recipe.from_values({"keep": 0.7, "dense": True}).dense  # said in one breath, dense is meant
+
+
+@pytest.mark.parametrize(
+    "key", [{"lr_head": 0.1}, {"lr_bias": 0.1}, {"sgd_momentum": 0.5}, {"stem_until": "3ep"}], ids=str
+)
+def test_keys_of_muon_are_refused_without_it(key: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(key))} is for optimizer 'muon', not 'sgd'"):
+        Recipe.from_values(key)
+    assert Recipe.from_values({**key, "optimizer": "muon"})

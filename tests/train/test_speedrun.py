@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from earlybird.cost.count import count
 from earlybird.data import load, normalise
+from earlybird.errors import InputError
 from earlybird.models import build
 from earlybird.optimizers.muon import Muon
 from earlybird.train import loop
@@ -92,7 +93,7 @@ def test_the_first_weights_follow_from_the_seed_alone(small: Make, tmp_path: Pat
 
 
 def test_weights_that_are_drawn_anew_come_from_images_too(small: Make, tmp_path: Path) -> None:
-    recipe = small(**SPEEDRUN, weights="reinitialise", epochs=1, score="bn_scale", evaluate_every="1it")
+    recipe = small(**SPEEDRUN, weights="reinitialise", epochs=1, evaluate_every="1it")
     train(recipe, tmp_path / "run", quiet=True)
     whiten = load_file(tmp_path / "run" / "model.safetensors")["whiten.weight"]
     train(small(**SPEEDRUN, dense=True, epochs=1), tmp_path / "dense", quiet=True)
@@ -245,3 +246,14 @@ def test_the_shipped_recipe_has_the_published_constants() -> None:
     assert penalties == pytest.approx([0, 2e-6 * 2000, 2e-6 * 2000, 2e-6 * 2000, 0])
     assert [group.get("lr_end") for group in groups] == [None, None, None, 75, None]
     assert not Recipe.from_toml(path, {"keep": "0.7"}).dense
+
+
+def test_scales_that_do_not_learn_cannot_be_ranked(small: Make, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="all channels have the same score, 1"):
+        train(small(**SPEEDRUN, epochs=1, score="bn_scale"), tmp_path / "run", quiet=True)
+
+
+def test_a_first_layer_without_bias_has_none_that_could_end_early(small: Make, tmp_path: Path) -> None:
+    recipe = Recipe.from_values({"data": "digits", "optimizer": "muon", "stem_until": "1ep", "model": "vgg11"})
+    with pytest.raises(InputError, match="the first layer of vgg11 has no bias"):
+        make_optimizer(recipe, build("vgg11", classes=10, in_channels=1, width=0.125), 5)

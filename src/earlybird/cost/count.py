@@ -19,13 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from earlybird.calls import as_call, first_sample, left_as_found, plain_execution, tensors_in, unwrapped
+from earlybird.calls import as_call, first_sample, hooks_idle, left_as_found, plain_execution, tensors_in, unwrapped
 from earlybird.errors import InputError
 
 __all__ = ["LayerCost", "ModelCost", "count"]
@@ -99,6 +99,11 @@ class ModelCost:
             per_batch *= 3
         return (samples * per_sample + batches * per_batch) * bits // 8
 
+    def scaled(self, factor: float) -> ModelCost:
+        """Return the cost of samples with ``factor`` times as many pixels, in proportion, without the layers."""
+        of_a_sample = ("forward_macs", "backward_macs", "forward_elements", "backward_elements")
+        return replace(self, layers={}, **{name: round(factor * getattr(self, name)) for name in of_a_sample})
+
     def to_json(self) -> dict[str, int]:
         """Return the totals (not the layers) as plain numbers."""
         return {key.name: getattr(self, key.name) for key in fields(self) if key.name != "layers"}
@@ -130,6 +135,7 @@ def count(model: nn.Module, example_inputs: Any) -> ModelCost:
     with ExitStack() as stack:
         stack.enter_context(left_as_found(model))
         stack.enter_context(plain_execution(model))
+        stack.enter_context(hooks_idle())
         stack.enter_context(counter)
         try:
             model(*args, **kwargs)

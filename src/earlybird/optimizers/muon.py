@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from earlybird.errors import InputError
-from earlybird.tickets.layers import is_norm, mixes_channels
+from earlybird.tickets.layers import Conv, is_norm, mixes_channels
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the odd polynomial that each Newton-Schulz step applies to the singular values: steep at 0, near 1 around 1."""
@@ -84,6 +84,7 @@ class Muon(torch.optim.Optimizer):
         added = self.param_groups[-1]
         vectors = [tuple(parameter.shape) for parameter in added["params"] if parameter.ndim < 2]
         if added["orthogonal"] and vectors:
+            self.param_groups.pop()
             raise InputError(
                 f"a parameter of shape {vectors[0]} cannot be orthogonal", needed="two dimensions or more",
                 hint="put vectors into a group with orthogonal=False",
@@ -162,20 +163,21 @@ def orthogonalise(matrix: Tensor, steps: int = STEPS) -> Tensor:
 def by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Sort the parameters that learn by what they are, which shape and place decide.
 
-    Layers are linear layers and convolutions that are not depthwise, in order of definition.
+    Layers are linear layers and convolutions, in order of definition; depthwise ones are neither first nor last.
 
     Returns:
         ``head``: the weight of the last layer; ``stem``: the bias of the first layer; ``scales``: the weights of norms;
-        ``filters``: everything else of two dimensions or more; ``biases``: all other vectors.
+        ``filters``: the weights of all other layers; ``biases``: all that is left: biases, embeddings, tokens.
     """
     layers = [module for module in model.modules() if mixes_channels(module)]
     special = {id(module.weight): "scales" for module in model.modules() if is_norm(module)}
+    special |= {id(module.weight): "filters" for module in model.modules() if isinstance(module, (Conv, nn.Linear))}
     if layers:
         special[id(layers[0].bias)] = "stem"
         special[id(layers[-1].weight)] = "head"
     roles: dict[str, list[nn.Parameter]] = {"filters": [], "head": [], "biases": [], "stem": [], "scales": []}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            role = special.get(id(parameter), "filters" if parameter.ndim >= 2 else "biases")
+            role = special.get(id(parameter), "biases")
             roles[role].append(parameter)
     return roles

@@ -39,16 +39,18 @@ def headline(contenders: Sequence[Contender]) -> tuple[str, bool, list[str]]:
             return f"The run is under way, at {percent(accuracy)}", False, [f"When last seen it was {where}."]
         return f"Dense training reached {percent(accuracy)}", False, ["There is no ticket to compare with."]
     ratios = ratios_to_dense(dense, ticket)
-    if not any(run.ticket is not None for run in ticket.runs):
+    draws = any(run.draws for run in ticket.runs)
+    name = "The ticket" if draws else ticket.label.capitalize()
+    if draws and not any(run.ticket is not None for run in ticket.runs):
         return "No ticket was drawn", False, ["The run ended before its masks agreed, and was dense to the end."]
     if "seconds" not in ratios:
-        return "The ticket was trained; there is nothing to compare it with", False, []
+        return f"{name} was trained; there is nothing to compare it with", False, []
     time = ratios["seconds"]
     change = accuracy_change(dense, ticket)
     verdict = _verdict(time, dense, ticket)
     accuracy_text = "" if change is None else f" and ended {_change_text(change)}"
     word = "an estimated " if time.kind == "estimated" else ""
-    subject = "The ticket lost: it" if verdict.lost else "The ticket"
+    subject = f"{name} lost: it" if verdict.lost else name
     if verdict.time < 0:
         text = f"{subject} took {word}{1 / time.high:.2f}{units.TIMES} MORE time than dense{accuracy_text}"
     elif verdict.time > 0:
@@ -58,7 +60,9 @@ def headline(contenders: Sequence[Contender]) -> tuple[str, bool, list[str]]:
     lead = [f"{str(verdict)[0].upper()}{str(verdict)[1:]}."]
     lengths = [c.runs[0].recipe.get("epochs") for c in (dense, ticket) if c is not None]
     if len(set(lengths)) > 1:
-        lead.append(f"They did not train equally long: dense {lengths[0]} epochs, the ticket {lengths[1]}.")
+        lead.append(
+            f"They did not train equally long: dense {lengths[0]} epochs, {name[0].lower()}{name[1:]} {lengths[1]}."
+        )
     others = {c.label for c in contenders if c.task != ticket.task}
     if others:
         lead.append(f"Of another model or other data, and so not compared: {', '.join(sorted(others))}.")

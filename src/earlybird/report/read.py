@@ -48,12 +48,23 @@ class RunRecord:
 
     @property
     def label(self) -> str:
-        """What the recipe calls for: ``dense`` or ``ticket, keep 0.5``."""
+        """What the recipe calls for: ``dense``, ``ticket, keep 0.5``, or the names of other methods."""
         if self.dense:
             return "dense"
+        method = self.recipe.get("method", [])
+        others = [name for name in ([method] if isinstance(method, str) else method) if name != "early_bird"]
+        if not self.draws:
+            return ", ".join(others).replace("_", " ")
         keep = self.recipe.get("keep", "default")
         keep = keep[0] if isinstance(keep, list) else keep
-        return f"ticket, keep {keep:g}" if isinstance(keep, (int, float)) else "ticket"
+        label = f"ticket, keep {keep:g}" if isinstance(keep, (int, float)) else "ticket"
+        return ", ".join([label, *others]).replace("_", " ")
+
+    @property
+    def draws(self) -> bool:
+        """Whether one of the methods draws a ticket."""
+        method = self.recipe.get("method", ["early_bird"])
+        return not self.dense and "early_bird" in ([method] if isinstance(method, str) else method)
 
     @property
     def drawn_at(self) -> int | None:

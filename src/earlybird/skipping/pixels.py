@@ -6,13 +6,15 @@ Introduced by J. Howard for fast.ai's DAWNBench entry (2018); the schedule and i
 
     initial_scale + (1 - initial_scale) * clip((q - a) / (b - a), 0, 1)
 
-and rounded to ``size_step`` pixels. A convolution costs as much less as there are fewer pixels: a quarter at half the
-side. Evaluation always sees whole images; so does what the network ends on.
+and rounded to ``size_step`` pixels; pixels are means over those they cover (Composer takes the nearest). A convolution
+costs as much less as there are fewer pixels: a quarter at half the side. Evaluation always sees whole images; so does
+what the network ends on.
 
 What it saves: seconds, MACs and moved bytes of the steps on small images, at once and in any loop. It does *not* pay
 where details decide (small objects, text), where the network has been pooled down to few pixels already, or with
-``torch.compile`` on short runs, since each size is compiled anew. Accuracies of the first part of a run look worse than
-the network is: it is trained for another size than it is evaluated at.
+``torch.compile`` on short runs, since each size is compiled anew. Targets that are images, too (segmentation), are not
+resized. Accuracies of the first part of a run look worse than the network is: it is trained for another size than it
+is evaluated at.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from earlybird.calls import Hook, unwrapped
+from earlybird.calls import Call, Hook, as_call, as_optimizers, first_sample, undisturbed, unwrapped
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger
+from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count, check_share, option
 from earlybird.step import Step
 
@@ -49,14 +51,17 @@ class ProgressiveResizing:
         object.__setattr__(self, "initial_scale", check_share("initial_scale", self.initial_scale))
         for name in ("grow_from", "whole_from"):
             object.__setattr__(self, name, Step.parse(getattr(self, name)))
-        if isinstance(self.size_step, bool) or not isinstance(self.size_step, int) or self.size_step < 1:
-            raise InputError(f"size_step is {self.size_step!r}", needed="a whole number of pixels, at least 1")
+        check_count("size_step", self.size_step, "4 (pixels)", optional=False)
+        shares = [(point.share, point == Step(share=point.share)) for point in (self.grow_from, self.whole_from)]
+        if all(alone for _, alone in shares) and shares[0] > shares[1]:
+            raise _late(self)
 
     def attach(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
         *,
+        example_inputs: Any = None,
         steps_per_epoch: int | None = None,
         total_steps: int | None = None,
         ledger: Ledger | None = None,
@@ -66,6 +71,8 @@ class ProgressiveResizing:
         Args:
             model: The module that is trained; its first argument is a batch of images (N, C, H, W).
             optimizer: Its ``step`` is the clock; of several, the first one's.
+            example_inputs: A batch of images, or a tuple that begins with one: the model is tried on one of them, as
+                small as it will get. By default, too small an image is noticed in the first step.
             steps_per_epoch: Optimizer steps in an epoch; needed when a point is given in epochs.
             total_steps: Optimizer steps of the training; needed when a point is a share of it, as by default.
             ledger: Where to record; by default an own one, which `Resizing.bill` reads.
@@ -74,9 +81,10 @@ class ProgressiveResizing:
             The running method.
 
         Raises:
-            InputError: A length is not known, or images would have to be whole before they begin to grow.
+            InputError: A length is not known, images would have to be whole before they begin to grow or only after
+                the end, the model does not run on images as small, or its images are resized already.
         """
-        return Resizing(self, model, optimizer, steps_per_epoch, total_steps, ledger)
+        return Resizing(self, model, optimizer, example_inputs, steps_per_epoch, total_steps, ledger)
 
 
 class Resizing:
@@ -87,6 +95,7 @@ class Resizing:
         settings: ProgressiveResizing,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+        example_inputs: Any,
         steps_per_epoch: int | None,
         total_steps: int | None,
         ledger: Ledger | None,
@@ -97,16 +106,28 @@ class Resizing:
         self._grow_from = settings.grow_from.in_iterations(steps_per_epoch, total_steps)
         self._whole_from = settings.whole_from.in_iterations(steps_per_epoch, total_steps)
         if self._whole_from < self._grow_from:
+            raise _late(settings)
+        if total_steps is not None and self._whole_from > total_steps:
             raise InputError(
-                f"whole_from = {settings.whole_from} comes before grow_from = {settings.grow_from}",
-                hint="raise whole_from or lower grow_from",
+                f"whole_from = {settings.whole_from} comes after the end of the run ({total_steps} steps)",
+                hint="lower it: the network has to end on whole images",
             )
         self._steps = 0
         self._side: int | None = None  # of the last training images
         model = unwrapped(model)
-        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        optimizers = as_optimizers(optimizer)
+        if not optimizers:
+            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        if any(
+            isinstance(hook, Hook) and isinstance(hook.owner, Resizing) for hook in model._forward_pre_hooks.values()
+        ):
+            raise InputError(
+                "the images of this model are resized already", hint="call detach() of the other one first"
+            )
+        if example_inputs is not None:
+            _check_runs(model, as_call(first_sample(example_inputs)), settings)
         self._own_ledger = ledger is None
-        self._ledger = Ledger(device=next(model.parameters()).device) if ledger is None else ledger
+        self._ledger = ledger_of(model) if ledger is None else ledger
         if self._own_ledger:
             self._ledger.watch(model, optimizers)
             self._ledger.enter("train")
@@ -159,12 +180,36 @@ class Resizing:
                 f"{type(module).__name__} was not called with a batch of images (N, C, H, W) as first argument",
                 hint="leave progressive resizing out for this model",
             )
+        self._ledger.count_whole(Call(args, {}))
         resized = resize(args[0], self.scale, self.settings.size_step)
         self._side = resized.shape[-1]
         return (resized, *args[1:])
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._steps += 1
+
+
+def _late(settings: ProgressiveResizing) -> InputError:
+    return InputError(
+        f"whole_from = {settings.whole_from} comes before grow_from = {settings.grow_from}",
+        hint="raise whole_from or lower grow_from",
+    )
+
+
+def _check_runs(model: nn.Module, call: Call, settings: ProgressiveResizing) -> None:
+    """Refuse a model that does not run on the smallest images: one that flattens them, or pools them to nothing."""
+    if not call.args or not isinstance(call.args[0], Tensor) or call.args[0].ndim != 4:
+        return  # the first step will say what is wrong
+    small = resize(call.args[0], settings.initial_scale, settings.size_step)
+    with undisturbed(model), torch.no_grad():
+        try:
+            model(small, *call.args[1:], **call.kwargs)
+        except Exception as error:
+            raise InputError(
+                f"{type(model).__name__} does not run on images of {small.shape[-2]} x {small.shape[-1]} pixels: "
+                f"{type(error).__name__}: {error}",
+                hint="raise initial_scale or size_step, or leave progressive resizing out",
+            ) from error
 
 
 def resize(images: Tensor, scale: float, step: int = 1) -> Tensor:
@@ -183,7 +228,9 @@ def resize(images: Tensor, scale: float, step: int = 1) -> Tensor:
     height, width = (min(max(round(side * scale / step), 1) * step, side) for side in images.shape[-2:])
     if (height, width) == tuple(images.shape[-2:]):
         return images
-    layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    # by the strides: an image of one channel is contiguous either way
+    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
     # in float32: on a CPU, antialiasing has no kernel for shorter types
     small = functional.interpolate(images.float(), size=(height, width), mode="bilinear", antialias=True)
     return small.to(images.dtype, memory_format=layout)

@@ -2,7 +2,7 @@
 
 The published methods give each weight ``w`` a score ``s``; a channel's score is the sum over its filter. Larger stays.
 
-- ``snip``: ``s = |g w|`` with ``g = dL/dw``, on a few samples of each class (Lee et al., arXiv 1810.02340, eq. 6).
+- ``snip``: ``s = |g w|`` with ``g = dL/dw``, on one batch (Lee et al., arXiv 1810.02340, eq. 6).
 - ``grasp``: ``s = w (H g)``, the change of the gradient flow ``g' g`` when the weight goes, with ``g`` and the Hessian
   ``H`` at logits divided by a temperature (Wang et al., arXiv 2002.07376, eq. 8; reference code
   github.com/alecwangcq/GraSP). Their ``S = -s`` is what is removed first.
@@ -22,7 +22,8 @@ last one. All are pure: weights, gradients, buffers, modes and the global random
 They save the search: every step of training is one of the small network. Their own cost is that of a few training
 steps. What they know of a channel is what the untrained weights say.
 
-Deviations: channels instead of single weights; SNIP's scores are not divided by their sum, which no ranking sees; GraSP
+Deviations: channels instead of single weights; SNIP's scores are not divided by their sum, which no ranking sees, and
+batch norm uses the batch's statistics, where its code takes the running ones of the untrained network; GraSP
 takes its samples as one batch, where the code halves it to save memory, and leaves the last layer as it is, where the
 code draws it anew.
 """
@@ -49,7 +50,7 @@ from earlybird.tickets.scores import filters, hidden_layers
 from earlybird.tickets.ticket import Ticket
 
 SAMPLES_PER_CLASS = 10
-"""Samples of each class that SNIP and GraSP look at, as published for CIFAR-10."""
+"""Samples of each class that GraSP looks at on CIFAR-10; as many images as SNIP's one batch of 100."""
 
 
 def pick_samples(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
@@ -79,8 +80,11 @@ def snip(model: nn.Module, inputs: Any, labels: Tensor) -> dict[str, Tensor]:
 
     Args:
         model: Runs in train mode, so that batch norm uses the statistics of the samples.
-        inputs: Samples as the model takes them; published: ten of each class of CIFAR-10.
+        inputs: Samples as the model takes them; published: one batch of 100 images of CIFAR-10.
         labels: Their classes, int64 (N,).
+
+    Raises:
+        InputError: The weight of a layer is computed by a parametrisation, or the model returns no tensor.
     """
     model = unwrapped(model)
     with _in_training(model):
@@ -98,6 +102,9 @@ def grasp(model: nn.Module, inputs: Any, labels: Tensor, *, temperature: float =
         inputs: Samples as the model takes them; published: ten of each class of CIFAR-10.
         labels: Their classes, int64 (N,).
         temperature: The logits are divided by it.
+
+    Raises:
+        InputError: As `snip`.
     """
     model = unwrapped(model)
     with _in_training(model):
@@ -110,7 +117,7 @@ def grasp(model: nn.Module, inputs: Any, labels: Tensor, *, temperature: float =
 
 
 def synflow(
-    model: nn.Module, example_inputs: Any, *, keep: float, rounds: int = 100, coupled: Coupled = "group"
+    model: nn.Module, example_inputs: Any, *, keep: float, rounds: int = 100, coupled: Coupled = "whole"
 ) -> dict[str, Tensor]:
     """Return the round in which each channel goes, plus its synaptic flow then, below 1: layer name to ``(channels,)``.
 
@@ -129,7 +136,8 @@ def synflow(
         coupled: See `earlybird.draw`.
 
     Raises:
-        InputError: ``keep`` or ``rounds`` is out of range, or no channel is free to go.
+        InputError: ``keep`` or ``rounds`` is out of range, no channel is free to go, no flow reaches the output (or
+            more than float64 can hold), or as `snip`.
     """
     keep = check_share("keep", keep)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
@@ -137,8 +145,13 @@ def synflow(
     model = unwrapped(model)
     groups = find_groups(model, first_sample(example_inputs))
     positive, ones = _all_positive(model), _ones(example_inputs)
-    if not 0 < sum(float(flow.sum()) for flow in _flow(positive, ones).values()) < torch.inf:
+    if not _finite(_flow(positive, ones)):
         positive, ones = positive.double(), _ones(example_inputs, torch.float64)
+        if not _finite(_flow(positive, ones)):
+            raise InputError(
+                f"no synaptic flow comes through {type(model).__name__}, or more than float64 holds",
+                hint="normalisation by the sample's own statistics stops it: use snip or grasp",
+            )
     left = {name: torch.ones(width(module) or 0, dtype=torch.bool) for name, module in hidden_layers(model).items()}
     result = {name: torch.zeros(mask.numel()) for name, mask in left.items()}
     for number in range(1, rounds + 1):
@@ -148,10 +161,9 @@ def synflow(
         scores = {name: torch.where(left[name], score.cpu() / highest, -1.0) for name, score in flow.items()}
         stays = draw_coupled(scores, groups, keep ** (number / rounds), coupled=coupled)
         for name, mask in stays.items():
-            goes = left[name] & ~mask
+            goes, left[name] = left[name] & ~mask, left[name] & mask  # nothing comes back, whatever balances groups
             result[name][goes] = number + scores[name][goes].float()
-            result[name][mask] = number + 1 + scores[name][mask].float()  # until a later round
-        left = stays
+            result[name][left[name]] = number + 1 + scores[name][left[name]].float()  # until a later round
         _silence(positive, groups, group_masks(left, groups))
     return result
 
@@ -188,14 +200,26 @@ def _in_training(model: nn.Module) -> Iterator[None]:
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights of all convolutions and linear layers, frozen ones included, ready for a gradient."""
     return {
-        _key(name): module.weight.detach().requires_grad_()
-        for name, module in model.named_modules()
-        if isinstance(module, (Conv, nn.Linear))
+        key: model.get_parameter(key).detach().requires_grad_()
+        for key in dict.fromkeys(_keys(model).values())  # a weight that layers share once
     }
 
 
-def _key(layer: str) -> str:
-    return f"{layer}.weight" if layer else "weight"
+def _keys(model: nn.Module) -> dict[str, str]:
+    """Return the name of the weight of each convolution and linear layer; layers that share one have the same name."""
+    first: dict[int, str] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        first.setdefault(id(parameter), key)
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (Conv, nn.Linear)):
+            if id(module.weight) not in first:
+                raise InputError(
+                    f"the weight of layer '{name}' is computed by a parametrisation", needed="a plain parameter",
+                    hint="score the model before it is parametrised",
+                )  # fmt: skip
+            found[name] = first[id(module.weight)]
+    return found
 
 
 def _outputs(model: nn.Module, weights: Mapping[str, Tensor], inputs: Any) -> list[Tensor]:
@@ -216,9 +240,14 @@ def _gradients(value: Tensor, weights: Mapping[str, Tensor], *, again: bool = Fa
 
 def _by_filter(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sum values of weights over each filter of the layers that are ranked."""
+    keys = _keys(model)
     return {
-        name: filters(name, module, values[_key(name)].detach()).sum(1) for name, module in hidden_layers(model).items()
+        name: filters(name, module, values[keys[name]].detach()).sum(1) for name, module in hidden_layers(model).items()
     }
+
+
+def _finite(flow: Mapping[str, Tensor]) -> bool:
+    return 0 < sum(float(score.sum()) for score in flow.values()) < torch.inf
 
 
 def _flow(positive: nn.Module, ones: Call) -> dict[str, Tensor]:

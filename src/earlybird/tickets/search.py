@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from earlybird.calls import Call, Hook, batch_size, first_sample, unwrapped
+from earlybird.calls import Call, Hook, as_optimizers, batch_size, first_sample, processes, unwrapped
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger
+from earlybird.ledger import Ledger, ledger_of, ledgers_on
 from earlybird.settings import check_count
 from earlybird.step import Step
 from earlybird.tickets.coupling import Group, find_groups
@@ -24,7 +24,7 @@ from earlybird.tickets.draw import draw_coupled, ranked, shuffle
 from earlybird.tickets.layers import fitting_multiple
 from earlybird.tickets.refit import dense_outputs, estimate_batch_norms, least_squares
 from earlybird.tickets.scores import TaylorMean, batch_norms, score_channels
-from earlybird.tickets.shrink import Change, as_optimizers, shrink
+from earlybird.tickets.shrink import Change, shrink
 from earlybird.tickets.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Search:
         if example_inputs is not None:  # what cannot work is said now, not after an epoch
             self._groups = find_groups(model, first_sample(example_inputs))
         self._own_ledger = ledger is None
-        self._ledger = _ledger_of(model) if ledger is None else ledger
+        self._ledger = ledger_of(model) if ledger is None else ledger
         if self._own_ledger:
             self._ledger.watch(model, self._optimizers, example_inputs)
         self._ledger.enter("search")
@@ -210,8 +210,8 @@ class Search:
             self._rounded = {name: list(channels) for name, channels in state["rounded"].items()}
             self.change = replace(change, rounded=self._rounded)
             self._finish(primary)
-            if self._own_ledger:
-                self._ledger.recount(self._model)
+            self._recount()
+            if self._ledger.phase == "search":
                 self._ledger.enter("train")
         if state["ledger"] and self._own_ledger:
             self._ledger.load_state_dict(state["ledger"])
@@ -277,6 +277,12 @@ class Search:
         if not torch.isfinite(everything).all():
             raise InputError(
                 "the scores of the channels are not finite", hint="the training has diverged: lower the rate"
+            )
+        if self._steps and len(everything) > 1 and bool((everything == everything[0]).all()) and everything[0] != 0:
+            raise InputError(
+                f"all channels have the same score, {float(everything[0]):g}: there is nothing to choose by",
+                hint="scales that do not learn (frozen, or optimizer = 'muon') cannot be ranked: use score='taylor' or "
+                "'magnitude'",
             )
         if self._steps and self.settings.score == "taylor" and not everything.any():
             raise InputError(
@@ -380,7 +386,7 @@ class Search:
             if joined is not None:
                 with self._as_in_training():
                     targets = dense_outputs(self._model, joined)
-                self._ledger.passes(batch_size(joined), batches=1)
+                self._ledger.passes(batch_size(joined), inputs=joined)
             inputs = first_sample(self._inputs())
             scores = self._scores_now()
             if settings.shuffle:
@@ -405,10 +411,15 @@ class Search:
             if settings.optimizer_state == "reset" or settings.weights == "reinitialise":
                 for optimizer in self._optimizers:
                     optimizer.state.clear()
-            self._ledger.recount(self._model, inputs)
+            self._recount(inputs)
             if self.change.layers or self.change.silenced:  # an identity ticket leaves nothing to mend
                 self._refit(joined, targets, batches)
         self._ledger.enter("train")
+
+    def _recount(self, inputs: Any = None) -> None:
+        """Let every ledger on the model know what it costs now: this search's, other methods', the user's own."""
+        for ledger in {self._ledger, *ledgers_on(self._model)}:
+            ledger.recount(self._model, inputs)
 
     def _refit(self, joined: Any, targets: Mapping[str, Tensor], batches: Iterable[Any]) -> None:
         assert self.change is not None
@@ -416,9 +427,8 @@ class Search:
             with self._as_in_training():
                 if targets:
                     least_squares(self._model, joined, targets, self.change.kept)
-                    self._ledger.passes(batch_size(joined), batches=1)
-                samples, count = estimate_batch_norms(self._model, batches)
-                self._ledger.passes(samples, batches=count)
+                    self._ledger.passes(batch_size(joined), inputs=joined)
+                estimate_batch_norms(self._model, self._ledger.passing(batches))
         except (RuntimeError, ValueError) as error:  # the cut stands, and training mends what the refit would have
             warnings.warn(f"the refit after the cut failed, training goes on without: {error}", stacklevel=2)
 
@@ -449,20 +459,11 @@ def _check_processes(model: nn.Module, settings: EarlyBird, calibration: Any) ->
             "the model is wrapped in DistributedDataParallel, whose buckets keep the sizes of before the cut",
             hint="attach to the module inside, and wrap it anew in the step after which .drawn is true",
         )
-    if _world_size() > 1 and settings.refit == "least_squares" and calibration is None:
+    if processes() > 1 and settings.refit == "least_squares" and calibration is None:
         raise InputError(
             "refit='least_squares' would solve for another batch on each rank",
             hint="pass calibration, a function that returns the same batches on all ranks",
         )
-
-
-def _world_size() -> int:
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if ready else 1
-
-
-def _ledger_of(model: nn.Module) -> Ledger:
-    return Ledger(device=next(model.parameters()).device, world_size=_world_size())
 
 
 def _check_partners(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -498,11 +499,11 @@ def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 def _mean_over_ranks(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     """Average scores over all processes of a distributed run, so that every rank draws the same ticket."""
-    if _world_size() == 1:
+    if processes() == 1:
         return scores
     flat = torch.cat([score.float() for score in scores.values()])
     torch.distributed.all_reduce(flat)
-    flat /= _world_size()
+    flat /= processes()
     return dict(zip(scores, flat.split([score.numel() for score in scores.values()])))
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from earlybird.calls import as_call, unwrapped
+from earlybird.calls import as_call, as_optimizers, unwrapped
 from earlybird.errors import InputError, ShrinkError
 from earlybird.tickets.coupling import Group, find_groups
 from earlybird.tickets.layers import layer_of, set_width, width
@@ -164,17 +164,6 @@ def shrink(
     seconds = time.perf_counter() - start
     rounded = {name: mask for name, mask in plan.alive.items() if name in removed}
     return Change(layers, _as_lists(plan.silenced), _as_lists(rounded), kept, before, after, seconds)
-
-
-def as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return None, one or several optimizers as a list; anything else is an `InputError`."""
-    if optimizer is None:
-        return []
-    found = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    for one in found:
-        if not isinstance(one, torch.optim.Optimizer):
-            raise InputError(f"optimizer is a {type(one).__name__}", needed="a torch.optim.Optimizer, or several")
-    return found
 
 
 def _check_ticket(ticket: Ticket, model: nn.Module) -> dict[str, Tensor]:

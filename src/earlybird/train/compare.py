@@ -146,6 +146,14 @@ def _check(recipe: Recipe, seeds: Sequence[int], contenders: Sequence[str]) -> l
     names = [name for name in CONTENDERS if name in asked]
     if recipe.dense:
         raise InputError("the recipe is dense (keep = 1)", needed="one with a ticket", hint="set keep below 1")
+    for name in names:
+        if name not in _AFTER:
+            _recipe(recipe, name, seeds[0], {})  # what does not fit the methods is said now, not after hours
+    if "small-dense" in asked and "keep" not in recipe.settings:
+        raise InputError(
+            f"small-dense is as wide as a ticket, which {', '.join(recipe.method)} draws none of",
+            hint="leave small-dense out",
+        )
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         raise InputError("compare does not work under torchrun", hint="start it as one process")
     return names

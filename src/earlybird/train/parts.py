@@ -130,6 +130,11 @@ def _make_muon(recipe: Recipe, model: nn.Module, steps_per_epoch: int, dtype: to
             **more,
         }
 
+    if recipe.stem_until is not None and not roles["stem"]:
+        raise InputError(
+            f"stem_until = {recipe.stem_until}, but the first layer of {recipe.model} has no bias",
+            hint="leave stem_until out",
+        )
     end = (
         {}
         if recipe.stem_until is None

@@ -111,6 +111,9 @@ class Recipe(BaseModel):
             raise ValueError("schedule 'step' needs milestones, such as ['80ep', '120ep']")
         if self.schedule != "step" and self.milestones:
             raise ValueError(f"milestones are for schedule 'step', not '{self.schedule}'")
+        own = {name: getattr(self, name) for name in _MUON}
+        if self.optimizer != "muon" and (told := [n for n in own if own[n] != type(self).model_fields[n].default]):
+            raise ValueError(f"{told[0]} is for optimizer 'muon', not '{self.optimizer}'")
         if self.exact:
             for key, exact in (("precision", "fp32"), ("channels_last", False), ("compile", False)):
                 if getattr(self, key) not in ("auto", exact):
@@ -149,7 +152,8 @@ class Recipe(BaseModel):
 
     def replace(self, **changes: Any) -> Recipe:
         """Return this recipe with some keys changed; everything else stays, but for settings of methods that go."""
-        methods = changes.get("method", self.method)
+        by_name = {key.name: key for key in keys()}
+        methods = _from_toml(changes["method"], by_name["method"]) if "method" in changes else self.method
         stay = {key.name for key in keys() if key.method in ("", *methods)}
         own = {name: value for name, value in self.values().items() if name in stay}
         return _build({**own, **changes}, {}, where="recipe")
@@ -190,6 +194,7 @@ class Recipe(BaseModel):
         return "-".join([model, data, what, f"seed{self.seed}"])
 
 
+_MUON = ("lr_head", "lr_bias", "sgd_momentum", "stem_until")
 _NO_EFFECT = frozenset({"out", "tensorboard", "checkpoint_every", "evaluate_every", "test_time"})
 
 # What differs from the general defaults, by data set.
@@ -281,6 +286,12 @@ def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -
     methods: tuple[str, ...] = typed.get("method", by_name["method"].default)
     if len(set(methods)) < len(methods):
         raise InputError(f"{where}: method = {', '.join(methods)} names one twice")
+    told = [name for name in flags if by_name[name].method or name == "method"]
+    if told and typed.get("dense") and "dense" not in flags:  # the file's, which a flag would not get past
+        raise InputError(
+            f"{where}: dense leaves no method to which '{told[0]}' could belong",
+            hint=f"add --no-dense, or leave {told[0]} out",
+        )
     if typed.get("keep") in (1, (1,), (1.0,)):
         # Keeping everything is the run without a ticket; no search is needed to find that out.
         owner = by_name["keep"].method

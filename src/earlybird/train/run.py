@@ -429,8 +429,7 @@ class Run:
         with ema.swapped(pairs):
             # said, not left to the hooks: they would charge what follows (writing the weights, say) to 'evaluate' too
             with self.ledger.during("evaluate"), self.autocast():
-                samples, count = estimate_batch_norms(self.model, self.calibration())
-                self.ledger.passes(samples, batches=count)
+                estimate_batch_norms(self.model, self.ledger.passing(self.calibration()))
             try:
                 yield
             finally:
@@ -596,7 +595,6 @@ class Run:
         if self.needs_rebuild:
             self._shape_drawn = True
             self._layout()
-            self.ledger.recount(self.model)
         checkpoint.restore(self.model, self.optimizer, state["model"])
         self.forward = self._wrap()
         self.ledger.load_state_dict(state["ledger"])
