@@ -39,6 +39,16 @@ CONTESTANTS = {
     "resized-ticket": Contestant(
         "**early ticket, progressive resizing**", "ours", {"keep": 0.5, "method": "early_bird,progressive_resizing"}
     ),
+    "ticket-small-search": Contestant(
+        "**early ticket**, searched on images of half the side",
+        "ours",
+        {
+            "keep": 0.5,
+            "method": "early_bird,progressive_resizing",
+            "grow_from": "1ep",  # the deadline of the search
+            "whole_from": "1ep",
+        },
+    ),
     "ticket-longer": Contestant("**early ticket** (default), 1.4 times the epochs", "ours", {"keep": 0.5}, longer=1.4),
     "ticket_layer-longer": Contestant(
         "**early ticket**, by layer, twice the epochs", "ours", {"keep": 0.5, "scope": "layer"}, longer=2
