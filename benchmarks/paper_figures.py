@@ -639,6 +639,7 @@ def main() -> None:
     if options.draw:
         draw(options.draw)
         return
+    failed: list[str] = []
     if not options.table:
         whole = quick(options) if options.quick else plan(options)
         left = whole if options.quick else left_of(whole, rows(NAME), options.retry)
@@ -661,14 +662,16 @@ def main() -> None:
             said = f"{row['accuracy']:.2%} in" if is_done(row) else f"{row['status']} after"
             print(f"{training.name}: {said} {row['seconds']:.0f} s", flush=True)
             record(NAME, row, quick=options.quick)
+            if not is_done(row):
+                failed.append(training.name)
 
         budget_s = None if options.budget is None else 60 * options.budget
         ended = work_off(left, estimate, do, children, budget_s=budget_s, side_by_side=options.side_by_side)
         print(f"{len(ended)} runs ended, {len(left) - len(ended)} left")
-        if options.quick:
-            return
-    for group in groups(rows(NAME)):
+    for group in () if options.quick else groups(rows(NAME)):
         print(f"\n{table(group)}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

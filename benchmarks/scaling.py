@@ -334,7 +334,7 @@ def draw(folder: Path) -> dict[str, str]:
             if len(mine) > 1:
                 file = f"scaling-{sweep}{suffix}.svg"
                 (folder / file).write_text(figure(sweep, mine), encoding="utf-8")
-                named[file] = f"Time of a step against {ALONG[sweep]}: {sweep}"
+                named[file] = f"Time of a training step, sweep {sweep}"
     return named
 
 

@@ -262,7 +262,8 @@ def test_a_failure_leaves_a_row_and_the_others_go_on(results, tmp_path, monkeypa
 
     monkeypatch.setattr(paper_figures, "run", run)
     monkeypatch.setattr(sys, "argv", ["x", "--work", str(tmp_path), "--figures", "costs"])
-    paper_figures.main()
+    with pytest.raises(SystemExit, match="failed: vgg11"):
+        paper_figures.main()
     found = common.rows(paper_figures.NAME)
     assert len(found) == 3 * 7
     assert [row["status"] for row in found] == ["done"] * 7 + ["failed: it is the second"] * 7 + ["done"] * 7
