@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
+RESULTS = Path(os.environ.get("EARLYBIRD_BENCH_RESULTS", HERE / "results"))
+WORK = Path(os.environ.get("EARLYBIRD_BENCH_WORK", HERE.parent / "runs" / "benchmarks"))
+CONDITION = ("device", "threads", "torch", "side_by_side")
+"""Of a row: what two have to have in common to stand in one ratio."""
 STATISTIC = Path("/proc/stat")
 DISTURBED = 0.02  # share of the processors that others may take in a timed round
 PATIENCE = 4
@@ -30,19 +33,28 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine(threads: int | None = None) -> dict[str, Any]:
-    """Return device, threads, versions, date and revision: the head of every row."""
+def machine(threads: int | None = None, side_by_side: int = 1, accelerator: str = "cpu") -> dict[str, Any]:
+    """Return device, threads, versions, date and revision: the head of every row.
+
+    Args:
+        threads: Of the run; default: of this process.
+        side_by_side: How many runs share the machine, each on cores of its own.
+        accelerator: ``cpu`` or ``cuda``: which device the row is of.
+    """
     import torch
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    dirty = bool(git("status", "--porcelain", "--", "../src"))
+    # rows, plots and the page are what benchmarks write themselves
+    dirty = bool(git("status", "--porcelain", "--", "../src", "../recipes", ".", ":!results", ":!images", ":!*.md"))
+    cores = f"{cpu_name()}, {os.cpu_count()} cores"
     return {
         "date": datetime.date.today().isoformat(),
-        "device": f"{cpu_name()}, {os.cpu_count()} cores",
+        "device": cores if accelerator == "cpu" else f"{torch.cuda.get_device_name()}; {cores}",
         "threads": threads or torch.get_num_threads(),
+        "side_by_side": side_by_side,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "revision": git("rev-parse", "--short", "HEAD") + ("+" if dirty else ""),
@@ -50,25 +62,28 @@ def machine(threads: int | None = None) -> dict[str, Any]:
     }
 
 
-def comparable(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def condition(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return on what a row was measured; rows from before runs could stand side by side stood alone."""
+    return tuple({"side_by_side": 1, **row}[key] for key in CONDITION)
+
+
+def comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Tell whether two rows may stand in one ratio: same device, threads, PyTorch and number of neighbours."""
-    same = all(one[key] == other[key] for key in ("device", "threads", "torch"))
-    return same and one.get("side_by_side", 1) == other.get("side_by_side", 1)
+    return condition(one) == condition(other)
 
 
-def source(script: str) -> str:
-    """Return eight digits that change when the script, what it shares with others, or a rival changes."""
-    files = [
-        HERE / f"{script}.py",
-        HERE / "contest.py",
-        HERE / "slots.py",
-        HERE / "plain_pytorch.py",
-        *sorted((HERE / "rivals").glob("*.py")),
-    ]
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.read_bytes() if path.exists() else b"")
-    return digest.hexdigest()[:8]
+def digest(*parts: str | bytes | Path) -> str:
+    """Return eight digits that change when a text or the content of a file does."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.read_bytes() if isinstance(part, Path) else part.encode() if isinstance(part, str) else part)
+    return found.hexdigest()[:8]
+
+
+def environment() -> dict[str, str]:
+    """Return an environment in which children import this checkout, not whatever is installed."""
+    path = os.pathsep.join(filter(None, [str(HERE.parent / "src"), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def environment() -> dict[str, str]:
@@ -97,13 +112,17 @@ def yardstick(threads: int) -> float:
     return round(statistics.median(times[1:]), 5)
 
 
-def append(name: str, row: dict[str, Any]) -> None:
-    """Append a row to ``results/NAME.jsonl``."""
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def append(name: str, row: Mapping[str, Any]) -> None:
+    """Append a row to ``results/NAME.jsonl``, whole or not at all."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(row) + "\n").encode()
+    file = os.open(RESULTS / f"{name}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        if os.write(file, line) != len(line):
+            raise OSError(f"the disk took only a part of a row of {name}: its last line has to go")
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def rows(name: str) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import signal
 import subprocess
@@ -25,14 +26,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import HERE, append, machine, rows, source, yardstick
+from common import HERE, WORK, append, condition, digest, environment, machine, rows, yardstick
 from slots import Children, cores_of_slots, in_slots
 
-WORK = HERE.parent / "runs" / "benchmarks"
 RECIPES = HERE.parent / "recipes"
 
 
@@ -73,7 +73,8 @@ class Contestant:
             its cost.
         takes_over: The rival begins with a dense training, and takes over that of the needed row.
         longer: Factor on the epochs of the task.
-        equal_time: Train dense for as many epochs as take the time of the needed ticket.
+        equal_time: Train for as many epochs as take at least the time of the last one needed; of the first one needed
+            is known what an epoch takes.
     """
 
     label: str
@@ -99,18 +100,29 @@ def words(flags: Mapping[str, Any]) -> list[str]:
     return typed
 
 
-def command(task: Task, contestant: Contestant, seed: int, out: Path, found: Found) -> list[str]:
-    """Return the command line of one run, which writes what `read` reads into ``out``."""
-    shared = {**task.flags, "seed": seed, "out": out}
-    if contestant.rival == "plain":
-        return [sys.executable, str(HERE / "plain_pytorch.py"), *words({**shared, **contestant.flags})]
+def command(
+    task: Task, contestant: Contestant, seed: int, out: Path, found: Found, where: Mapping[str, Any]
+) -> list[str]:
+    """Return the command line of one run, which writes what `read` reads into ``out``.
+
+    Args:
+        task: What is trained.
+        contestant: How.
+        seed: Of the run.
+        out: Its folder.
+        found: What the contestant needs.
+        where: ``accelerator`` and ``threads``.
+
+    Raises:
+        KeyError, TypeError: A needed row lacks the number that is needed.
+    """
+    flags = {**task.flags, "epochs": epochs(task, contestant, found), "seed": seed, **where, "out": out}
+    flags |= contestant.flags
     if not contestant.rival:
-        flags = {**shared, **contestant.flags, "epochs": round(contestant.longer * task.flags["epochs"])}
-        if contestant.equal_time:
-            share = found[contestant.needs[-1]]["seconds"] / found["dense"]["seconds"]
-            flags["epochs"] = max(1, round(task.flags["epochs"] * share))
         return [sys.executable, "-m", "earlybird", "train", str(task.path), *words(flags), "--quiet"]
-    flags = {"recipe": task.path, **shared, **contestant.flags}
+    flags = {"recipe": task.path, **flags}
+    if contestant.rival == "plain":
+        return [sys.executable, str(HERE / "plain_pytorch.py"), *words(flags)]
     if "ticket" in contestant.needs:
         flags["macs_share"] = round(found["ticket"]["macs_per_image"] / found["dense"]["macs_per_image"], 4)
     if contestant.takes_over:
@@ -118,6 +130,29 @@ def command(task: Task, contestant: Contestant, seed: int, out: Path, found: Fou
         if (folder / "result.json").exists():
             flags["dense"] = folder
     return [sys.executable, str(HERE / "rivals" / "run.py"), contestant.rival, *words(flags)]
+
+
+def epochs(task: Task, contestant: Contestant, found: Found) -> int:
+    """Return how many epochs a contestant trains for; set-up does not shrink with them, so it is left out."""
+    whole = task.flags["epochs"]
+    if not contestant.equal_time:
+        return round(contestant.longer * whole)
+    own, other = found[contestant.needs[0]], found[contestant.needs[-1]]
+    setup = own["bill"]["phases"]["setup"]["seconds"]["value"]
+    each = (own["seconds"] - setup) / own["epochs"]
+    return max(1, math.ceil((other["seconds"] - setup) / each))
+
+
+def definition(task: Task, contestant: Contestant) -> str:
+    """Return digits that change when a contestant is another one: task, flags, recipe, or the code of a rival.
+
+    The product's own code is what ``revision`` says.
+    """
+    files = [task.path]
+    if contestant.rival:
+        files += [HERE / "plain_pytorch.py"] if contestant.rival == "plain" else sorted((HERE / "rivals").glob("*.py"))
+    said = json.dumps([task.recipe, dict(task.flags), {**asdict(contestant), "label": "", "family": ""}])
+    return digest(said, *files)
 
 
 def read(out: Path) -> dict[str, Any]:
@@ -157,79 +192,112 @@ def _costs(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+Job = tuple[str, int, str]
+"""Task, seed and contestant."""
+
+
+class Queue:
+    """What is left to run; hands out the first run that has what it needs, to several threads at once."""
+
+    def __init__(
+        self,
+        name: str,
+        tasks: Mapping[str, Task],
+        contestants: Mapping[str, Contestant],
+        options: argparse.Namespace,
+        here: tuple[Any, ...],
+    ) -> None:
+        self._name, self._tasks, self._contestants, self._here = name, tasks, contestants, here
+        self._retry, self._deadline = options.retry, time.monotonic() + 60 * options.budget
+        self._waiting: list[Job] = [
+            (task, seed, contestant)
+            for task in options.tasks
+            for seed in range(options.seeds or tasks[task].seeds)
+            for contestant in order(contestants, options.contestants, seed)
+        ]
+        self._running: set[Job] = set()
+        self._changed = threading.Condition()
+
+    def take(self) -> tuple[Job, Found] | None:
+        """Return a run and the rows that it needs, when there are such; None when nothing is left."""
+        with self._changed:
+            while self._waiting:
+                mine = [row for row in rows(self._name) if condition(row) == self._here]
+                for job in list(self._waiting):
+                    task, seed, contestant = job
+                    same = [row for row in mine if (row["task"], row["seed"]) == (task, seed)]
+                    found = {row["contestant"]: row for row in same if row["status"] == "done"}
+                    tried = any(row["contestant"] == contestant for row in same)
+                    expected = expected_s(mine, self._tasks[task], task, contestant)
+                    if contestant in found or (tried and not self._retry):
+                        self._waiting.remove(job)
+                    elif any(need not in found for need in self._contestants[contestant].needs):
+                        continue
+                    elif time.monotonic() + expected > self._deadline:
+                        self._waiting.remove(job)
+                        tell(job, f"about {expected:.0f} s, no time left")
+                    else:
+                        self._waiting.remove(job)
+                        self._running.add(job)
+                        return job, found
+                if self._waiting and not self._running:  # nobody is left who could bring what they need
+                    for job in self._waiting:
+                        tell(job, f"waits for {', '.join(self._contestants[job[2]].needs)}")
+                    self._waiting.clear()
+                elif self._waiting:
+                    self._changed.wait()
+        return None
+
+    def end(self, job: Job, row: Mapping[str, Any] | None) -> None:
+        """Write the row of a run that is over; without one, it was stopped, and nothing is begun any more."""
+        with self._changed:
+            self._running.remove(job)
+            if row is None:
+                self._waiting.clear()
+            else:
+                append(self._name, row)
+            self._changed.notify_all()
+
+
 def run(
     name: str, tasks: Mapping[str, Task], contestants: Mapping[str, Contestant], options: argparse.Namespace
 ) -> None:
-    """Run what has no row yet, within the budget of ``options``."""
+    """Run what has no row of this machine yet, within the budget of ``options``."""
     session = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M")
-    deadline = time.monotonic() + 60 * options.budget
     slots = cores_of_slots(options.side_by_side)
-    waiting = [
-        (task_name, seed, contestant_name)
-        for task_name in options.tasks
-        for seed in range(options.seeds or tasks[task_name].seeds)
-        for contestant_name in order(contestants, options.contestants, seed)
-    ]
-    running: set[tuple[str, int, str]] = set()
+    where = {"accelerator": options.accelerator, "threads": len(slots[0])}
+    head = {**machine(len(slots[0]), len(slots), options.accelerator), "session": session}
+    queue = Queue(name, tasks, contestants, options, condition(head))
     children = Children()
-    changed = threading.Condition()
 
-    def tell(job: tuple[str, int, str], text: str) -> None:
-        print(f"{job[0]} {job[2]} seed {job[1]}: {text}", flush=True)
-
-    def missing(job: tuple[str, int, str], found: Found) -> list[str]:
-        return [need for need in contestants[job[2]].needs if need not in found]
-
-    def take() -> tuple[tuple[str, int, str], Found] | None:
-        """Return the first run that has all it needs, and what it needs; None when there is none left."""
-        with changed:
-            while waiting and not children.killed:
-                everything = rows(name)
-                for job in list(waiting):
-                    task_name, seed, contestant_name = job
-                    same = [row for row in everything if (row["task"], row["seed"]) == (task_name, seed)]
-                    found = {row["contestant"]: row for row in same if row["status"] == "done"}
-                    tried = any(row["contestant"] == contestant_name for row in same)
-                    expected = _expected(everything, task_name, contestant_name)
-                    if contestant_name in found or (tried and not options.retry):
-                        waiting.remove(job)
-                    elif missing(job, found):
-                        continue
-                    elif time.monotonic() + expected > deadline:
-                        waiting.remove(job)
-                        tell(job, f"about {expected:.0f} s, no time left")
-                    else:
-                        waiting.remove(job)
-                        running.add(job)
-                        return job, found
-                if waiting and not running:  # nobody is left who could bring what they need
-                    for job in waiting:
-                        tell(job, f"waits for {', '.join(contestants[job[2]].needs)}")
-                    waiting.clear()
-                elif waiting:
-                    changed.wait()
-        return None
-
-    def work(slot: int) -> None:
-        while (taken := take()) is not None:
-            (task_name, seed, contestant_name), found = taken
+    def work(_: int) -> None:
+        while (taken := queue.take()) is not None:
+            job, found = taken
+            task, seed, contestant = job
+            row = None
             try:
-                threads = len(slots[slot])
-                head = {**machine(threads), "side_by_side": len(slots), "session": session, "source": source(name)}
-                head["yardstick_s"] = yardstick(threads)
-                tell(taken[0], "begins")
-                out = WORK / name / task_name / f"{contestant_name}-seed{seed}"
-                row = attempt(tasks[task_name], contestants[contestant_name], seed, out, found, children)
-                if children.killed:
-                    return
-                append(name, {"task": task_name, "contestant": contestant_name, "seed": seed, **row, **head})
-                tell(taken[0], row["status"] if row["status"] != "done" else f"{row['seconds']:.0f} s")
+                tell(job, "begins")
+                key = {
+                    "task": task, "contestant": contestant, "seed": seed, **head, "load_before": load(),
+                    "definition": definition(tasks[task], contestants[contestant]),
+                    "yardstick_s": yardstick(where["threads"]),
+                }  # fmt: skip
+                out = WORK / name / task / f"{contestant}-seed{seed}"
+                begun = time.monotonic()
+                outcome = attempt(tasks[task], contestants[contestant], seed, out, found, where, children)
+                if not children.killed:
+                    row = {**outcome, **key, "wall_s": round(time.monotonic() - begun, 1)}
+                    tell(job, row["status"] if row["status"] != "done" else f"{row['seconds']:.0f} s")
             finally:
-                with changed:
-                    running.remove(taken[0])
-                    changed.notify_all()
+                queue.end(job, row)
 
     in_slots(slots, work, children.kill)
+
+
+def tell(job: Job, text: str) -> None:
+    """Print what becomes of a run."""
+    task, seed, contestant = job
+    print(f"{task} {contestant} seed {seed}: {text}", flush=True)
 
 
 def order(contestants: Mapping[str, Contestant], asked: Sequence[str], seed: int) -> list[str]:
@@ -240,39 +308,47 @@ def order(contestants: Mapping[str, Contestant], asked: Sequence[str], seed: int
     return [*first, *later] if seed % 2 == 0 else [*reversed(first), *reversed(later)]
 
 
-def _expected(everything: Sequence[Mapping[str, Any]], task: str, contestant: str) -> float:
-    known = [
-        row["seconds"]
-        for row in everything
-        if (row["task"], row["contestant"], row["status"]) == (task, contestant, "done")
-        and row["seconds_kind"] == "measured"
-    ]
-    return max(known, default=0.0)
+def expected_s(mine: Sequence[Mapping[str, Any]], task: Task, name: str, contestant: str) -> float:
+    """Return the seconds that a run should take: what it took before, else half as much again as dense, else 0."""
+
+    def walls(who: str) -> list[float]:
+        same = [row for row in mine if (row["task"], row["contestant"]) == (name, who)]
+        return [row["wall_s"] for row in same if "wall_s" in row]
+
+    return max(walls(contestant), default=min(1.5 * max(walls("dense"), default=0.0), task.budget_s))
 
 
 def attempt(
-    task: Task, contestant: Contestant, seed: int, out: Path, found: Found, children: Children
+    task: Task,
+    contestant: Contestant,
+    seed: int,
+    out: Path,
+    found: Found,
+    where: Mapping[str, Any],
+    children: Children,
 ) -> dict[str, Any]:
     """Do one run in a process of its own, of ``children`` while it runs; return its row, whatever becomes of it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     log = out.parent / f"{out.name}.log"
     _discard(out)
-    begun = time.monotonic()
-    with open(log, "w+", encoding="utf-8") as said:
-        try:
-            code = children.run(command(task, contestant, seed, out, found), said, _environment(), task.budget_s)
-        except subprocess.TimeoutExpired:
-            return {"status": f"needed more than {task.budget_s:.0f} s and was stopped"}
-    if code:
-        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] or ["no message"]
-        return {"status": f"failed with exit code {code}: {last[0]}", "seconds": time.monotonic() - begun}
-    return {"status": "done", "folder": str(out.relative_to(HERE.parent)), **read(out)}
+    try:
+        typed = command(task, contestant, seed, out, found, where)
+        with open(log, "w+", encoding="utf-8") as said:
+            code = children.run(typed, said, environment(), task.budget_s)
+        if code:
+            last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] or ["no message"]
+            return {"status": f"failed with exit code {code}: {last[0]}"}
+        return {"status": "done", "folder": os.path.relpath(out, HERE.parent), **read(out)}
+    except subprocess.TimeoutExpired:
+        return {"status": f"needed more than {task.budget_s:.0f} s and was stopped"}
+    except (KeyError, TypeError, ZeroDivisionError, FileNotFoundError, json.JSONDecodeError) as error:
+        # a number is missing in a row that it needs, or in what it left: its own failure, not that of the others
+        return {"status": f"failed: {error!r}"}
 
 
-def _environment() -> dict[str, str]:
-    """Return an environment in which the children import this checkout, not whatever is installed."""
-    path = os.pathsep.join(filter(None, [str(HERE.parent / "src"), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path}
+def load() -> float:
+    """Return how many processes have waited for a processor in the last minute."""
+    return round(os.getloadavg()[0], 2)
 
 
 def _discard(out: Path) -> None:
@@ -299,6 +375,7 @@ def main(
     parser.add_argument("--contestants", type=listed, default=list(contestants), help=f"of {', '.join(contestants)}")
     parser.add_argument("--seeds", type=int, help="how many; default: the task's")
     parser.add_argument("--budget", type=float, default=1e9, help="minutes; nothing is begun that would not fit")
+    parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu", help="what is trained on")
     parser.add_argument("--side-by-side", type=int, default=1, help="runs at a time, each on its own cores")
     parser.add_argument("--retry", action="store_true", help="try again what failed or was stopped")
     parser.add_argument("--table", action="store_true", help="print the table of all rows and stop")

@@ -7,11 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import comparable, rows, source, spread
-from contest import Contestant, Task
+from common import comparable, condition, rows, spread
+from contest import Contestant, Task, definition
 from figures import COLOURS, Axis, Series, chart
 
 Row = dict[str, Any]
+
+Newest = Mapping[tuple[str, int], Row]
+"""Contestant and seed to the newest row, of one task on one machine."""
+
+PACE = 0.05
+"""Change of the yardstick between two runs from which on their ratio is marked."""
 
 FAMILIES = {
     "ours": COLOURS[0],
@@ -31,41 +37,48 @@ _PLOTS = {
 
 
 def contest_tables(name: str, tasks: Mapping[str, Task], contestants: Mapping[str, Contestant]) -> str:
-    """Return one table a task that has rows."""
-    everything = rows(name)
-    blocks = []
+    """Return one table a task and machine that have rows."""
+    return "\n".join(contest_table(task, newest, contestants) for _, task, newest in blocks(name, tasks))
+
+
+def blocks(name: str, tasks: Mapping[str, Task]) -> list[tuple[str, Task, Newest]]:
+    """Return a name for files, the task, and its rows, for each task and machine that have rows."""
+    found = []
     for task_name, task in tasks.items():
-        block = [row for row in everything if row["task"] == task_name]
-        if block:
-            blocks.append(contest_table(task, block, contestants, source(name)))
-    return "\n".join(blocks)
+        by_machine: dict[tuple[Any, ...], list[Row]] = {}
+        for row in rows(name):
+            if row["task"] == task_name:
+                by_machine.setdefault(condition(row), []).append(row)
+        for number, block in enumerate(by_machine.values()):
+            newest = {(row["contestant"], row["seed"]): row for row in block}
+            found.append((task_name + (f"-{number + 1}" if number else ""), task, newest))
+    return found
 
 
-def contest_table(task: Task, block: Sequence[Row], contestants: Mapping[str, Contestant], now: str) -> str:
-    """Return the table of one task.
+def contest_table(task: Task, newest: Newest, contestants: Mapping[str, Contestant]) -> str:
+    """Return the table of one task on one machine.
 
     Args:
         task: What was trained.
-        block: Its rows, newest last; of several of one contestant and seed, the last one counts.
+        newest: Contestant and seed to row.
         contestants: In the order of the table.
-        now: Source digits of today's scripts; rows of others are marked.
     """
-    newest = {(row["contestant"], row["seed"]): row for row in block}
-    done = {key: row for key, row in newest.items() if row["status"] == "done"}
+    done = _done(newest)
     lines = [
         f"### {task.title}",
         "",
         origin(list(newest.values())),
         "",
         "| network | seeds | test accuracy | points against dense | seconds | plain / this | dense / this "
-        "| training MACs, dense / this | modelled J | weights |",
+        "| MACs of the run, dense / this | modelled J | weights |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     marks: set[str] = set()
     for contestant_name, contestant in contestants.items():
         mine = [row for (who, _), row in done.items() if who == contestant_name]
         if mine:
-            lines.append(_line(contestant_name, contestant, mine, done, now, marks))
+            older = any(row.get("definition") != definition(task, contestant) for row in mine)
+            lines.append(_line(contestant_name, contestant, mine, done, older, marks))
     lines += [
         f"| {contestants[who].label} | seed {seed} | {row['status']} | | | | | | | |"
         for (who, seed), row in newest.items()
@@ -76,42 +89,58 @@ def contest_table(task: Task, block: Sequence[Row], contestants: Mapping[str, Co
     return "\n".join([*lines, ""])
 
 
+def _done(newest: Newest) -> Newest:
+    return {key: row for key, row in newest.items() if row["status"] == "done"}
+
+
 _MARKS = {
-    "*": "\\* partner runs of another session are among them: the machine may have been faster or slower then.",
-    "†": "† measured with an older version of these scripts.",
+    "*": "\\* runs of another session or revision are among the partners, or the machine's pace had changed by 5 %.",
+    "†": "† what this contestant does has changed since.",
     "‡": "‡ extrapolated from timed steps and a test epoch; its accuracy was not measured.",
 }
 
 
-def _line(
-    name: str, contestant: Contestant, mine: list[Row], done: Mapping[tuple[str, int], Row], now: str, marks: set[str]
-) -> str:
+def _line(name: str, contestant: Contestant, mine: list[Row], done: Newest, older: bool, marks: set[str]) -> str:
     accuracies = [100 * row["accuracy"] for row in mine if row["accuracy"] is not None]
     points = [100 * (row["accuracy"] - dense["accuracy"]) for row, dense in paired(mine, done, "dense", "accuracy")]
     cells = []
     for other, key in (("plain", "seconds"), ("dense", "seconds"), ("dense", "macs")):
         pairs = paired(mine, done, other, key) if name not in ("plain", other) else []
-        apart = key == "seconds" and any(row.get("session") != partner.get("session") for row, partner in pairs)
-        marks |= {"*"} if apart else set()
+        signs = "*" if key == "seconds" and any(_apart(row, partner) for row, partner in pairs) else ""
+        signs += "‡" if key == "seconds" and any(_extrapolated(partner) for _, partner in pairs) else ""
+        marks |= set(signs)
         ratios = [partner[key] / row[key] for row, partner in pairs]
-        cells.append(f"{spread(ratios)}x{'*' if apart else ''}" if ratios else "")
-    older = "†" if any(row.get("source") != now for row in mine) else ""
-    extrapolated = "‡" if any(row["seconds_kind"].startswith("extrapolated") for row in mine) else ""
-    marks |= {older, extrapolated} - {""}
+        fewer = f" (n = {len(ratios)})" if len(ratios) < len(mine) else ""
+        cells.append(f"{spread(ratios)}x{signs}{fewer}" if ratios else "")
+    extrapolated = "‡" if any(map(_extrapolated, mine)) else ""
+    marks |= {"†" if older else "", extrapolated} - {""}
     joules = [row["joules"] for row in mine if row.get("joules")]
+    weights = [row["parameters"] for row in mine if row.get("parameters")]
     return "| " + " | ".join([
-        f"{contestant.label}{older}",
+        f"{contestant.label}{'†' if older else ''}",
         str(len(mine)),
         f"{spread(accuracies)} %" if accuracies else "not measured",
         spread(points) if points and name != "dense" else "",
         spread([row["seconds"] for row in mine], 0) + extrapolated,
         *cells,
         spread(joules, 0) if joules else "",
-        f"{statistics.fmean(row['parameters'] for row in mine) / 1e6:.2f} M" if mine[0].get("parameters") else "",
+        f"{statistics.fmean(weights) / 1e6:.2f} M" if weights else "",
     ]) + " |"  # fmt: skip
 
 
-def paired(mine: Sequence[Row], done: Mapping[tuple[str, int], Row], other: str, key: str) -> list[tuple[Row, Row]]:
+def _extrapolated(row: Row) -> bool:
+    return bool(row["seconds_kind"].startswith("extrapolated"))
+
+
+def _apart(row: Row, partner: Row) -> bool:
+    """Tell whether the ratio of two rows rests on more than one sitting of one revision at one pace."""
+    if any(row.get(key) != partner.get(key) for key in ("session", "revision")):
+        return True
+    paces = [one["yardstick_s"] for one in (row, partner) if "yardstick_s" in one]
+    return len(paces) == 2 and max(paces) > (1 + PACE) * min(paces)
+
+
+def paired(mine: Sequence[Row], done: Newest, other: str, key: str) -> list[tuple[Row, Row]]:
     """Return each row with its partner of the same seed and machine, where both have a value of ``key``."""
     partners = [(row, done.get((other, row["seed"]))) for row in mine]
     return [
@@ -146,32 +175,28 @@ def origin(block: Sequence[Row]) -> str:
 
 def contest_section(name: str, tasks: Mapping[str, Task], contestants: Mapping[str, Contestant], images: Path) -> str:
     """Return tables and plots of all tasks as Markdown; the plots are written into ``images``."""
-    everything = rows(name)
     parts = []
-    for task_name, task in tasks.items():
-        block = [row for row in everything if row["task"] == task_name]
-        if not block:
-            continue
-        parts.append(contest_table(task, block, contestants, source(name)))
-        done = [row for row in block if row["status"] == "done" and row["accuracy"] is not None]
+    for file, task, newest in blocks(name, tasks):
+        parts.append(contest_table(task, newest, contestants))
+        done = [row for row in _done(newest).values() if row["accuracy"] is not None]
         curves = _curves(done, contestants)
         if len(curves) > 1:
-            path = images / f"{name}-{task_name}-curves.svg"
-            path.write_text(
-                _plot(curves, "seconds of the run so far, measured", task.title, block[-1]), encoding="utf-8"
+            path = images / f"{name}-{file}-curves.svg"
+            path.write_text(_plot(curves, "seconds of the run so far, measured", task.title, done), encoding="utf-8")
+            parts.append(
+                f"![{task.title}: accuracy in the course of runs, ours and dense]({images.name}/{path.name})\n"
             )
-            parts.append(f"![{task.title}: accuracy in the course of the runs]({images.name}/{path.name})\n")
         for plot, (key, label) in _PLOTS.items():
             series = _means(done, contestants, key)
             if len(series) > 1:
-                path = images / f"{name}-{task_name}-{plot}.svg"
-                path.write_text(_plot(series, label, task.title, block[-1]), encoding="utf-8")
+                path = images / f"{name}-{file}-{plot}.svg"
+                path.write_text(_plot(series, label, task.title, done), encoding="utf-8")
                 parts.append(f"![{task.title}: accuracy against {label}]({images.name}/{path.name})\n")
     return "\n".join(parts)
 
 
 def _means(done: Sequence[Row], contestants: Mapping[str, Contestant], key: str) -> list[Series]:
-    """Return one point a contestant: its means over seeds of ``key`` and of the accuracy in percent."""
+    """Return one point a contestant, its means over seeds of ``key`` and of the accuracy in percent; n in the label."""
     series = []
     for name, contestant in contestants.items():
         mine = [row for row in done if row["contestant"] == name and row.get(key)]
@@ -180,7 +205,9 @@ def _means(done: Sequence[Row], contestants: Mapping[str, Contestant], key: str)
                 statistics.fmean(row[key] for row in mine),
                 100 * statistics.fmean(row["accuracy"] for row in mine),
             )
-            series.append(Series(points=[point], colour=FAMILIES[contestant.family], label=name, line=False))
+            series.append(
+                Series(points=[point], colour=FAMILIES[contestant.family], label=f"{name} ({len(mine)})", line=False)
+            )
     return series
 
 
@@ -197,7 +224,8 @@ def _curves(done: Sequence[Row], contestants: Mapping[str, Contestant]) -> list[
     return series
 
 
-def _plot(series: Sequence[Series], label: str, title: str, row: Row) -> str:
+def _plot(series: Sequence[Series], label: str, title: str, done: Sequence[Row]) -> str:
+    row = done[-1]
     x, y = zip(*(point for one in series for point in one.points))
     return chart(
         series, Axis.around(x, label, zero=True), Axis.around(y, "test accuracy, %"), title=title,

@@ -55,6 +55,13 @@ CONTESTANTS = {
     "small-dense": Contestant(
         "narrower from the start, the ticket's cost", "dense", rival="small-dense", needs=("dense", "ticket")
     ),
+    "small-dense-longer": Contestant(
+        "narrower from the start, the ticket's cost, 1.4 times the epochs",
+        "dense",
+        rival="small-dense",
+        needs=("dense", "ticket"),
+        longer=1.4,
+    ),
     "random-ticket": Contestant(
         "random ticket at initialisation", "at initialisation", rival="random-ticket", needs=("dense", "ticket")
     ),
@@ -90,12 +97,23 @@ CONTESTANTS = {
         takes_over=True,
     ),
     "slimming": Contestant("network slimming", "after training", rival="slimming", needs=("dense", "ticket")),
+    "slimming-strong": Contestant(
+        "network slimming, 10 times the L1 term",
+        "after training",
+        {"sparsity": 1e-3},
+        rival="slimming",
+        needs=("dense", "ticket"),
+    ),
     "soft-filter": Contestant("soft filter pruning", "after training", rival="soft-filter", needs=("dense", "ticket")),
     "lottery-one-shot": Contestant(
         "lottery ticket, one shot", "lottery", rival="lottery-one-shot", needs=("dense", "ticket"), takes_over=True
     ),
     "lottery-iterative": Contestant(
-        "lottery ticket, iterative", "lottery", rival="lottery-iterative", needs=("dense", "ticket"), takes_over=True
+        "lottery ticket, iterative, rewound to the first epoch's end",
+        "lottery",
+        {"rewind_epochs": 1},
+        rival="lottery-iterative",
+        needs=("dense", "ticket"),
     ),
     "progressive-resizing": Contestant("progressive resizing", "speed-up", rival="progressive-resizing"),
     "layer-freezing": Contestant("layer freezing", "speed-up", rival="layer-freezing"),

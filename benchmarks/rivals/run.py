@@ -49,10 +49,11 @@ RIVALS: dict[str, Callable[[Contest], tuple[nn.Module, float]]] = {
     "layer-freezing": composer.layer_freezing,
     "selective-backprop": composer.selective_backprop,
     "small-dense": dense.small_dense,
-    "dense-epochs": dense.dense_epochs,
 }
+OVERRIDES = ("model", "width", "epochs", "seed", "accelerator", "threads")
+"""Keys of the recipe that are flags here, too."""
 BEGIN_DENSE = [name for name in RIVALS if name.startswith(("prune-finetune", "lottery"))]
-WHOLE_NETWORK = ("progressive-resizing", "layer-freezing", "selective-backprop", "dense-epochs")
+WHOLE_NETWORK = ("progressive-resizing", "layer-freezing", "selective-backprop")
 
 
 def run(rival: str, recipe: Recipe, options: Options, out: Path) -> dict[str, Any]:
@@ -71,7 +72,8 @@ def run(rival: str, recipe: Recipe, options: Options, out: Path) -> dict[str, An
     key = {
         "rival": rival, "model": recipe.model, "data": recipe.data, "width": recipe.width, "epochs": recipe.epochs,
         "seed": recipe.seed, "macs_share": share, "finetune_epochs": options.finetune_epochs, "score": options.score,
-        "rewind_epochs": options.rewind_epochs, "resize": options.resize, "recipe": recipe.hash(),
+        "rewind_epochs": options.rewind_epochs, "resize": options.resize, "sparsity": options.sparsity,
+        "recipe": recipe.hash(),
     }  # fmt: skip
     if (out / "row.json").is_file():
         found: dict[str, Any] = read_json(out / "row.json")
@@ -119,12 +121,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", type=float, help="factor on the channels; default: the recipe's")
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--accelerator", choices=("auto", "cpu", "cuda"), help="default: the recipe's")
+    parser.add_argument("--threads", type=int, help="default: PyTorch's choice")
     parser.add_argument("--macs-share", type=float, help="forward MACs of the small network over the dense one's")
     parser.add_argument("--dense", type=Path, help="finished dense run to take over")
     parser.add_argument("--finetune-epochs", type=int, help="after a cut; default: a third of --epochs")
     parser.add_argument("--score", default="magnitude", choices=("magnitude", "bn_scale"), help="of lottery tickets")
     parser.add_argument("--rewind-epochs", type=int, default=0, help="of lottery-iterative; 0 are the first weights")
     parser.add_argument("--resize", default="crop", choices=("crop", "resize"), help="of progressive-resizing")
+    parser.add_argument("--sparsity", type=float, default=1e-4, help="factor of the L1 term of slimming")
     parser.add_argument("--out", type=Path, required=True, help="folder of row.json")
     given = parser.parse_args(arguments)
     try:
@@ -132,12 +137,12 @@ def main(arguments: list[str] | None = None) -> int:
             value = getattr(given, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}", needed=f"at least {least}")
-        overrides = {name: getattr(given, name) for name in ("model", "width", "epochs", "seed")}
+        overrides = {name: getattr(given, name) for name in OVERRIDES}
         overrides = {name: value for name, value in overrides.items() if value is not None}
         recipe = Recipe.from_toml(given.recipe, {**overrides, "dense": True})
         options = Options(
             macs_share=given.macs_share, dense=given.dense, finetune_epochs=given.finetune_epochs, score=given.score,
-            rewind_epochs=given.rewind_epochs, resize=given.resize,
+            rewind_epochs=given.rewind_epochs, resize=given.resize, sparsity=given.sparsity,
         )  # fmt: skip
         row = run(given.rival, recipe, options, given.out)
     except EarlybirdError as error:

@@ -1,6 +1,7 @@
 """The harness: who runs when, with which words, and what becomes of those that fail."""
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -24,28 +25,39 @@ TASK = Task("A task", "digits", {"epochs": 8, "width": 0.5}, seeds=2, budget_s=2
 CONTESTANTS = {
     "dense": Contestant("dense", "dense", {"dense": True}),
     "ticket": Contestant("ticket", "ours", {"keep": 0.5}),
+    "plain": Contestant("plain", "dense", rival="plain"),
     "dense-equal-time": Contestant("short", "dense", {"dense": True}, needs=("dense", "ticket"), equal_time=True),
     "snip": Contestant("SNIP", "at initialisation", rival="snip", needs=("dense", "ticket")),
 }
-MACHINE = {"date": "2026-01-01", "device": "a", "threads": 2, "torch": "2", "revision": "abc", "source": "x"}
+MACHINE = {"date": "2026-01-01", "device": "a", "threads": 2, "torch": "2", "revision": "abc"}
+HERE = {"accelerator": "cpu", "threads": 2}
 
 
 def row(contestant, seed=0, **values):
     done = {"status": "done", "accuracy": 0.9, "seconds": 100.0, "seconds_kind": "measured", "macs": 1000}
-    return {"task": "t", "contestant": contestant, "seed": seed, "session": "s", **MACHINE, **done, **values}
+    bill = {"phases": {"setup": {"seconds": {"value": 10.0}}}}
+    known = {"epochs": 8, "bill": bill, "definition": contest.definition(TASK, CONTESTANTS[contestant])}
+    return {"task": "t", "contestant": contestant, "seed": seed, "session": "s", **MACHINE, **done, **known, **values}
+
+
+def tabled(rows):
+    return tables.contest_table(TASK, {(row["contestant"], row["seed"]): row for row in rows}, CONTESTANTS)
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(contest, "WORK", contest.HERE.parent / "runs" / "test-benchmarks")
+    monkeypatch.setattr(contest, "WORK", tmp_path / "runs")
     monkeypatch.setattr(contest, "yardstick", lambda threads: 0.01)
+    monkeypatch.setattr(
+        contest, "machine", lambda threads, slots, _: {**MACHINE, "threads": threads, "side_by_side": slots}
+    )
     return tmp_path / "results"
 
 
 def options(**values):
     given = {"tasks": ["t"], "contestants": list(CONTESTANTS), "seeds": None, "budget": 1e9, "retry": False}
-    return argparse.Namespace(**{**given, "side_by_side": 1, **values})
+    return argparse.Namespace(**{**given, "side_by_side": 1, "accelerator": "cpu", **values})
 
 
 def script(out, wait_for="", code=0):
@@ -65,22 +77,31 @@ def script(out, wait_for="", code=0):
 
 
 def test_every_second_seed_runs_in_reverse_and_who_needs_others_last():
-    assert order(CONTESTANTS, list(CONTESTANTS), 0) == ["dense", "ticket", "dense-equal-time", "snip"]
-    assert order(CONTESTANTS, list(CONTESTANTS), 1) == ["ticket", "dense", "snip", "dense-equal-time"]
+    assert order(CONTESTANTS, list(CONTESTANTS), 0) == ["dense", "ticket", "plain", "dense-equal-time", "snip"]
+    assert order(CONTESTANTS, list(CONTESTANTS), 1) == ["plain", "ticket", "dense", "snip", "dense-equal-time"]
     assert order(CONTESTANTS, ["ticket"], 1) == ["ticket"]
 
 
 def test_equal_time_is_worked_out_from_the_seconds_of_dense_and_ticket(tmp_path):
-    found = {"dense": row("dense", seconds=200.0), "ticket": row("ticket", seconds=120.0)}
-    typed = command(TASK, CONTESTANTS["dense-equal-time"], 3, tmp_path, found)
-    assert typed[typed.index("--epochs") + 1] == "5"  # of 8
+    """Dense took 10 s of set-up and 8 epochs of 20 s; the ticket took 120 s, so 5.5 epochs: at least as long is 6."""
+    found = {"dense": row("dense", seconds=170.0), "ticket": row("ticket", seconds=120.0)}
+    typed = command(TASK, CONTESTANTS["dense-equal-time"], 3, tmp_path, found, HERE)
+    assert typed[typed.index("--epochs") + 1] == "6"  # of 8
     assert typed[typed.index("--seed") + 1] == "3"
+    assert typed[typed.index("--threads") + 1] == "2"
+
+
+def test_rivals_train_longer_as_well(tmp_path):
+    found = {"dense": row("dense", macs_per_image=1000.0), "ticket": row("ticket", macs_per_image=640.0)}
+    longer = dataclasses.replace(CONTESTANTS["snip"], longer=1.5)
+    typed = command(TASK, longer, 0, tmp_path, found, HERE)
+    assert typed[typed.index("--epochs") + 1] == "12"
 
 
 def test_a_rival_gets_the_cost_of_the_ticket(tmp_path):
     dense = row("dense", macs_per_image=1000.0, folder="not/there")
     found = {"dense": dense, "ticket": row("ticket", macs_per_image=640.0)}
-    typed = command(TASK, CONTESTANTS["snip"], 0, tmp_path, found)
+    typed = command(TASK, CONTESTANTS["snip"], 0, tmp_path, found, HERE)
     assert typed[typed.index("--macs-share") + 1] == "0.64"
     assert "--dense" not in typed  # it begins with the small network
 
@@ -92,14 +113,15 @@ def test_who_begins_with_a_dense_training_takes_over_the_one_that_is_there(tmp_p
         "dense": row("dense", macs_per_image=1000.0, folder=str(tmp_path / "dense")),
         "ticket": row("ticket", macs_per_image=640.0),
     }
-    assert "--dense" not in command(TASK, pruned, 0, tmp_path, found)  # its folder is empty: it trains by itself
+    assert "--dense" not in command(TASK, pruned, 0, tmp_path, found, HERE)  # its folder is empty: it trains by itself
     (tmp_path / "dense" / "result.json").write_text("{}")
-    typed = command(TASK, pruned, 0, tmp_path, found)
+    typed = command(TASK, pruned, 0, tmp_path, found, HERE)
     assert typed[typed.index("--dense") + 1] == str(tmp_path / "dense")
     from benchmarks.rivals.run import BEGIN_DENSE
 
     for contestant in vgg16_cifar10.CONTESTANTS.values():
-        assert contestant.takes_over == (contestant.rival in BEGIN_DENSE)
+        rewinds = "rewind_epochs" in contestant.flags  # to weights that nobody keeps: it trains dense by itself
+        assert contestant.takes_over == (contestant.rival in BEGIN_DENSE and not rewinds)
 
 
 @pytest.mark.parametrize("script", [vgg16_cifar10, networks, speedrun_cifar10])
@@ -119,7 +141,7 @@ def test_every_rival_is_one_that_there_is():
 
 
 def test_a_real_run_a_failure_and_one_over_budget_leave_rows_and_the_others_go_on(results, monkeypatch):
-    def typed(task, contestant, seed, out, found):
+    def typed(task, contestant, seed, out, found, where):
         code = {
             "dense": f"import json, pathlib; p = pathlib.Path({str(out)!r}); p.mkdir(parents=True);"
             "(p / 'row.json').write_text(json.dumps({'accuracy': 0.5, 'seconds': 1.0, 'seconds_kind': 'measured'}))",
@@ -136,7 +158,7 @@ def test_a_real_run_a_failure_and_one_over_budget_leave_rows_and_the_others_go_o
     assert found["dense"]["status"] == "done"
     assert found["ticket"]["status"] == "failed with exit code 1: a reason"
     assert found["snip"]["status"] == "needed more than 5 s and was stopped"
-    assert not found["dense"]["folder"].startswith("/")
+    assert found["dense"]["wall_s"] > 0
     before = len(common.rows("made_up"))
     contest.run("made_up", {"t": task}, three, options(contestants=list(three)))
     assert len(common.rows("made_up")) == before  # what has a row is not run again
@@ -146,7 +168,7 @@ def test_a_real_run_a_failure_and_one_over_budget_leave_rows_and_the_others_go_o
 
 def test_nothing_is_begun_that_does_not_fit_or_lacks_what_it_needs(results, monkeypatch, capsys):
     monkeypatch.setattr(contest, "attempt", lambda *_: pytest.fail("begun"))
-    common.append("made_up", row("ticket", seed=1, seconds=3600.0))
+    common.append("made_up", row("ticket", seed=1, wall_s=3600.0, threads=contest_threads()))
     contest.run("made_up", {"t": TASK}, CONTESTANTS, options(contestants=["ticket", "snip"], seeds=1, budget=10))
     said = capsys.readouterr().out
     assert "ticket seed 0: about 3600 s, no time left" in said
@@ -158,7 +180,7 @@ def test_side_by_side_runs_have_cores_of_their_own_and_wait_for_what_they_need(r
     """dense and ticket each end only when the other has begun; the third needs both."""
     together = {"dense": "ticket-seed0", "ticket": "dense-seed0", "snip": "dense-seed0"}
     monkeypatch.setattr(
-        contest, "command", lambda task, contestant, seed, out, found: script(out, together[contestant.label])
+        contest, "command", lambda task, contestant, seed, out, found, where: script(out, together[contestant.label])
     )
     three = {name: Contestant(name, "ours") for name in ("dense", "ticket")}
     three["snip"] = Contestant("snip", "ours", needs=("dense", "ticket"))
@@ -174,7 +196,7 @@ def test_side_by_side_runs_have_cores_of_their_own_and_wait_for_what_they_need(r
 
 @pytest.mark.skipif(len(slots.cores_of_slots(1)[0]) < 2, reason="needs two cores")
 def test_an_error_beside_a_run_ends_that_run_without_a_row(results, monkeypatch):
-    def typed(task, contestant, seed, out, found):
+    def typed(task, contestant, seed, out, found, where):
         if contestant.label == "ticket":
             raise RuntimeError("a mistake in the harness")
         return [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -198,25 +220,86 @@ def test_rows_with_and_without_neighbours_are_not_compared():
     assert not common.comparable(row("dense"), row("ticket", side_by_side=2))
 
 
+def contest_threads():
+    return len(slots.cores_of_slots(1)[0])
+
+
+def test_what_was_never_run_takes_half_as_long_again_as_dense_and_no_longer_than_it_may():
+    mine = [row("dense", wall_s=10.0), row("ticket", wall_s=7.0)]
+    assert contest.expected_s(mine, TASK, "t", "ticket") == 7.0
+    assert contest.expected_s(mine, TASK, "t", "snip") == 15.0
+    assert contest.expected_s([row("dense", wall_s=100.0)], TASK, "t", "snip") == TASK.budget_s
+    assert contest.expected_s([], TASK, "t", "snip") == 0.0
+
+
+def test_rows_of_another_machine_do_not_count_as_run(results, monkeypatch):
+    monkeypatch.setattr(contest, "attempt", lambda *_: {"status": "done", "seconds": 1.0})
+    common.append("made_up", row("dense", device="another", threads=contest_threads()))
+    contest.run("made_up", {"t": TASK}, CONTESTANTS, options(contestants=["dense"], seeds=1))
+    assert [row["device"] for row in common.rows("made_up")] == ["another", "a"]
+
+
+def test_a_number_that_is_missing_in_a_needed_row_fails_that_run_alone(results, tmp_path):
+    """A dense run without counted MACs: SNIP cannot be given a cost, and says so in a row."""
+    common.append("made_up", row("dense", macs_per_image=None, threads=contest_threads()))
+    common.append("made_up", row("ticket", macs_per_image=None, threads=contest_threads()))
+    contest.run("made_up", {"t": TASK}, CONTESTANTS, options(contestants=["snip"], seeds=1))
+    assert common.rows("made_up")[-1]["status"].startswith("failed: TypeError")
+
+
+def test_a_half_written_row_is_an_error_and_a_whole_one_is_one_line(results):
+    common.append("made_up", {"a": 1})
+    common.append("made_up", {"a": 2})
+    assert [row["a"] for row in common.rows("made_up")] == [1, 2]
+
+
+def test_a_definition_changes_with_what_a_contestant_does_and_not_with_its_label(tmp_path, monkeypatch):
+    snip = CONTESTANTS["snip"]
+    same = contest.definition(TASK, snip)
+    assert contest.definition(TASK, dataclasses.replace(snip, label="another")) == same
+    assert contest.definition(TASK, dataclasses.replace(snip, longer=2)) != same
+    assert contest.definition(dataclasses.replace(TASK, flags={"epochs": 9}), snip) != same
+    (tmp_path / "rivals").mkdir()
+    monkeypatch.setattr(contest, "HERE", tmp_path)
+    assert contest.definition(TASK, snip) != same  # its code is another one
+    assert contest.definition(TASK, CONTESTANTS["ticket"]) == row("ticket")["definition"]  # ours has none there
+
+
 def test_tables_pair_seeds_of_one_machine_and_mark_sessions_failures_and_older_scripts():
     block = [
         row("dense", 0), row("dense", 1, accuracy=0.92), row("dense", 2, device="another"),
         row("ticket", accuracy=0.89, seconds=50.0, macs=500), row("ticket", 1, accuracy=0.92, seconds=25, session="z"),
-        row("ticket", 2, accuracy=0.1, seconds=1.0), row("snip", 0, status="failed with exit code 1: x", source="old"),
+        row("ticket", 2, accuracy=0.1, seconds=1.0), row("snip", 0, status="failed with exit code 1: x"),
     ]  # fmt: skip
-    text = tables.contest_table(TASK, block, CONTESTANTS, "x")
+    text = tabled(block)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     lines = {first: rest for first, *rest in cells}
     ticket = lines["ticket"]
     assert ticket[0] == "3"
     assert ticket[2] == "-0.50 ± 0.71"  # -1 and 0 points; the third seed ran on another machine
-    assert ticket[5] == "3.00 ± 1.41x*"  # 2x and 4x, of which the second in another session
-    assert ticket[6] == "1.50 ± 0.71x"
+    assert ticket[5] == "3.00 ± 1.41x* (n = 2)"  # 2x and 4x, of which the second in another session
+    assert ticket[6] == "1.50 ± 0.71x (n = 2)"
     assert lines["SNIP"][:2] == ["seed 0", "failed with exit code 1: x"]
-    assert "\\* partner runs of another session" in text
-    older = tables.contest_table(TASK, [row("dense", source="old")], CONTESTANTS, "x")
+    assert "\\* runs of another session" in text
+    older = tabled([row("dense", definition="old")])
     assert "| dense† |" in older
-    assert "older version" in older
+    assert "has changed since" in older
+
+
+def test_a_ratio_to_an_extrapolated_time_or_at_another_pace_is_marked():
+    plain = row("plain", seconds_kind="extrapolated from 30 timed steps", seconds=300.0, yardstick_s=0.050)
+    text = tabled([plain, row("dense", yardstick_s=0.052), row("ticket", yardstick_s=0.053)])
+    assert "| 3.00x‡ |" in text  # dense
+    assert "| 3.00x*‡ |" in text  # 6 % slower
+    assert "‡ extrapolated" in text
+
+
+def test_machines_have_tables_of_their_own(results):
+    for device in ("a", "b"):
+        common.append("made_up", row("dense", device=device))
+    text = tables.contest_tables("made_up", {"t": TASK}, CONTESTANTS)
+    assert text.count("### A task") == 2
+    assert [name for name, _, _ in tables.blocks("made_up", {"t": TASK})] == ["t", "t-2"]
 
 
 def test_a_section_has_a_table_and_plots_with_one_dot_a_contestant(results, tmp_path):

@@ -109,10 +109,10 @@ def test_a_row_says_what_was_reached_and_what_it_cost(run: Run, rival: str) -> N
 
 
 def test_a_row_that_is_there_is_not_made_again(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = run("dense-epochs")
+    row = run("layer-freezing")
     monkeypatch.setattr(entry, "start", None)
-    assert run("dense-epochs") == row
-    assert entry.main(words("dense-epochs", tmp_path / "dense-epochs", "--seed", "1")) == 2
+    assert run("layer-freezing") == row
+    assert entry.main(words("layer-freezing", tmp_path / "layer-freezing", "--seed", "1")) == 2
 
 
 @pytest.mark.parametrize(
@@ -170,18 +170,23 @@ def test_another_training_is_not_taken_over(dense: Path, tmp_path: Path, capsys:
     assert "is not finished" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("by", ["earlybird", "torch-pruning"])
-def test_where_rounding_is_too_coarse_for_the_cost_it_gets_finer(by: str) -> None:
+def test_torch_pruning_meets_the_cost_and_leaves_the_given_network_alone() -> None:
+    arena = contest()
+    model = arena.build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pruned = pruning.prune(arena, model, tp.importance.GroupMagnitudeImportance(p=2), 0.6)
+    assert arena.count(pruned).forward_macs == pytest.approx(0.6 * arena.dense_macs, rel=0.05)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_where_rounding_is_too_coarse_for_the_cost_it_gets_finer() -> None:
     arena = contest()
     arena.round_to = 16  # for layers of 16 to 48 channels
     model = arena.build()
     with pytest.raises(InputError, match="cannot be met"):
         keep_for_macs(magnitude(model), find_groups(model, arena.example[:1]), 0.6, round_to=16)
     wanted = 0.6 * arena.dense_macs
-    if by == "earlybird":
-        loop.cut_to_cost(arena, model, magnitude(model), wanted)
-    else:
-        model = pruning.prune(arena, model, tp.importance.GroupMagnitudeImportance(p=2), 0.6)
+    loop.cut_to_cost(arena, model, magnitude(model), wanted)
     assert arena.count(model).forward_macs == pytest.approx(wanted, rel=0.05)
     assert arena.notes["round_to"] < 16
     widths = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
