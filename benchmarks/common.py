@@ -86,12 +86,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path}
 
 
-def environment() -> dict[str, str]:
-    """Return an environment in which children import this checkout, not whatever is installed."""
-    path = os.pathsep.join(filter(None, [str(HERE.parent / "src"), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path}
-
-
 def yardstick(threads: int) -> float:
     """Time a fixed piece of work, in seconds: what the machine gives at the moment, beside each row.
 

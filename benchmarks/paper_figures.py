@@ -655,7 +655,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children in sessions of their own go, too
 
         def do(training: Training, threads: int) -> None:
-            head = {**machine(threads), "side_by_side": options.side_by_side}
+            head = machine(threads, options.side_by_side)
             row = {**asdict(training), **run(training, work, children), **head}
             if children.killed:
                 return

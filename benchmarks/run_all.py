@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import HERE, environment
+from common import HERE, WORK, environment
 from slots import cores_of_slots
 
 RUNS = HERE.parent / "runs"
@@ -119,7 +119,7 @@ def main() -> int:
         parser.error(f"unknown: {', '.join(unknown)} (known: {', '.join(known)})")
     if options.full:
         page, variables, deadline = HERE, {}, time.monotonic() + 3600 * options.hours
-        jobs = full(RUNS / "benchmarks")
+        jobs = full(WORK)
     else:
         RUNS.mkdir(exist_ok=True)
         page, deadline = Path(tempfile.mkdtemp(prefix="bench-", dir=RUNS)), None
