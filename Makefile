@@ -1,8 +1,8 @@
 # make demo   train the bundled digits dense and as an early ticket, print the bill, write the report
 # make test   run the whole test suite
 # make check  ruff and mypy
-# make bench  a short version of every benchmark, some ten minutes on two cores; writes benchmarks/README.md
-# make bench-full [HOURS=8]   all of them, three seeds; goes on where it was stopped
+# make bench  a short version of every benchmark, some ten minutes on two cores; prints its page, kept below runs/
+# make bench-full [HOURS=8]   all of them, three seeds; writes benchmarks/README.md, goes on where it was stopped
 #
 # Each works as the first command; everything lands in .venv, and a second run installs nothing.
 #

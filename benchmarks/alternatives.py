@@ -17,20 +17,23 @@ of small maps as products.
 
     python benchmarks/alternatives.py                  # some four minutes
     python benchmarks/alternatives.py --quick          # a look of about a minute; nothing is recorded
+    python benchmarks/alternatives.py --table          # the tables of the newest rows
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from common import append, interleaved, machine
-from roofline import BATCH, LEAST_S
+from common import interleaved, machine, rows
+from records import by_machine, newest, record
+from roofline import BATCH, LEAST_S, SHAPE
 from step_times import network, stepper
+from tables import origin
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -42,22 +45,26 @@ SHAPES = (
     (32, 3, 32), (32, 32, 32), (16, 64, 64), (8, 96, 96), (8, 128, 128), (4, 112, 112), (4, 128, 128), (4, 256, 256),
     (2, 112, 112), (2, 128, 128), (2, 256, 256), (2, 512, 512),
 )  # fmt: skip
-_SHAPE: tuple[Any, ...] = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)  # stride, padding, dilation, ..., groups
+HEADS = {
+    "pass": "| side | channels | pass | PyTorch's own, ms | own / other way |\n| --- | --- | --- | --- | --- |",
+    "network": "| width | network | ms a step | products on 2x2 | on 2x2 and 4x4 |\n| --- | --- | --- | --- | --- |",
+}
+"""Key that a kind of row has to the head of its table."""
 
 
 def forward(x: Tensor, weight: Tensor) -> Tensor:
     """Convolve ``x`` ``(N, I, H, W)`` with ``weight`` ``(O, I, 3, 3)``, padding 1: ``(N, O, H, W)``."""
-    return torch.ops.aten.convolution(x, weight, None, *_SHAPE)
+    return torch.ops.aten.convolution(x, weight, None, *SHAPE)
 
 
 def input_gradient(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient ``(N, I, H, W)`` of the input, where that of the output is ``y`` ``(N, O, H, W)``."""
-    return torch.ops.aten.convolution_backward(y, x, weight, None, *_SHAPE, (True, False, False))[0]
+    return torch.ops.aten.convolution_backward(y, x, weight, None, *SHAPE, (True, False, False))[0]
 
 
 def weight_gradient(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient ``(O, I, 3, 3)`` of the weight, where that of the output is ``y`` ``(N, O, H, W)``."""
-    return torch.ops.aten.convolution_backward(y, x, weight, None, *_SHAPE, (False, True, False))[1]
+    return torch.ops.aten.convolution_backward(y, x, weight, None, *SHAPE, (False, True, False))[1]
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -175,8 +182,7 @@ def check(found: dict[tuple[str, str], Callable[[], Tensor]]) -> None:
 
 def convolutions(options: argparse.Namespace) -> None:
     """Print and record the ratios of every way, shape by shape."""
-    print("| side | channels | pass | PyTorch's own, ms | own / other way |")
-    print("| --- | --- | --- | --- | --- |")
+    print(HEADS["pass"])
     for side, inputs, outputs in SHAPES[:: 4 if options.quick else 1]:
         found = ways(side, inputs, outputs)
         check(found)
@@ -189,20 +195,16 @@ def convolutions(options: argparse.Namespace) -> None:
                 for (other, way), taken in times.items()
                 if other == step and way
             }
-            text = ", ".join(f"{way} {ratio:.2f}x" for way, ratio in ratios.items())
-            print(
-                f"| {side} | {inputs} to {outputs} | {step} | {1e3 * statistics.median(own):.3f} | {text} |", flush=True
-            )
             row = {"side": side, "inputs": inputs, "outputs": outputs, "pass": step, "ratios": ratios}
-            timed = {"own_seconds": statistics.median(own), "rounds": options.rounds, "others": others}
-            record(options, {**row, **timed, **head})
+            row |= {"own_seconds": statistics.median(own), "rounds": options.rounds, "others": others, **head}
+            print(line(row), flush=True)
+            record(NAME, row, quick=options.quick)
 
 
 def steps(options: argparse.Namespace) -> None:
     """Print and record whole steps with the weight gradient of small maps as products."""
     x, y = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last), torch.arange(BATCH) % 10
-    print("\n| width | network | ms a step | products on 2x2 | on 2x2 and 4x4 |")
-    print("| --- | --- | --- | --- | --- |")
+    print(f"\n{HEADS['network']}")
     for width in (0.5,) if options.quick else (0.5, 1.0):
         for name in ("dense", "ticket_layer"):
             actions = {}
@@ -213,26 +215,54 @@ def steps(options: argparse.Namespace) -> None:
                 actions[most] = stepper(with_products(model, most), optimizer, x, y, True)
             head = machine()
             times, others = interleaved(actions, options.rounds)
-            own = statistics.median(times[0])
-            ratios = {most: statistics.median(a / b for a, b in zip(times[0], times[most])) for most in (2, 4)}
-            print(f"| {width:g} | {name} | {1e3 * own:.1f} | {ratios[2]:.3f}x | {ratios[4]:.3f}x |", flush=True)
-            row = {"width": width, "network": name, "step_seconds": own, "rounds": options.rounds, "others": others}
-            record(options, {**row, "ratios": {f"up to {most}": ratio for most, ratio in ratios.items()}, **head})
+            ratios = {
+                f"up to {most}": statistics.median(a / b for a, b in zip(times[0], times[most])) for most in (2, 4)
+            }
+            row = {"width": width, "network": name, "step_seconds": statistics.median(times[0]), "ratios": ratios}
+            row |= {"rounds": options.rounds, "others": others, **head}
+            print(line(row), flush=True)
+            record(NAME, row, quick=options.quick)
 
 
-def record(options: argparse.Namespace, row: dict[str, Any]) -> None:
-    """Append a row, unless this is only a look."""
-    if not options.quick:
-        append(NAME, row)
+def line(row: dict[str, Any]) -> str:
+    """Return one row as a line of its table."""
+    if "pass" in row:
+        ratios = ", ".join(f"{way} {ratio:.2f}x" for way, ratio in row["ratios"].items())
+        cells = [f"{row['side']}", f"{row['inputs']} to {row['outputs']}", row["pass"]]
+        return "| " + " | ".join([*cells, f"{1e3 * row['own_seconds']:.3f}", ratios]) + " |"
+    ratios = " | ".join(f"{row['ratios'][most]:.3f}x" for most in ("up to 2", "up to 4"))
+    return f"| {row['width']:g} | {row['network']} | {1e3 * row['step_seconds']:.1f} | {ratios} |"
 
 
-def main() -> None:
+def tables(found: Sequence[dict[str, Any]]) -> str:
+    """Return the newest session of each machine as Markdown: convolutions, then whole steps."""
+    parts = []
+    for _, own in by_machine(found):
+        mine = newest(own)
+        parts.append(origin(mine))
+        for key, head in HEADS.items():
+            lines = [line(row) for row in mine if key in row]
+            parts += ["\n".join([head, *lines])] if lines else []
+    return "\n\n".join(parts)
+
+
+def read(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds; nothing is recorded")
-    options = parser.parse_args()
+    parser.add_argument("--table", action="store_true", help="print the tables of the newest rows and stop")
+    options = parser.parse_args(words)
     if options.quick:
         options.rounds = 3
+    return options
+
+
+def main() -> None:
+    options = read()
+    if options.table:
+        print(tables(rows(NAME)))
+        return
     keep_freed()  # as `earlybird train` does
     convolutions(options)
     steps(options)

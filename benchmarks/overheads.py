@@ -1,51 +1,45 @@
-"""Claims: looking for the ticket, shrinking, data, checkpoints and start-up cost next to nothing.
+"""Question: what do looking for the ticket, shrinking, data, checkpoints and start-up cost?
 
-Each figure is a share within one process, so a busy machine slows both sides alike. Prints a table and appends a row to
-`results/overheads.jsonl`; the head of the row has device, threads, versions, date and revision.
+Each figure has a limit, and its row in `results/overheads.jsonl` says whether it was kept. ``detector``, ``data`` and
+``checkpoint`` are shares of the seconds of one process, so that a busy machine slows both sides alike. ``shrink`` and
+``startup`` are seconds, which a busy machine makes longer. Beside the seconds of ``earlybird --help``, ``startup`` has
+what importing the library adds to ``import torch``, as medians of ratios within a round; its commands take turns.
 
     EARLYBIRD_DATA=... python benchmarks/overheads.py            # all, some five minutes
     EARLYBIRD_DATA=... python benchmarks/overheads.py detector shrink
+    EARLYBIRD_DATA=... python benchmarks/overheads.py --quick    # the three that take a minute; nothing is recorded
+    python benchmarks/overheads.py --table                       # the table of the newest rows
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, machine
+from common import environment, machine, rows
+from records import by_machine, newest, record
+from step_times import batches, stepper
+from tables import origin
 from torch import nn
-from torch.nn import functional
 
 import earlybird as eb
+from earlybird.allocator import give_back, keep_freed
 from earlybird.calls import Hook
 from earlybird.cost.meters import PeakMemory
-from earlybird.data import Augment, Loader, load
 from earlybird.models import build
 
-
-def _loader(channels_last: bool = True) -> Loader:
-    data = load("cifar10")
-    return Loader(
-        data.train_images, data.train_labels, batch_size=128, mean=data.mean, std=data.std,
-        augment=Augment(crop=4, flip=True), channels_last=channels_last,
-    )  # fmt: skip
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = functional.cross_entropy(model(x).float(), y)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+NAME = "overheads"
 
 
 @dataclass
@@ -81,17 +75,17 @@ def detector(steps: int = 100) -> dict[str, Any]:
         model, optimizer, example_inputs=torch.randn(1, 3, 32, 32), steps_per_epoch=390
     )
     spent = time_hooks(search, model, optimizer)
-    start, batches = 0.0, _loader().epoch(0)
+    start, loaded = 0.0, batches().epoch(0)
     for step in range(steps + 2):
         if step == 2:
             start, spent.seconds = time.perf_counter(), 0.0
-        _step(model, optimizer, *next(batches))
+        stepper(model, optimizer, *next(loaded), True)()
     total = time.perf_counter() - start
     if spent.calls < 3 * steps or len(search.history) < 2:
         raise RuntimeError(f"the detector was timed {spent.calls} times in {steps} steps")
     return {
         "share": spent.seconds / total,
-        "floor": 0.005,
+        "limit": 0.005,
         "detail": f"{1e3 * spent.seconds / steps:.2f} of {1e3 * total / steps:.0f} ms a step",
     }
 
@@ -109,6 +103,7 @@ def shrink() -> dict[str, Any]:
         optimizer.step()
         ticket = eb.draw(model, 0.5, example_inputs=x, coupled="group")
         gc.collect()
+        give_back()  # else the copy would fit into what malloc keeps, and show in no peak
         peak = PeakMemory("cpu")
         before = resident()
         peak.reset()
@@ -117,8 +112,7 @@ def shrink() -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
         extra.append(max((peak.read() or before) - before, 0))
     return {
-        "seconds": statistics.median(seconds), "floor_seconds": 3.0, "extra_bytes": max(extra),
-        "model_bytes": size,
+        "seconds": statistics.median(seconds), "limit": 3.0, "extra_bytes": max(extra), "model_bytes": size,
         "detail": f"median {statistics.median(seconds):.2f} s, at most +{max(extra) / 2**20:.0f} MiB "
         f"over a model of {size / 2**20:.0f} MiB",
     }  # fmt: skip
@@ -136,18 +130,18 @@ def data(steps: int = 60) -> dict[str, Any]:
     """Share of a ResNet-20 step that loading and augmenting the batch takes."""
     model = build("resnet20", classes=10).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    batches, spent, start = _loader().epoch(0), 0.0, 0.0
+    loaded, spent, start = batches().epoch(0), 0.0, 0.0
     for step in range(steps + 3):
         if step == 3:
             spent, start = 0.0, time.perf_counter()
         before = time.perf_counter()
-        x, y = next(batches)
+        x, y = next(loaded)
         spent += time.perf_counter() - before
-        _step(model, optimizer, x, y)
+        stepper(model, optimizer, x, y, True)()
     total = time.perf_counter() - start
     return {
         "share": spent / total,
-        "floor": 0.05,
+        "limit": 0.05,
         "detail": f"{1e3 * spent / steps:.2f} of {1e3 * total / steps:.0f} ms a step",
     }
 
@@ -183,45 +177,102 @@ def checkpoint() -> dict[str, Any]:
             result = running.train(recipe, Path(folder) / "run", quiet=True)
     finally:
         running.Run.save = inner  # type: ignore[method-assign]
-    return {"share": spent / result.seconds, "floor": 0.02, "detail": f"{spent:.2f} of {result.seconds:.0f} s"}
+    return {"share": spent / result.seconds, "limit": 0.02, "detail": f"{spent:.2f} of {result.seconds:.0f} s"}
 
 
-def startup(times: int = 5) -> dict[str, Any]:
-    """Seconds of ``earlybird --help``, and of importing the library over ``import torch``."""
+COMMANDS = {
+    "help": ("-m", "earlybird", "--help"),
+    "torch": ("-c", "import torch"),
+    "library": ("-c", "import torch, earlybird"),
+    "everything": ("-c", "import torch, earlybird as eb; eb.EarlyBird, eb.draw, eb.shrink, eb.Ticket"),
+}
 
-    def median(*words: str) -> float:
-        seconds = []
-        for _ in range(times):
+
+def startup(rounds: int = 5) -> dict[str, Any]:
+    """Seconds of ``earlybird --help``, and what importing the library adds to ``import torch``.
+
+    One round comes first and is not counted. `common.interleaved` does not fit: to it, these processes are of others.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    for number in range(1 + rounds):
+        for name, words in COMMANDS.items():
             start = time.perf_counter()
-            subprocess.run([sys.executable, *words], check=True, capture_output=True)
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
-
-    shown, plain = median("-m", "earlybird", "--help"), median("-c", "import torch")
-    library = median("-c", "import torch, earlybird")
-    everything = median("-c", "import torch, earlybird as eb; eb.EarlyBird, eb.draw, eb.shrink, eb.Ticket")
+            subprocess.run([sys.executable, *words], check=True, capture_output=True, env=environment())
+            if number > 0:
+                seconds[name].append(time.perf_counter() - start)
+    shown, plain = (statistics.median(seconds[name]) for name in ("help", "torch"))
+    library, everything = (
+        statistics.median(own / torch_s for own, torch_s in zip(seconds[name], seconds["torch"]))
+        for name in ("library", "everything")
+    )
     return {
-        "help_seconds": shown, "floor_seconds": 0.3, "import_over_torch": library / plain,
-        "import_all_over_torch": everything / plain,
-        "detail": f"--help {shown:.2f} s; import torch {plain:.2f} s, with earlybird {library / plain:.2f}x, "
-        f"with all of its names used {everything / plain:.2f}x",
+        "seconds": shown, "limit": 0.3, "import_over_torch": library, "import_all_over_torch": everything,
+        "detail": f"--help {shown:.2f} s; import torch {plain:.2f} s, with earlybird {library:.2f}x, "
+        f"with all of its names used {everything:.2f}x",
     }  # fmt: skip
 
 
 FIGURES = {"detector": detector, "shrink": shrink, "data": data, "checkpoint": checkpoint, "startup": startup}
+QUICK = ("detector", "shrink", "startup")
+
+
+def measured(row: Mapping[str, Any]) -> str:
+    """Return a row's share or seconds as text."""
+    if "share" in row:
+        return f"{row['share']:.2%}"
+    return f"{row['seconds']:.2f} s" if "seconds" in row else ""
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Say whether a row's share or seconds are within its limit; nothing of a row that has none."""
+    if "limit" not in row:
+        return ""
+    limit = f"{row['limit']:.2%}" if "share" in row else f"{row['limit']:.2f} s"
+    kept = row.get("share", row.get("seconds")) <= row["limit"]
+    return f"within {limit}" if kept else f"ABOVE {limit}"
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """Return the newest row of each figure and machine as Markdown."""
+    parts = []
+    for _, own in by_machine(found):
+        mine = newest(own, "figure")
+        lines = [
+            origin(mine),
+            "",
+            "| figure | share or seconds | limit | what was measured |",
+            "| --- | --- | --- | --- |",
+        ]
+        lines += [f"| {row['figure']} | {measured(row)} | {verdict(row)} | {row['detail']} |" for row in mine]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def read(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("figures", nargs="*", metavar="figure", help=f"of {', '.join(FIGURES)}; default: all")
+    parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}; nothing is recorded")
+    parser.add_argument("--table", action="store_true", help="print the table of the newest rows and stop")
+    options = parser.parse_args(words)
+    unknown = set(options.figures) - set(FIGURES)
+    if unknown:
+        parser.error(f"unknown figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
+    options.figures = options.figures or list(QUICK if options.quick else FIGURES)
+    return options
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or list(FIGURES)
-    unknown = set(chosen) - set(FIGURES)
-    if unknown:
-        sys.exit(f"unknown figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
-    for name in chosen:
+    options = read()
+    if options.table:
+        print(table(rows(NAME)))
+        return
+    keep_freed()  # as `earlybird train` does
+    for name in options.figures:
         head = machine()
-        found = FIGURES[name]()
-        append("overheads", {"figure": name, **found, **head})
-        share = f"{found['share']:.2%}   " if "share" in found else ""
-        print(f"{name:<12}{share}{found['detail']}", flush=True)
+        row = {"figure": name, **FIGURES[name](), **head}
+        record(NAME, row, quick=options.quick)
+        print(f"{name:<12}{measured(row):<10}{verdict(row):<16}{row['detail']}", flush=True)
 
 
 if __name__ == "__main__":

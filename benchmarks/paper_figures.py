@@ -19,11 +19,13 @@ contestants have equal epochs; PreActResNet has no selection layers. ``--preset 
     EARLYBIRD_DATA=... python benchmarks/paper_figures.py --plan                  # what there is to do, and how long
     EARLYBIRD_DATA=... python benchmarks/paper_figures.py --work runs/paper --budget 60
     EARLYBIRD_DATA=... python benchmarks/paper_figures.py --work runs/paper --networks resnet20 --data fashion-mnist
-    EARLYBIRD_DATA=... python benchmarks/paper_figures.py --work runs/paper --quick   # one epoch, one run of each kind
+    EARLYBIRD_DATA=... python benchmarks/paper_figures.py --work runs/paper --quick   # one epoch, one run of each kind,
+                                                                                    # always anew; nothing is recorded
     python benchmarks/paper_figures.py --table
     python benchmarks/paper_figures.py --draw docs/images
 
 A run whose row is in `results/paper_figures.jsonl` is not run again; one that was cut off is resumed from its folder.
+One that fails leaves a row that says so, and the others go on; ``--retry`` runs it anew, its folder set aside.
 ``--budget`` (minutes) stops before a run that is not likely to fit, so that a long plan can be done in slices; seeds
 are the outer loop, so that every slice leaves whole figures of few seeds rather than parts of figures.
 """
@@ -31,10 +33,13 @@ are the outer loop, so that every slice leaves whole figures of few seeds rather
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -42,9 +47,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import append, machine, rows, spread
+from common import environment, machine, rows, spread
 from figures import COLOURS, Axis, Series, chart, heat_maps
-from slots import cores_of_slots, in_slots
+from records import SESSION, record
+from slots import Children, cores_of_slots, in_slots
 
 NAME = "paper_figures"
 WIDTHS = {"vgg11": 0.25, "resnet20": 0.5, "preact_resnet29": 0.5}  # factors on the channels: minutes a run
@@ -56,6 +62,7 @@ TRAINING_IMAGES = {"cifar10": 50_000, "fashion-mnist": 60_000}
 TEST_IMAGES = 10_000
 BATCH = 128
 START_S = 8.0  # of a process: imports, data, first steps
+LIMIT_S = 6 * 3600.0  # a run that takes longer hangs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,16 +176,28 @@ FIGURES: dict[str, Callable[[Training, Sequence[str]], Iterable[Training]]] = {
 }  # fmt: skip
 
 
-def of(training: Training, found: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the row of a training, or None."""
+def of(training: Training, found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the newest row of a training, or None."""
     key = asdict(training)
-    return next((row for row in found if all(row[name] == value for name, value in key.items())), None)
+    return next((row for row in reversed(found) if all(row[name] == value for name, value in key.items())), None)
+
+
+def is_done(row: dict[str, Any]) -> bool:
+    """Tell whether a row is of a run that reached its end; the first rows had no status, and none that had failed."""
+    return row.get("status", "done") == "done"
+
+
+def left_of(whole: Sequence[Training], found: Sequence[dict[str, Any]], retry: bool) -> list[Training]:
+    """Return the trainings that are to be run: those without a row, and on ``retry`` those that failed."""
+    newest = {training: of(training, found) for training in whole}
+    return [training for training, row in newest.items() if row is None or (retry and not is_done(row))]
 
 
 def work_off(
     trainings: Sequence[Training],
     estimate: Callable[[Training], float],
     run: Callable[[Training, int], None],
+    children: Children,
     *,
     budget_s: float | None,
     side_by_side: int = 1,
@@ -191,7 +210,8 @@ def work_off(
     Args:
         trainings: What is to be done, in order.
         estimate: Seconds that a training should take.
-        run: Does it, with so many threads.
+        run: Does it, with so many threads, in a process of ``children``.
+        children: Killed when this process is interrupted; nothing begins any more.
         budget_s: Seconds for all; None: as long as it takes.
         side_by_side: Runs at a time, each on cores of its own.
         clock: Seconds.
@@ -207,7 +227,7 @@ def work_off(
         nonlocal expected, took
         while True:
             with lock:
-                if not waiting:
+                if not waiting or children.killed:
                     return
                 own = estimate(waiting[0])
                 factor = took / expected if expected else 1.0
@@ -216,11 +236,13 @@ def work_off(
                     return
                 training, begun = waiting.pop(0), clock()
             run(training, len(slots[slot]))
+            if children.killed:
+                return
             with lock:
                 expected, took = expected + own, took + clock() - begun
                 done.append(training)
 
-    in_slots(slots, work, waiting.clear)
+    in_slots(slots, work, children.kill)
     return done
 
 
@@ -269,14 +291,36 @@ def step_seconds(training: Training, keep: float) -> float:
     return statistics.median(interleaved({"step": step}, 3)[0]["step"])
 
 
-def run(training: Training, work: Path, threads: int) -> dict[str, Any]:
-    """Run a training in a process of its own, or resume it, and return its row."""
-    head, folder = machine(threads), work / training.name
-    if not (folder / "result.json").exists():
-        begun = (folder / "recipe.toml").exists()
-        words = ["resume", str(folder)] if begun else ["train", *training.flags(), "--out", str(folder)]
-        subprocess.run([sys.executable, "-m", "earlybird", *words, "--quiet"], check=True)
-    return {**asdict(training), **harvest(training, folder), **head}
+def run(training: Training, work: Path, children: Children) -> dict[str, Any]:
+    """Run a training in a process of its own, or resume it; return what it came to, whatever becomes of it.
+
+    The folder of one that failed is set aside, so that no later start resumes what cannot end.
+    """
+    from earlybird.errors import EarlybirdError
+
+    folder, begun = work / training.name, time.perf_counter()
+    status = "done" if (folder / "result.json").exists() else train(training, folder, children)
+    if status == "done":
+        try:
+            return {"status": status, **harvest(training, folder)}
+        except (FileNotFoundError, EarlybirdError) as error:
+            status = f"failed: {error}"
+    if folder.exists() and not children.killed:
+        folder.rename(folder.with_name(f"{folder.name}-failed-{SESSION.replace(':', '')}"))
+    return {"status": status, "seconds": time.perf_counter() - begun}
+
+
+def train(training: Training, folder: Path, children: Children) -> str:
+    """Begin a training, or go on with it; return 'done' or what went wrong."""
+    begun, log = (folder / "recipe.toml").exists(), folder.with_name(f"{folder.name}.log")
+    words = ["resume", str(folder)] if begun else ["train", *training.flags(), "--out", str(folder)]
+    with open(log, "w", encoding="utf-8") as said:
+        try:
+            code = children.run([sys.executable, "-m", "earlybird", *words, "--quiet"], said, environment(), LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return f"needed more than {LIMIT_S:.0f} s and was stopped"
+    last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] or ["no message"]
+    return f"failed with exit code {code}: {last[0]}" if code else "done"
 
 
 def harvest(training: Training, folder: Path) -> dict[str, Any]:
@@ -298,7 +342,7 @@ def masks(folder: Path) -> dict[str, Any]:
 
     loaded = load_newest(folder, Recipe.from_toml(folder / "recipe.toml").hash(), lambda text: print(text))
     if loaded is None:
-        raise FileNotFoundError(f"no checkpoint in {folder}: its masks are lost; delete the folder and run it again")
+        raise FileNotFoundError(f"no checkpoint in {folder.name}: its masks are lost")
     search, spe = loaded[1]["methods"]["early_bird"], loaded[1]["steps_per_epoch"]
     ranked = torch.tensor(search["ranked"])
     return {
@@ -325,13 +369,20 @@ def matrix(looks: Sequence[str], channels: int) -> list[list[float]]:
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one network on one data set with one preset and number of epochs."""
+    """The rows of one network on one data set with one preset and number of epochs.
+
+    Attributes:
+        network, data, preset, epochs: As in `Training`.
+        rows: Of runs that are done.
+        failed: The newest rows of those that are not.
+    """
 
     network: str
     data: str
     preset: str
     epochs: int
     rows: list[dict[str, Any]]
+    failed: list[dict[str, Any]]
 
     @property
     def title(self) -> str:
@@ -340,8 +391,14 @@ class Group:
 
     @property
     def note(self) -> str:
-        head, seeds = self.rows[-1], len({row["seed"] for row in self.rows})
-        return f"{head['device']}, torch {head['torch']}, {head['date']}; {seeds} seed{'s' if seeds > 1 else ''}"
+        every = self.rows or self.failed
+        heads = {}  # to the date of the last row
+        for row in every:
+            beside = f", {row['side_by_side']} runs at a time" if row.get("side_by_side", 1) > 1 else ""
+            heads[f"{row['device']}, torch {row['torch']}{beside}"] = row["date"]
+        seeds = len({row["seed"] for row in every})
+        where = "; ".join(f"{head}, {date}" for head, date in heads.items())
+        return f"{where}; {seeds} seed{'s' if seeds > 1 else ''}"
 
     def values(self, key: str, **which: Any) -> list[Any]:
         """Return one entry of every row that has the values of ``which``."""
@@ -352,12 +409,17 @@ class Group:
         return [100 * value for value in self.values("accuracy", **which)]
 
 
-def groups(found: Iterable[dict[str, Any]]) -> list[Group]:
-    """Return the rows by network, data, preset and epochs, in the order of first appearance."""
+def groups(found: Sequence[dict[str, Any]]) -> list[Group]:
+    """Return the newest row of each training by network, data, preset and epochs, in the order of first appearance."""
+    fields = [field.name for field in dataclasses.fields(Training)]
+    newest = {tuple(row[name] for name in fields): row for row in found}
     sorted_out: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {}
-    for row in found:
+    for row in newest.values():
         sorted_out.setdefault((row["network"], row["data"], row["preset"], row["epochs"]), []).append(row)
-    return [Group(*key, mine) for key, mine in sorted_out.items()]
+    return [
+        Group(*key, list(filter(is_done, mine)), [row for row in mine if not is_done(row)])
+        for key, mine in sorted_out.items()
+    ]
 
 
 def draw_epoch_figure(group: Group) -> str | None:
@@ -497,7 +559,27 @@ def table(group: Group) -> str:
             macs = group.values("macs", **which(keep))
             costs.append(f"{low:.3g} to {high:.3g} / {2 * statistics.fmean(macs) / 1e12:.1f}" if joules else "not run")
         lines.append(f"| {label} | {' | '.join(accuracies)} | {' | '.join(costs)} |")
-    return "\n".join([*lines, "", "Accuracy: mean ± standard deviation in percent (seeds)."])
+    lines += ["", "Accuracy: mean ± sample standard deviation over seeds, in percent (seeds)."]
+    if group.failed:
+        fields = [field.name for field in dataclasses.fields(Training)]
+        lines += ["", "Not in these figures, since they came to no end:", ""]
+        lines += [f"- {Training(**{name: row[name] for name in fields}).name}: {row['status']}" for row in group.failed]
+    return "\n".join(lines)
+
+
+def draw(folder: Path) -> dict[str, str]:
+    """Write the figures of all rows into ``folder``; return file to what it shows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {}
+    for group in groups(rows(NAME)):
+        for name, drawing in DRAWINGS.items():
+            svg = drawing(group)
+            if svg is not None:
+                file = f"paper-{name}-{group.network}-{group.data}-{group.preset}-{group.epochs}ep.svg"
+                file = file.replace("_", "-")
+                (folder / file).write_text(svg, encoding="utf-8")
+                named[file] = f"{name.replace('_', ' ')}: {group.title}"
+    return named
 
 
 CITED = "modelled with the prices of Horowitz, ISSCC 2014, 45 nm"
@@ -528,6 +610,7 @@ def read(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="one epoch of one network, one run of each kind, not recorded"
     )
+    parser.add_argument("--retry", action="store_true", help="run again what failed or was stopped")
     parser.add_argument("--plan", action="store_true", help="print what is to be done and how long it takes, and stop")
     parser.add_argument("--table", action="store_true", help="print the tables of all rows and stop")
     parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the figures of all rows and stop")
@@ -545,42 +628,50 @@ def quick(options: argparse.Namespace) -> list[Training]:
     return [base, replace(base, kind="watch"), replace(base, kind="forced", keep=0.3, draw="0.25ep")]
 
 
+def work_folder(options: argparse.Namespace) -> Path:
+    """Return where run folders go; a quick look has a new place each time, so that it measures anew."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="quick-", dir=options.work)) if options.quick else options.work
+
+
 def main() -> None:
     options = read()
     if options.draw:
-        options.draw.mkdir(parents=True, exist_ok=True)
-        for group in groups(rows(NAME)):
-            for name, drawing in DRAWINGS.items():
-                svg = drawing(group)
-                if svg is not None:
-                    file = f"paper-{name}-{group.network}-{group.data}-{group.preset}-{group.epochs}ep.svg"
-                    (options.draw / file.replace("_", "-")).write_text(svg, encoding="utf-8")
+        draw(options.draw)
         return
+    failed: list[str] = []
     if not options.table:
         whole = quick(options) if options.quick else plan(options)
-        left = whole if options.quick else [training for training in whole if of(training, rows(NAME)) is None]
+        left = whole if options.quick else left_of(whole, rows(NAME), options.retry)
         estimate = StepClock()
         minutes = sum(map(estimate, left)) / 60
         print(
-            f"{len(whole)} runs, {len(whole) - len(left)} done, {len(left)} left: some {minutes:,.0f} minutes "
-            "(estimated from timed steps)", flush=True,
-        )  # fmt: skip
+            f"{len(whole)} runs, {len(left)} to do: some {minutes:,.0f} minutes (estimated from timed steps)",
+            flush=True,
+        )
         if options.plan:
             return
+        work, children = work_folder(options), Children()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children in sessions of their own go, too
 
         def do(training: Training, threads: int) -> None:
-            row = run(training, options.work, threads)
-            print(f"{training.name}: {row['accuracy']:.2%} in {row['seconds']:.0f} s", flush=True)
-            if not options.quick:
-                append(NAME, row)
+            head = machine(threads, options.side_by_side)
+            row = {**asdict(training), **run(training, work, children), **head}
+            if children.killed:
+                return
+            said = f"{row['accuracy']:.2%} in" if is_done(row) else f"{row['status']} after"
+            print(f"{training.name}: {said} {row['seconds']:.0f} s", flush=True)
+            record(NAME, row, quick=options.quick)
+            if not is_done(row):
+                failed.append(training.name)
 
         budget_s = None if options.budget is None else 60 * options.budget
-        done = work_off(left, estimate, do, budget_s=budget_s, side_by_side=options.side_by_side)
-        print(f"{len(done)} runs done, {len(left) - len(done)} left")
-        if options.quick:
-            return
-    for group in groups(rows(NAME)):
+        ended = work_off(left, estimate, do, children, budget_s=budget_s, side_by_side=options.side_by_side)
+        print(f"{len(ended)} runs ended, {len(left) - len(ended)} left")
+    for group in () if options.quick else groups(rows(NAME)):
         print(f"\n{table(group)}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -36,9 +36,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, interleaved, machine, rows
+from common import interleaved, machine, rows
 from figures import COLOURS, Axis, Series, chart
+from records import by_machine, newest, record
 from step_times import batches, early_ticket, network, stepper
+from tables import origin
 from torch import Tensor, nn
 
 import earlybird as eb
@@ -47,6 +49,7 @@ from earlybird.cost.count import count
 
 NAME = "roofline"
 BATCH = 128
+SHAPE: tuple[Any, ...] = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)  # of a convolution: stride, padding, ..., groups
 LEAST_S = 4e-3  # shorter operations are repeated within a round
 GEMMS = (512, 1024, 1536, 2048, 3072)
 COPIES = (2**19, 2**22, 2**24, 2**28)  # bytes read and written: two that fit level 2 or 3 of the cache, two that do not
@@ -109,11 +112,10 @@ class Operation:
         x, y = _image(self.inputs, self.side), _image(self.outputs, self.side)
         if self.kind == "convolution":
             weight = torch.randn(self.outputs, self.inputs, 3, 3).bfloat16().to(memory_format=torch.channels_last)
-            shape: tuple[Any, ...] = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
             if self.phase == "forward":
-                return lambda: torch.ops.aten.convolution(x, weight, None, *shape)
+                return lambda: torch.ops.aten.convolution(x, weight, None, *SHAPE)
             wanted = (self.phase == "input", self.phase == "weight", False)
-            return lambda: torch.ops.aten.convolution_backward(y, x, weight, None, *shape, wanted)
+            return lambda: torch.ops.aten.convolution_backward(y, x, weight, None, *SHAPE, wanted)
         if self.kind == "norm":
             scale, shift, mean, variance = (torch.ones(self.inputs) for _ in range(4))
             if self.phase == "forward":
@@ -212,7 +214,8 @@ def peaks(options: argparse.Namespace) -> int:
                 best[threads] = speeds[fastest], fastest
             print(f"matrix product, {name}, {threads} threads: {speeds[fastest] / 1e9:.0f} GFLOP/s at {fastest}")
             flops = {str(size): round(speed) for size, speed in speeds.items()}
-            record(options, {"part": "peak", "dtype": name, "flops": flops, "others": others}, head)
+            row = {"part": "peak", "dtype": name, "flops": flops, "others": others, **head}
+            record(NAME, row, quick=options.quick)
     torch.set_num_threads(everything)
     return best[everything][1]
 
@@ -305,19 +308,15 @@ def report(
         f"{flops / 1e9:.1f} GFLOP, {flops / step / 1e9:.0f} GFLOP/s, {shares['of_peak']:.0%} of the peak."
     )
     print(f"Its operations at the roofline would take {1e3 * least:.1f} ms: {shares['of_roofline']:.0%} attained.")
-    record(
-        options,
-        {
-            "part": "layers", "width": width, "network": name, "peak": able_to.peak, "copies": able_to.copies,
-            "step_seconds": step, "step_best": best, "counted_macs": counted, "flops": flops, **shares,
-            "rounds": options.rounds,
-            "sums": {part: [round(own[0], 7), round(own[1], 7)] for part, own in sums.items()},
-            "operations": [
-                [layer, *astuple(one), round(taken[one], 8)] for layer, many in found.items() for one in many
-            ],
-        },
-        head,
-    )  # fmt: skip
+    row = {
+        "part": "layers", "width": width, "network": name, "peak": able_to.peak, "copies": able_to.copies,
+        "step_seconds": step, "step_best": best, "counted_macs": counted, "flops": flops, **shares,
+        "rounds": options.rounds,
+        "sums": {part: [round(own[0], 7), round(own[1], 7)] for part, own in sums.items()},
+        "operations": [[layer, *astuple(one), round(taken[one], 8)] for layer, many in found.items() for one in many],
+        **head,
+    }  # fmt: skip
+    record(NAME, row, quick=options.quick)
 
 
 def convolution_line(layer: str, many: Sequence[Operation], taken: dict[Any, float], able_to: Machine) -> str:
@@ -355,17 +354,12 @@ def channels(options: argparse.Namespace, size: int) -> None:
                 f"{together[width] / together[up]:.2f}x" if up != width and up in together else "" for up in rounded
             ]
             print(f"| {width} | {' | '.join(shares)} | {1e3 * together[width]:.2f} | {' | '.join(gains)} |")
-        record(
-            options,
-            {
-                "part": "channels", "side": side, "peak": able_to.peak, "rounds": options.rounds, "others": others,
-                "seconds": {
-                    phase: {str(width): round(taken[width, phase], 8) for width in widths}
-                    for phase in PHASES
-                },
-            },
-            head,
-        )  # fmt: skip
+        row = {
+            "part": "channels", "side": side, "peak": able_to.peak, "rounds": options.rounds, "others": others,
+            "seconds": {phase: {str(width): round(taken[width, phase], 8) for width in widths} for phase in PHASES},
+            **head,
+        }  # fmt: skip
+        record(NAME, row, quick=options.quick)
 
 
 def rounding(options: argparse.Namespace, _: int) -> None:
@@ -393,65 +387,102 @@ def rounding(options: argparse.Namespace, _: int) -> None:
                 f"{1e3 * seconds:.1f}", f"{gain:.2f}x", f"{speed / 1e9:.0f}",
             ]  # fmt: skip
             print("| " + " | ".join(cells) + " |")
-            record(
-                options,
-                {
-                    "part": "rounding", "width": width, "multiple": multiple, "step_seconds": seconds,
-                    "against_1": gain, "parameters": cost.parameters, "forward_macs": cost.forward_macs,
-                    "rounds": options.rounds, "others": others,
-                },
-                head,
-            )  # fmt: skip
+            row = {
+                "part": "rounding", "width": width, "multiple": multiple, "step_seconds": seconds, "against_1": gain,
+                "parameters": cost.parameters, "forward_macs": cost.forward_macs, "rounds": options.rounds,
+                "others": others, **head,
+            }  # fmt: skip
+            record(NAME, row, quick=options.quick)
 
 
-def record(options: argparse.Namespace, row: dict[str, Any], head: dict[str, Any]) -> None:
-    """Append a row, unless this is only a look."""
-    if not options.quick:
-        append(NAME, {**row, **head})
+def tables(found: Sequence[dict[str, Any]]) -> str:
+    """Return what whole steps reach and what rounding brings, of the newest session of each, as Markdown."""
+    parts = []
+    for _, own in by_machine([row for row in found if row["part"] in ("layers", "rounding")]):
+        mine = newest(own, "part", "width")
+        steps = [row for row in mine if row["part"] == "layers"]
+        rounded = [row for row in mine if row["part"] == "rounding"]
+        lines = [origin(mine)]
+        if steps:
+            lines += [
+                "",
+                "| width | network | ms a step | GFLOP/s | share of the fastest matrix product | of the roofline |",
+                "| --- | --- | --- | --- | --- | --- |",
+            ]
+        lines += [
+            f"| {row['width']:g} | {row['network']} | {1e3 * row['step_seconds']:.1f} "
+            f"| {row['flops'] / row['step_seconds'] / 1e9:.0f} | {row['of_peak']:.0%} | {row['of_roofline']:.0%} |"
+            for row in steps
+        ]
+        if rounded:
+            lines += [
+                "", "Widths of one ticket, rounded up:", "",
+                "| width | multiple of | weights | forward MACs | ms a step | 1 / this |",
+                "| --- | --- | --- | --- | --- | --- |",
+            ]  # fmt: skip
+        lines += [
+            f"| {row['width']:g} | {row['multiple']} | {row['parameters'] / 1e6:.2f} M "
+            f"| {row['forward_macs'] / 1e6:.1f} M | {1e3 * row['step_seconds']:.1f} | {row['against_1']:.2f}x |"
+            for row in rounded
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
-def draw(folder: Path) -> None:
-    """Write ``roofline.svg`` and ``channels.svg`` from the newest rows."""
-    found = rows(NAME)
-    by_layer = {(row["width"], row["network"]): row for row in found if row["part"] == "layers"}
-    by_side = {row["side"]: row for row in found if row["part"] == "channels"}
-    if not by_layer or not by_side:
-        sys.exit(f"no rows of layers and channels in results/{NAME}.jsonl; run the benchmark first")
+def draw(folder: Path) -> dict[str, str]:
+    """Write the figures of the newest rows of each machine into ``folder``; return file to what it shows."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "roofline.svg").write_text(roofline_figure(by_layer), encoding="utf-8")
-    (folder / "channels.svg").write_text(channels_figure(by_side), encoding="utf-8")
+    named = {}
+    for part, stem, text, figure in (
+        ("layers", "roofline", "Speed against intensity", roofline_figure),
+        ("channels", "channels", "Efficiency against channels", channels_figure),
+    ):
+        for suffix, own in by_machine([row for row in rows(NAME) if row["part"] == part]):
+            file = f"{stem}{suffix}.svg"
+            (folder / file).write_text(figure(newest(own)), encoding="utf-8")
+            named[file] = text
+    return named
 
 
-def roofline_figure(by_layer: dict[tuple[float, str], dict[str, Any]]) -> str:
-    """Return GFLOP/s against FLOPs a byte: every convolution of every network, under the two roofs."""
+def roofline_figure(found: Sequence[dict[str, Any]]) -> str:
+    """Return GFLOP/s against FLOPs a byte: every convolution of the networks of one session, and the two roofs.
+
+    The roofs are the fastest matrix product and the fastest copy of the largest working set, which no cache holds, in
+    that session. An operation whose operands are in the cache can lie above the second.
+    """
     groups: dict[str, list[tuple[float, float]]] = {"dense": [], "ticket": [], "ticket_layer": []}
-    for (_, name), row in by_layer.items():
+    for row in found:
         for _, *fields, seconds in row["operations"]:
             one = Operation(*fields)
             if one.kind == "convolution":
-                groups[name].append((one.flops / one.moved, one.flops / seconds / 1e9))
-    newest = list(by_layer.values())[-1]
-    slow, peak = list(newest["copies"].values())[-1], newest["peak"]
+                groups[row["network"]].append((one.flops / one.moved, one.flops / seconds / 1e9))
+    peak = max(row["peak"] for row in found)
+    slow = max(row["copies"][max(row["copies"], key=int)] for row in found)
     reach = [intensity for points in groups.values() for intensity, _ in points]
-    ends = [min(reach), peak / slow, max(reach)]
-    roof = [(intensity, min(peak, intensity * slow) / 1e9) for intensity in sorted(ends)]
+    low, ridge, high = min(*reach, peak / slow / 2), peak / slow, max(*reach, 2 * peak / slow)
+    memory = [(intensity, intensity * slow / 1e9) for intensity in (low, ridge)]
     labels = {"dense": "dense", "ticket": "ticket", "ticket_layer": "ticket by layer"}
-    series = [Series(points=roof, colour=COLOURS[5], dots=False, dashed=True, label="attainable")]
+    roof = {"colour": COLOURS[5], "dots": False, "dashed": True}
+    series = [
+        Series(points=memory, label="roof from main memory", **roof),
+        Series(points=[(ridge, peak / 1e9), (high, peak / 1e9)], label="fastest matrix product", **roof),
+    ]
     series += [
         Series(points=points, colour=colour, line=False, label=labels[name])
         for (name, points), colour in zip(groups.items(), (COLOURS[5], *COLOURS))
     ]
-    speeds = [speed for points in (*groups.values(), roof) for _, speed in points]
+    xs, ys = ([point[axis] for one in series for point in one.points] for axis in (0, 1))
     return chart(
-        series, Axis.around([*reach, *ends], "FLOPs a byte", log=True), Axis.around(speeds, "GFLOP/s", log=True),
-        title="Convolutions of VGG-16-BN, batch 128, bf16: speed against intensity", note=small_print(newest),
+        series, Axis.around(xs, "FLOPs a byte", log=True), Axis.around(ys, "GFLOP/s", log=True),
+        title="Convolutions of VGG-16-BN, batch 128, bf16: speed against intensity", note=small_print(found[-1]),
     )  # fmt: skip
 
 
-def channels_figure(by_side: dict[int, dict[str, Any]]) -> str:
-    """Return the share of the peak against the channels of a convolution."""
+def channels_figure(found: Sequence[dict[str, Any]]) -> str:
+    """Return the share of the peak against the channels of a convolution, of the sides of one session."""
     series = []
-    for (side, row), dashed in zip(by_side.items(), (False, True)):
+    for row, dashed in zip(found, (False, True)):
+        side = row["side"]
         for (phase, seconds), colour in zip(row["seconds"].items(), COLOURS):
             points = []
             for text, taken in seconds.items():
@@ -461,7 +492,7 @@ def channels_figure(by_side: dict[int, dict[str, Any]]) -> str:
     xs, ys = ([point[axis] for one in series for point in one.points] for axis in (0, 1))
     return chart(
         series, Axis.around(xs, "channels read and written", log=True), Axis.around(ys, "% of peak", zero=True),
-        title="3x3 convolution, batch 128, bf16: efficiency against channels", note=small_print(row),
+        title="3x3 convolution, batch 128, bf16: efficiency against channels", note=small_print(found[-1]),
     )  # fmt: skip
 
 
@@ -473,26 +504,33 @@ def small_print(row: dict[str, Any]) -> str:
 PARTS = {"layers": layers, "channels": channels, "rounding": rounding}
 
 
-def main() -> None:
+def read(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--width", type=float, help="one width; default: 1 and 0.5")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--search-steps", type=int, default=20, help="dense steps before the tickets are drawn")
     parser.add_argument("--quick", action="store_true", help="half width, few rounds; nothing is recorded")
-    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the figures of all rows and stop")
-    options = parser.parse_args()
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the figures of the newest rows and stop")
+    options = parser.parse_args(words)
     unknown = set(options.parts) - set(PARTS)
     if unknown:
-        sys.exit(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    if options.draw:
-        draw(options.draw)
-        return
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     options.widths = (options.width,) if options.width else (1.0, 0.5)
     options.gemms, options.copies, options.channels = GEMMS, COPIES, CHANNELS
     if options.quick:
         options.rounds, options.search_steps, options.widths = 2, 3, (options.width or 0.5,)
         options.gemms, options.channels = GEMMS[1:4:2], CHANNELS[::3]
+    return options
+
+
+def main() -> None:
+    options = read()
+    if options.draw:
+        if not draw(options.draw):
+            sys.exit(f"no rows of layers or channels in results/{NAME}.jsonl; run the benchmark first")
+        return
     keep_freed()  # as `earlybird train` does
     size = peaks(options)
     for name in options.parts or PARTS:

@@ -8,15 +8,18 @@ the steps. Times of a sweep are taken in turn within one process, and medians co
     quantity = factor * x ^ exponent          (least squares of the logarithms, standard error from their residuals)
 
 The shrunk networks keep the channels with the largest filters, widths rounded up to multiples of 8; which channels
-they are does not matter for the time of a step. Where a sweep has two points, the exponent has no standard error.
+they are does not matter for the time of a step. Where a sweep has two points, the exponent has no standard error;
+where it has one (threads, on one core), there is no exponent. A peak that cannot be told from what the process held
+before is recorded as 0, and left out of the fit.
 
     python benchmarks/scaling.py                    # all sweeps, some five minutes
     python benchmarks/scaling.py width batch
     python benchmarks/scaling.py --quick            # a look of about a minute; nothing is recorded
-    python benchmarks/scaling.py --table            # the exponents of all rows
-    python benchmarks/scaling.py --draw docs/images # the figures, from the rows
+    python benchmarks/scaling.py --table            # the tables of the newest rows
+    python benchmarks/scaling.py --draw docs/images # the figures, from the newest rows
 
-A sweep whose rows are all in `results/scaling.jsonl` is not run again; delete them to repeat it.
+A sweep that `results/scaling.jsonl` has as a whole, of one session on this machine, is not run again; delete its rows
+to repeat it.
 """
 
 from __future__ import annotations
@@ -25,19 +28,21 @@ import argparse
 import gc
 import math
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, interleaved, machine, rows
+from common import comparable, interleaved, machine, rows
 from figures import COLOURS, Axis, Series, chart
 from overheads import resident, time_hooks
+from records import by_machine, newest, record
 from step_times import stepper
+from tables import origin
 from torch import Tensor, nn
 
 import earlybird as eb
@@ -95,14 +100,17 @@ class Point:
         return step
 
 
-ALL = torch.get_num_threads()
-SWEEPS: dict[str, list[Point]] = {
-    "width": [Point(width=width, threads=ALL) for width in (0.25, 0.375, 0.5, 0.75, 1.0)],
-    "depth": [Point(depth=depth, threads=ALL) for depth in (11, 16, 19)],
-    "resnet-depth": [Point(family="resnet", depth=depth, width=1.0, threads=ALL) for depth in (20, 32, 44, 56)],
-    "batch": [Point(batch=batch, threads=ALL) for batch in (32, 64, 128, 256, 512)],
-    "threads": [Point(threads=number) for number in sorted({1, ALL})],
-}
+def sweeps(most: int) -> dict[str, list[Point]]:
+    """Return the points of every sweep on a machine that uses ``most`` threads."""
+    return {
+        "width": [Point(width=width, threads=most) for width in (0.25, 0.375, 0.5, 0.75, 1.0)],
+        "depth": [Point(depth=depth, threads=most) for depth in (11, 16, 19)],
+        "resnet-depth": [Point(family="resnet", depth=depth, width=1.0, threads=most) for depth in (20, 32, 44, 56)],
+        "batch": [Point(batch=batch, threads=most) for batch in (32, 64, 128, 256, 512)],
+        "threads": [Point(threads=number) for number in sorted({1, most})],
+    }
+
+
 ALONG = {"width": "width", "depth": "depth", "resnet-depth": "depth", "batch": "batch", "threads": "threads"}
 QUANTITIES = {
     "dense_step_s": "step, dense", "shrunk_step_s": "step, shrunk", "dense_macs": "MACs of a step, dense",
@@ -182,9 +190,9 @@ def detector_seconds(point: Point, times: int) -> float:
 
 
 def measure(sweep: str, points: Sequence[Point], rounds: int) -> list[dict[str, Any]]:
-    """Measure every point of a sweep; return a row each."""
+    """Measure every point of a sweep; return a row each, which says of how many."""
     head = machine()
-    found: list[dict[str, Any]] = [{"sweep": sweep, **asdict(point)} for point in points]
+    found: list[dict[str, Any]] = [{"sweep": sweep, "point": asdict(point), "points": len(points)} for point in points]
     for row, point in zip(found, points):
         with threads(point.threads):
             row["dense_peak_bytes"] = peak_bytes(point, shrunk=False)
@@ -203,7 +211,7 @@ def measure(sweep: str, points: Sequence[Point], rounds: int) -> list[dict[str, 
     for (index, name), taken in times.items():
         found[index][f"{name}_step_s"] = statistics.median(taken)
         found[index][f"{name}_spread"] = [min(taken), max(taken)]
-    return [{**row, "rounds": rounds, "others": others, **head, "threads": row["threads"]} for row in found]
+    return [{**row, "rounds": rounds, "others": others, **head} for row in found]
 
 
 @dataclass(frozen=True)
@@ -214,56 +222,86 @@ class Fit:
         exponent: Slope of the logarithms.
         standard_error: Of the exponent; None for two points.
         factor: The quantity at x = 1.
+        points: How many it rests on.
     """
 
     exponent: float
     standard_error: float | None
     factor: float
+    points: int
 
     def __str__(self) -> str:
         error = "" if self.standard_error is None else f" ± {self.standard_error:.2f}"
         return f"{self.exponent:.2f}{error}"
 
 
-def power_law(points: Sequence[tuple[float, float]]) -> Fit:
-    """Fit ``y = factor * x ^ exponent`` to positive ``points`` by least squares of the logarithms.
+def power_law(points: Sequence[tuple[float, float]]) -> Fit | None:
+    """Fit ``y = factor * x ^ exponent`` by least squares of the logarithms to those ``points`` that have them.
 
     The standard error is ``sqrt(residual sum of squares / (n - 2) / sum of squares of log x about their mean)``.
 
-    Raises:
-        ValueError: Fewer than two different x, or a number that is not positive.
+    Returns:
+        None if fewer than two different x are left of the points with positive numbers.
     """
-    if any(x <= 0 or y <= 0 for x, y in points):
-        raise ValueError("a power law needs positive numbers")
-    logs = [(math.log(x), math.log(y)) for x, y in points]
+    logs = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
     if len({x for x, _ in logs}) < 2:
-        raise ValueError("a power law needs two different x at least")
+        return None
     mean_x, mean_y = (statistics.fmean(column) for column in zip(*logs))
     spread = sum((x - mean_x) ** 2 for x, _ in logs)
     slope = sum((x - mean_x) * (y - mean_y) for x, y in logs) / spread
     residual = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in logs)
     error = math.sqrt(residual / (len(logs) - 2) / spread) if len(logs) > 2 else None
-    return Fit(slope, error, math.exp(mean_y - slope * mean_x))
+    return Fit(slope, error, math.exp(mean_y - slope * mean_x), len(logs))
 
 
-def complete(sweep: str, found: Sequence[dict[str, Any]]) -> bool:
-    """Tell whether every point of a sweep has a row."""
-    return all(any(row["sweep"] == sweep and matches(row, point) for row in found) for point in SWEEPS[sweep])
+def whole(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return each sweep's rows of the newest session, on one machine, that has all of the sweep's points."""
+    sittings = Counter((row["sweep"], row["session"]) for row in found)
+    complete = [row for row in found if sittings[row["sweep"], row["session"]] == row["points"]]
+    latest = newest(complete, "sweep")
+    return {
+        sweep: sorted((row for row in latest if row["sweep"] == sweep), key=lambda row: row["point"][along])
+        for sweep, along in ALONG.items()
+        if any(row["sweep"] == sweep for row in latest)
+    }
 
 
-def matches(row: dict[str, Any], point: Point) -> bool:
-    return all(row[key] == value for key, value in asdict(point).items())
+def done(sweep: str, points: Sequence[Point], here: dict[str, Any]) -> bool:
+    """Tell whether all ``points`` of a sweep have rows of one session on the machine ``here``."""
+    mine = whole([row for row in rows(NAME) if comparable(row, here)]).get(sweep, [])
+    return all(any(row["point"] == asdict(point) for row in mine) for point in points)
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
-    """Return the exponents of every sweep as Markdown."""
-    lines = ["| exponent of | " + " | ".join(QUANTITIES.values()) + " |", "| --- |" + " --- |" * len(QUANTITIES)]
-    for sweep, along in ALONG.items():
-        mine = [row for row in found if row["sweep"] == sweep]
-        if len({row[along] for row in mine}) < 2:
-            continue
-        fits = [str(power_law([(row[along], row[key]) for row in mine])) for key in QUANTITIES]
-        lines.append(f"| {sweep} ({', '.join(f'{row[along]:g}' for row in mine)}) | {' | '.join(fits)} |")
+def curve(sweep: str, key: str, mine: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Return a quantity of a sweep's rows against what the sweep goes along."""
+    return [(row["point"][ALONG[sweep]], row[key]) for row in mine]
+
+
+def tables(found: Sequence[dict[str, Any]]) -> str:
+    """Return exponents and points of each machine's newest whole sweeps as Markdown."""
+    parts = []
+    for _, own in by_machine(found):
+        measured = whole(own)
+        every = [row for mine in measured.values() for row in mine]
+        if every:
+            parts += [origin(every), exponents_table(measured), points_table(every)]
+    return "\n\n".join(parts)
+
+
+def exponents_table(measured: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """Return the exponents of sweeps, with their standard errors, as Markdown."""
+    lines = [
+        "| exponent (± standard error) of | " + " | ".join(QUANTITIES.values()) + " |",
+        "| --- |" + " --- |" * len(QUANTITIES),
+    ]
+    for sweep, mine in measured.items():
+        cells = []
+        for key in QUANTITIES:
+            fit = power_law(curve(sweep, key, mine))
+            left_out = f" ({fit.points} of {len(mine)} points)" if fit and fit.points < len(mine) else ""
+            cells.append(f"{fit}{left_out}" if fit else "no fit")
+        named = ", ".join(f"{row['point'][ALONG[sweep]]:g}" for row in mine)
+        lines.append(f"| {sweep} ({named}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -275,8 +313,9 @@ def points_table(found: Sequence[dict[str, Any]]) -> str:
         "| --- |" + " --- |" * 10,
     ]
     for row in found:
+        point = row["point"]
         cells = [
-            f"{row['family']}{row['depth']} x {row['width']:g}", f"{row['batch']}", f"{row['threads']}",
+            f"{point['family']}{point['depth']} x {point['width']:g}", f"{point['batch']}", f"{point['threads']}",
             f"{1e3 * row['dense_step_s']:.1f}", f"{1e3 * row['shrunk_step_s']:.1f}",
             f"{row['dense_step_s'] / row['shrunk_step_s']:.2f}x", f"{row['dense_macs'] / row['shrunk_macs']:.2f}x",
             f"{row['dense_peak_bytes'] / 2**20:.0f}", f"{row['shrunk_peak_bytes'] / 2**20:.0f}",
@@ -286,22 +325,39 @@ def points_table(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def figure(sweep: str, found: Sequence[dict[str, Any]]) -> str:
-    """Return the step times of a sweep on logarithmic axes, with the fitted power laws dashed."""
+def draw(folder: Path) -> dict[str, str]:
+    """Write a figure of each machine's newest whole sweeps into ``folder``; return file to what it shows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {}
+    for suffix, own in by_machine(rows(NAME)):
+        for sweep, mine in whole(own).items():
+            if len(mine) > 1:
+                file = f"scaling-{sweep}{suffix}.svg"
+                (folder / file).write_text(figure(sweep, mine), encoding="utf-8")
+                named[file] = f"Time of a training step, sweep {sweep}"
+    return named
+
+
+def figure(sweep: str, mine: Sequence[dict[str, Any]]) -> str:
+    """Return the step times of a sweep on logarithmic axes, with the fitted power laws dashed.
+
+    Args:
+        sweep: Of `ALONG`.
+        mine: Its rows on one machine, at least two, as `whole` has them.
+    """
     along, series = ALONG[sweep], []
-    mine = sorted((row for row in found if row["sweep"] == sweep), key=lambda row: row[along])
     for key, label, colour in (
         ("dense_step_s", "dense", COLOURS[5]),
         ("shrunk_step_s", "shrunk", COLOURS[0]),
         ("detector_s", "detector", COLOURS[1]),
     ):
-        points = [(row[along], 1e3 * row[key]) for row in mine]
+        points = [(x, 1e3 * seconds) for x, seconds in curve(sweep, key, mine)]
         fit = power_law(points)
-        line = [(x, fit.factor * x**fit.exponent) for x, _ in (points[0], points[-1])]
-        series.append(
-            Series(points=line, colour=colour, dots=False, dashed=True, label=f"{label}, ^{fit.exponent:.2f}")
-        )
-        series.append(Series(points=points, colour=colour, line=False))
+        if fit is not None:
+            law = [(x, fit.factor * x**fit.exponent) for x, _ in (points[0], points[-1])]
+            label = f"{label}, ^{fit.exponent:.2f}"
+            series.append(Series(points=law, colour=colour, dots=False, dashed=True, label=label))
+            series.append(Series(points=points, colour=colour, line=False))
     xs, ys = ([point[axis] for one in series for point in one.points] for axis in (0, 1))
     head = mine[-1]
     title = {"resnet-depth": "ResNets on 32x32 images"}.get(sweep, "VGG with batch norm on 32x32 images")
@@ -312,33 +368,48 @@ def figure(sweep: str, found: Sequence[dict[str, Any]]) -> str:
     )  # fmt: skip
 
 
-def main() -> None:
+def read(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sweeps", nargs="*", help=f"of {', '.join(SWEEPS)}; default: all")
+    parser.add_argument("sweeps", nargs="*", metavar="sweep", help=f"of {', '.join(ALONG)}; default: all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="the ends of each sweep, few rounds; nothing is recorded")
-    parser.add_argument("--table", action="store_true", help="print the tables of all rows and stop")
-    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the figures of all rows and stop")
-    options = parser.parse_args()
-    unknown = set(options.sweeps) - set(SWEEPS)
+    parser.add_argument("--table", action="store_true", help="print the tables of the newest rows and stop")
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the figures of the newest rows and stop")
+    options = parser.parse_args(words)
+    unknown = set(options.sweeps) - set(ALONG)
     if unknown:
-        sys.exit(f"unknown sweep {', '.join(sorted(unknown))}; there are {', '.join(SWEEPS)}")
+        parser.error(f"unknown sweep {', '.join(sorted(unknown))}; there are {', '.join(ALONG)}")
+    options.sweeps = options.sweeps or list(ALONG)
+    if options.quick:
+        options.rounds = 2
+    return options
+
+
+def main() -> None:
+    options = read()
     if options.draw:
-        options.draw.mkdir(parents=True, exist_ok=True)
-        for sweep in SWEEPS:
-            if complete(sweep, rows(NAME)):
-                (options.draw / f"scaling-{sweep}.svg").write_text(figure(sweep, rows(NAME)), encoding="utf-8")
+        draw(options.draw)
+        return
+    if options.table:
+        print(tables(rows(NAME)))
         return
     keep_freed()  # as `earlybird train` does
-    looked: list[dict[str, Any]] = []
-    for sweep in () if options.table else options.sweeps or SWEEPS:
+    here, looked = machine(), list[dict[str, Any]]()
+    for sweep in options.sweeps:
+        points = sweeps(here["threads"])[sweep]
         if options.quick:
-            looked += measure(sweep, SWEEPS[sweep][:: max(len(SWEEPS[sweep]) - 1, 1)], 2)
-        elif not complete(sweep, rows(NAME)):
-            for row in measure(sweep, SWEEPS[sweep], options.rounds):
-                append(NAME, row)
-    shown = looked or rows(NAME)
-    print(f"{points_table(shown)}\n\n{table(shown)}")
+            points = points[:: max(len(points) - 1, 1)]
+        if options.quick or not done(sweep, points, here):
+            found = measure(sweep, points, options.rounds)
+            looked += found
+            for row in found:
+                record(NAME, row, quick=options.quick)
+    if options.quick:
+        measured = {sweep: [row for row in looked if row["sweep"] == sweep] for sweep in options.sweeps}
+        print(f"{points_table(looked)}\n\n{exponents_table(measured)}")
+    else:
+        print(tables(rows(NAME)))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,38 @@
-"""Claim: a step of the shrunk network takes a fraction of a dense step. Timed interleaved: noise hits all alike.
+"""Question: what fraction of a dense training step does a step of the shrunk network take?
 
 VGG-16-BN on 32x32 images, batch 128: plain PyTorch (eager, fp32), dense as `tune` sets it (bf16, channels_last), and
 tickets at keep 0.5 drawn after a few steps on CIFAR-10, ranked over the network and layer by layer. Forward, backward
-and optimizer step; no data loading, no evaluation. Every round times one step of each contestant; the median counts.
+and optimizer step; no data loading, no evaluation. Every round times one step of each contestant, so that noise hits
+all alike; medians count: of the seconds, and of the ratios within a round. All run in one process, whose malloc keeps
+what is freed as `earlybird train` sets it; plain PyTorch gets that for nothing.
 
     EARLYBIRD_DATA=... python benchmarks/step_times.py --width 1 --rounds 9
+    EARLYBIRD_DATA=... python benchmarks/step_times.py --quick       # a look at half width; nothing is recorded
+    python benchmarks/step_times.py --table                          # the table of the newest rows
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import append, interleaved, machine
+from common import interleaved, machine, rows
+from records import by_machine, newest, record
+from tables import origin
 from torch import nn
 from torch.nn import functional
 
 import earlybird as eb
+from earlybird.allocator import keep_freed
 from earlybird.cost.count import count
 from earlybird.data import Augment, Loader, load
 from earlybird.models import build
+
+NAME = "step_times"
+BASES = ("plain", "dense")  # what the others are set against
 
 
 def network(width: float, tuned: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -67,38 +77,78 @@ def early_ticket(
     return model, optimizer, search.ticket
 
 
-def main() -> None:
+def measure(width: float, rounds: int, search_steps: int) -> list[dict[str, Any]]:
+    """Time the steps of all contestants of one width; return a row each."""
+    loader = batches()
+    x, y = next(loader.epoch(0))
+    plain, dense = network(width, tuned=False), network(width, tuned=True)
+    steps = {"plain": stepper(*plain, x.contiguous(), y, False), "dense": stepper(*dense, x, y, True)}
+    macs = {name: count(model, x).forward_macs for name, (model, _) in (("plain", plain), ("dense", dense))}
+    for name, scope in (("ticket", "network"), ("ticket_layer", "layer")):
+        model, optimizer, _ = early_ticket(width, loader, search_steps, scope=scope)
+        steps[name], macs[name] = stepper(model, optimizer, x, y, True), count(model, x).forward_macs
+    head = machine()
+    times, others = interleaved(steps, rounds)
+    return [
+        {
+            "contestant": name, "width": width, "step_seconds": statistics.median(taken), "rounds": rounds,
+            "others": others, "forward_macs": macs[name], "spread": [min(taken), max(taken)],
+            "ratios": {
+                base: statistics.median(a / b for a, b in zip(times[base], taken)) for base in BASES if base != name
+            },
+            **head,
+        }
+        for name, taken in times.items()
+    ]  # fmt: skip
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """Return the newest session of each width and machine as Markdown, widest first.
+
+    Ratios are those that the row was recorded with; a row without them, from before, has none.
+    """
+    parts = []
+    for _, own in by_machine(found):
+        for width in sorted({row["width"] for row in own}, reverse=True):
+            mine = [row for row in newest(own, "width") if row["width"] == width]
+            lines = [
+                f"Width {width:g}: {origin(mine)}", "",
+                "| network | forward MACs | ms a step (median) | plain / this | dense / this |",
+                "| --- | --- | --- | --- | --- |",
+            ]  # fmt: skip
+            for row in mine:
+                ratios = row.get("ratios", {})
+                cells = [f"{ratios[base]:.2f}x" if base in ratios else "" for base in BASES]
+                macs, ms = f"{row['forward_macs'] / 1e6:.0f} M", f"{1e3 * row['step_seconds']:.0f}"
+                lines.append("| " + " | ".join([row["contestant"], macs, ms, *cells]) + " |")
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def read(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--search-steps", type=int, default=20, help="dense steps before the tickets are drawn")
     parser.add_argument("--quick", action="store_true", help="a look at half width, few rounds; nothing is recorded")
-    options = parser.parse_args()
+    parser.add_argument("--table", action="store_true", help="print the table of the newest rows and stop")
+    options = parser.parse_args(words)
     if options.quick:
         options.width, options.rounds, options.search_steps = 0.5, 3, 10
-    loader = batches()
-    x, y = next(loader.epoch(0))
-    plain, dense = network(options.width, tuned=False), network(options.width, tuned=True)
-    steps = {"plain": stepper(*plain, x.contiguous(), y, False), "dense": stepper(*dense, x, y, True)}
-    macs = {name: count(model, x).forward_macs for name, (model, _) in (("plain", plain), ("dense", dense))}
-    for name, scope in (("ticket", "network"), ("ticket_layer", "layer")):
-        model, optimizer, _ = early_ticket(options.width, loader, options.search_steps, scope=scope)
-        steps[name], macs[name] = stepper(model, optimizer, x, y, True), count(model, x).forward_macs
-    head = machine()
-    times, others = interleaved(steps, options.rounds)
-    print(f"{head['device']}, {head['threads']} threads, torch {head['torch']}, {head['date']}, {head['revision']}")
-    print("| contestant | forward MACs | ms a step (median) | plain / this | dense / this |")
-    print("| --- | --- | --- | --- | --- |")
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    for name, median in medians.items():
-        ratios = [statistics.median(a / b for a, b in zip(times[base], times[name])) for base in ("plain", "dense")]
-        print(f"| {name} | {macs[name] / 1e6:.0f} M | {1e3 * median:.0f} | {ratios[0]:.2f}x | {ratios[1]:.2f}x |")
-        row = {
-            "contestant": name, "width": options.width, "step_seconds": median, "rounds": options.rounds,
-            "others": others, "forward_macs": macs[name], "spread": [min(times[name]), max(times[name])],
-        }  # fmt: skip
-        if not options.quick:
-            append("step_times", {**row, **head})
+    return options
+
+
+def main() -> None:
+    options = read()
+    if options.table:
+        print(table(rows(NAME)))
+        return
+    keep_freed()  # as `earlybird train` does
+    found = measure(options.width, options.rounds, options.search_steps)
+    for row in found:
+        record(NAME, row, quick=options.quick)
+    print(table(found))
 
 
 if __name__ == "__main__":

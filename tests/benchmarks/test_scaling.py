@@ -1,9 +1,11 @@
 import math
 import random
+from dataclasses import asdict
 
+import common
 import pytest
 import scaling
-from scaling import QUANTITIES, SWEEPS, Point, complete, power_law, table
+from scaling import QUANTITIES, Point, done, power_law, sweeps, whole
 
 
 def test_a_power_law_without_noise_is_found_exactly():
@@ -40,30 +42,60 @@ def test_two_points_give_an_exponent_without_an_error():
     assert str(fit) == "2.00"
 
 
-@pytest.mark.parametrize("points", [[(1, 1)], [(2, 1), (2, 3)], [(0, 1), (1, 1)], [(1, 1), (2, -1)]])
-def test_what_has_no_power_law_is_refused(points):
-    with pytest.raises(ValueError, match="needs"):
-        power_law(points)
+@pytest.mark.parametrize(
+    "points", [[], [(1, 1)], [(2, 1), (2, 3)], [(0, 1), (1, 1)], [(1, 1), (2, -1)], [(1, 0), (2, 0)]]
+)
+def test_fewer_than_two_points_with_logarithms_have_no_power_law(points):
+    assert power_law(points) is None
 
 
-def rows_of(sweep):
+def test_points_without_logarithms_are_left_out():
+    fit = power_law([(1, 10), (2, 0), (2, 40), (0, 7)])
+    assert (fit.exponent, fit.points) == (pytest.approx(2), 2)
+
+
+def rows_of(sweep, head):
+    points = sweeps(2)[sweep]
     return [
-        {"sweep": sweep, **vars(point), **dict.fromkeys(QUANTITIES, (index + 1.0) ** 2)}
-        for index, point in enumerate(SWEEPS[sweep])
-    ]
+        {"sweep": sweep, "point": asdict(point), "points": len(points),
+         **dict.fromkeys(QUANTITIES, (index + 1.0) ** 2), **head}
+        for index, point in enumerate(points)
+    ]  # fmt: skip
 
 
-def test_a_sweep_is_done_only_when_every_point_has_a_row():
-    found = rows_of("width")
-    assert complete("width", found)
-    assert not complete("width", found[:-1])
-    assert not complete("batch", found)
+def test_a_sweep_counts_when_one_session_has_all_its_points(head):
+    old, cut_off = rows_of("width", head()), rows_of("width", head(session="second"))[:-1]
+    assert whole([*old, *cut_off]) == {"width": old}
+    assert whole([*old[:-1], *cut_off]) == {}
+    new = rows_of("width", head(session="third"))
+    assert whole([*new[::-1], *old, *new[:0]]) == {"width": old}
+    assert whole([*old, *new[::-1]]) == {"width": new}  # in the order of the axis
 
 
-def test_the_table_has_one_line_a_sweep_that_was_measured():
-    lines = table([*rows_of("batch"), *rows_of("width")[:1]]).splitlines()
-    assert len(lines) == 3
-    assert lines[2].startswith("| batch (32, 64, 128, 256, 512) | 1.")
+def test_a_sweep_is_done_on_the_machine_that_did_it(results, head):
+    for row in rows_of("width", head()):
+        common.append(scaling.NAME, row)
+    points = sweeps(2)["width"]
+    assert done("width", points, head(session="now"))
+    assert not done("batch", sweeps(2)["batch"], head())
+    for other in ({"device": "small"}, {"torch": "3"}, {"threads": 1}):
+        assert not done("width", points, head(**other))
+    assert not done("width", [*points, Point(width=2.0)], head())
+
+
+def test_a_look_at_the_ends_of_a_sweep_is_a_sweep_of_its_own_but_not_all_of_it(results, head):
+    ends = [{**row, "points": 2} for row in rows_of("width", head())[::4]]
+    for row in ends:
+        common.append(scaling.NAME, row)
+    assert whole(ends) == {"width": ends}
+    assert not done("width", sweeps(2)["width"], head())
+
+
+def test_one_core_has_one_point_along_threads():
+    assert [point.threads for point in sweeps(1)["threads"]] == [1]
+    assert [point.threads for point in sweeps(4)["threads"]] == [1, 4]
+    assert {point.threads for point in sweeps(1)["batch"]} == {1}
+    assert list(sweeps(1)) == list(scaling.ALONG)
 
 
 def test_shrinking_takes_channels_away():
@@ -78,3 +110,15 @@ def test_the_detector_and_the_peak_of_a_small_network_are_measured():
     assert scaling.shrink_seconds(point, 1) > 0
     parameters = sum(p.numel() for p in point.build(shrunk=False)[0].parameters())
     assert scaling.peak_bytes(point, shrunk=False) > 4 * 2 * parameters  # weights and momentum at least
+
+
+def test_a_measured_sweep_has_all_its_quantities_in_every_row(monkeypatch):
+    monkeypatch.setattr(scaling, "interleaved", lambda actions, rounds: ({name: [1.0, 3.0] for name in actions}, 0.0))
+    for name in ("shrink_seconds", "detector_seconds"):
+        monkeypatch.setattr(scaling, name, lambda point, times: 0.5)
+    points = [Point(width=0.125, batch=batch, threads=1) for batch in (2, 4)]
+    found = scaling.measure("batch", points, 2)
+    assert [row["point"] for row in found] == [asdict(point) for point in points]
+    assert all(row[key] >= 0 for row in found for key in QUANTITIES)
+    assert {row["points"] for row in found} == {2}
+    assert found[0]["dense_step_s"] == 2.0
