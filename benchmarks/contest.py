@@ -261,14 +261,15 @@ class Queue:
 
 def run(
     name: str, tasks: Mapping[str, Task], contestants: Mapping[str, Contestant], options: argparse.Namespace
-) -> None:
-    """Run what has no row of this machine yet, within the budget of ``options``."""
+) -> list[str]:
+    """Run what has no row of this machine yet, within the budget of ``options``; return what failed, in words."""
     session = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M")
     slots = cores_of_slots(options.side_by_side)
     where = {"accelerator": options.accelerator, "threads": len(slots[0])}
     head = {**machine(len(slots[0]), len(slots), options.accelerator), "session": session}
     queue = Queue(name, tasks, contestants, options, condition(head))
     children = Children()
+    failed: list[str] = []
 
     def work(_: int) -> None:
         while (taken := queue.take()) is not None:
@@ -288,10 +289,13 @@ def run(
                 if not children.killed:
                     row = {**outcome, **key, "wall_s": round(time.monotonic() - begun, 1)}
                     tell(job, row["status"] if row["status"] != "done" else f"{row['seconds']:.0f} s")
+                    if row["status"] != "done":
+                        failed.append(f"{task} {contestant} seed {seed}")
             finally:
                 queue.end(job, row)
 
     in_slots(slots, work, children.kill)
+    return failed
 
 
 def tell(job: Job, text: str) -> None:
@@ -385,6 +389,7 @@ def main(
         if unknown:
             parser.error(f"unknown: {', '.join(unknown)} (known: {', '.join(known)})")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a child in its own session goes, too
-    if not options.table:
-        run(script, tasks, contestants, options)
+    failed = [] if options.table else run(script, tasks, contestants, options)
     print(table())
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)} (the rows say why; --retry tries again)")

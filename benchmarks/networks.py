@@ -1,8 +1,7 @@
-"""Claim: on other networks, too, the early ticket costs less than tuned dense training, at nearly its accuracy.
+"""Question: on other networks, too, does the early ticket cost less than tuned dense training, at its accuracy?
 
 ResNet-20, ResNet-18 at half width, PreActResNet-29 and MobileNetV2 on CIFAR-10, dense and with an early ticket, and
-dense for the ticket's time. A ratio below 1.5 is told as such: residual sums tie channels together, and compact
-networks have few to give.
+dense for the ticket's time. Residual sums tie channels together, and compact networks have few to give.
 
     EARLYBIRD_DATA=... python benchmarks/networks.py --budget 60      # resumable
     python benchmarks/networks.py --table

@@ -1,4 +1,4 @@
-"""Claim: 94 % on CIFAR-10 comes in less time with our methods on top of the fastest dense recipe there is.
+"""Question: does 94 % on CIFAR-10 come in less time with our methods on top of the fastest dense recipe there is?
 
 The speed-run recipe (`recipes/speedrun-cifar10.toml`) alone, for fewer epochs, and with progressive resizing, an early
 ticket, or both. The question is the time to 94 %, so a contestant that ends below it has lost, however fast it was.

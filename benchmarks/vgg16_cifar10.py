@@ -1,4 +1,4 @@
-"""Claim: VGG-16-BN on CIFAR-10 reaches the dense accuracy for a fraction of the time, the search included.
+"""Question: what is the fastest way to an accuracy of VGG-16-BN on CIFAR-10, everything it takes included?
 
 Side by side, seed by seed, each in a process of its own: plain PyTorch, tuned dense, early tickets, and what a user
 would pick instead (`rivals/`): dense for the ticket's time, a narrower network, pruning after training, slimming,

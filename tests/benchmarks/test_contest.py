@@ -153,7 +153,8 @@ def test_a_real_run_a_failure_and_one_over_budget_leave_rows_and_the_others_go_o
     monkeypatch.setattr(contest, "command", typed)
     three = {name: Contestant(name, "ours") for name in ("dense", "ticket", "snip")}
     task = Task("A task", "digits", {}, seeds=1, budget_s=5)
-    contest.run("made_up", {"t": task}, three, options(contestants=list(three)))
+    failed = contest.run("made_up", {"t": task}, three, options(contestants=list(three)))
+    assert failed == ["t ticket seed 0", "t snip seed 0"]
     found = {row["contestant"]: row for row in common.rows("made_up")}
     assert found["dense"]["status"] == "done"
     assert found["ticket"]["status"] == "failed with exit code 1: a reason"
