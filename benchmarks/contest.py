@@ -287,7 +287,7 @@ def run(
                 begun = time.monotonic()
                 outcome = attempt(tasks[task], contestants[contestant], seed, out, found, where, children)
                 if not children.killed:
-                    row = {**outcome, **key, "wall_s": round(time.monotonic() - begun, 1)}
+                    row = {**outcome, **key, "wall_s": round(time.monotonic() - begun, 3)}
                     tell(job, row["status"] if row["status"] != "done" else f"{row['seconds']:.0f} s")
                     if row["status"] != "done":
                         failed.append(f"{task} {contestant} seed {seed}")

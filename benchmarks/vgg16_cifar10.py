@@ -40,14 +40,9 @@ CONTESTANTS = {
         "**early ticket, progressive resizing**", "ours", {"keep": 0.5, "method": "early_bird,progressive_resizing"}
     ),
     "ticket-small-search": Contestant(
-        "**early ticket**, searched on images of half the side",
+        "**early ticket**, searched on images of half the side (`--preset fast`)",
         "ours",
-        {
-            "keep": 0.5,
-            "method": "early_bird,progressive_resizing",
-            "grow_from": "1ep",  # the deadline of the search
-            "whole_from": "1ep",
-        },
+        {"keep": 0.5, "preset": "fast"},
     ),
     "ticket-longer": Contestant("**early ticket** (default), 1.4 times the epochs", "ours", {"keep": 0.5}, longer=1.4),
     "ticket_layer-longer": Contestant(
@@ -57,6 +52,12 @@ CONTESTANTS = {
         "**early ticket, progressive resizing**, 1.6 times the epochs",
         "ours",
         {"keep": 0.5, "method": "early_bird,progressive_resizing"},
+        longer=1.6,
+    ),
+    "resized-ticket_layer-longer": Contestant(
+        "**early ticket, by layer, progressive resizing**, 1.6 times the epochs",
+        "ours",
+        {"keep": 0.5, "scope": "layer", "method": "early_bird,progressive_resizing"},
         longer=1.6,
     ),
     "dense-equal-time": Contestant(

@@ -26,6 +26,9 @@ class MethodInfo:
     limits: str
 
 
+PRESET_METHODS: dict[str, tuple[str, ...]] = {"fast": ("early_bird", "progressive_resizing")}
+"""Presets that call for methods of their own, where the recipe names none."""
+
 METHODS: dict[str, MethodInfo] = {
     method.name: method
     for method in (

@@ -260,3 +260,17 @@ def test_keys_of_muon_are_refused_without_it(key: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(key))} is for optimizer 'muon', not 'sgd'"):
         Recipe.from_values(key)
     assert Recipe.from_values({**key, "optimizer": "muon"})
+
+
+def test_the_fast_preset_searches_on_small_images_unless_the_recipe_names_its_methods(tmp_path: Path) -> None:
+    recipe = Recipe.from_values({"preset": "fast", "keep": 0.4})
+    methods = recipe.build_methods()
+    assert list(methods) == ["early_bird", "progressive_resizing"]
+    assert methods["early_bird"].keep == 0.4
+    assert str(methods["progressive_resizing"].whole_from) == "1ep"
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml())
+    assert Recipe.from_toml(path) == recipe
+    assert list(Recipe.from_values({"preset": "fast", "method": "early_bird"}).build_methods()) == ["early_bird"]
+    assert list(Recipe.from_values({"preset": "default"}).build_methods()) == ["early_bird"]
+    assert Recipe.from_values({"preset": "fast", "dense": True}).build_methods() == {}

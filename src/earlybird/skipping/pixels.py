@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,12 @@ class ProgressiveResizing:
     grow_from: Step = option(Step.parse("50%"), "When images begin to grow.")
     whole_from: Step = option(Step.parse("80%"), "From when on images are whole.")
     size_step: int = option(4, "Multiple of pixels to which sides are rounded.")
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {},
+        # with an early ticket: small images as long as it is searched for
+        "fast": {"grow_from": Step.parse("1ep"), "whole_from": Step.parse("1ep")},
+    }
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "initial_scale", check_share("initial_scale", self.initial_scale))

@@ -95,6 +95,7 @@ class EarlyBird:
             "tolerance": 0.1, "deadline": None, "sparsity": 1e-4, "sparsity_after": True, "coupled": "whole",
             "weights": "continue", "optimizer_state": "reset", "refit": "none", "round_to": 1, "strict": True,
         },
+        "fast": {},
     }  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -83,7 +83,9 @@ class Recipe(BaseModel):
     # the methods
     dense: bool = Field(False, description="train the whole model, without any method")
     method: tuple[str, ...] = Field(("early_bird",), min_length=1, description="one or several of 'earlybird methods'")
-    preset: str = Field("default", description="named settings of the methods: default or published")
+    preset: str = Field(
+        "default", description="named settings of the methods: default, published, or fast (searches on small images)"
+    )
     settings: dict[str, Any] = Field(default_factory=dict, description="fields of the methods; flat in files and flags")
     # where and how it is computed
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order of images, augmentation and dropout")
@@ -274,6 +276,8 @@ _OWN = typing.get_type_hints(Recipe, include_extras=True)
 
 
 def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -> Recipe:
+    from earlybird.methods import PRESET_METHODS
+
     given = {**values, **flags}
     by_name = {key.name: key for key in keys()}
     typed: dict[str, Any] = {}
@@ -283,6 +287,8 @@ def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -
         key = by_name[name]
         typed[name] = _check(where, key, _from_text(value, key) if name in flags else _from_toml(value, key))
 
+    if "method" not in typed and typed.get("preset") in PRESET_METHODS:
+        typed["method"] = PRESET_METHODS[typed["preset"]]
     methods: tuple[str, ...] = typed.get("method", by_name["method"].default)
     if len(set(methods)) < len(methods):
         raise InputError(f"{where}: method = {', '.join(methods)} names one twice")
