@@ -32,8 +32,8 @@ DROPPED = (3.0, 1.3)
 """A candidate this many times slower than the best is not timed further: after one timed step, and after more."""
 ENOUGH_IMAGES = 256
 """On a CPU, which a small batch keeps busy, no more images than these are timed; a step is as many times longer."""
-COMPILE_FROM_S = 1800.0
-"""Estimated length of the run from which compiling is tried."""
+COMPILE_FROM_S = 3600.0
+"""Estimated length of the run from which compiling is tried: half a minute of a CPU, so that it stays under 1 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
