@@ -17,6 +17,7 @@ from xml.sax.saxutils import escape
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 720, 380, 56, 56, 62
 COLOURS = ("#12977f", "#c77d1a", "#4a7fd6", "#b5548f", "#7a6ad0", "#8a8f98")
 """Readable as lines and as text on white and on near-black."""
+LABELS = 12
 _STEPS = (1, 2, 5)
 _TICKS = 8
 _LETTER = 7.2  # pixels a letter of 13 px takes, on average
@@ -108,7 +109,7 @@ def _step(span: float) -> float:
 
 
 def chart(series: Sequence[Series], x: Axis, y: Axis, *, title: str, note: str = "") -> str:
-    """Return an SVG of ``series``.
+    """Return an SVG of ``series``. More than `LABELS` labels become numbers, with a list beside the chart.
 
     Args:
         series: Drawn in this order, the last one on top.
@@ -116,13 +117,16 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, *, title: str, note: str =
         title: One line above.
         note: One line below, in small print: machine and date.
     """
-    right = 16 + max((_LETTER * len(one.label) for one in series), default=0.0)
-    bottom, edge = HEIGHT - BOTTOM, WIDTH - right
+    labelled = [one for one in series if one.label and one.points]
+    numbered = len(labelled) > LABELS
+    height = max(HEIGHT, TOP + BOTTOM + _LINE * len(labelled)) if numbered else HEIGHT
+    right = 16 + max((_LETTER * len(one.label) for one in series), default=0.0) + (40 if numbered else 0)
+    bottom, edge = height - BOTTOM, WIDTH - right
 
     def at(point: tuple[float, float]) -> tuple[float, float]:
         return LEFT + x.share(point[0]) * (edge - LEFT), bottom - y.share(point[1]) * (bottom - TOP)
 
-    parts = [*_head(title, HEIGHT), f'<text x="{LEFT - 40}" y="40" font-size="11">{escape(y.label)}</text>']
+    parts = [*_head(title, height), f'<text x="{LEFT - 40}" y="40" font-size="11">{escape(y.label)}</text>']
     for tick in y.ticks():
         top = at((x.low, tick))[1]
         parts.append(f'<line class="g" x1="{LEFT}" x2="{edge:.1f}" y1="{top:.1f}" y2="{top:.1f}"/>')
@@ -131,8 +135,8 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, *, title: str, note: str =
         left = at((tick, y.low))[0]
         parts.append(f'<line class="g" x1="{left:.1f}" x2="{left:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
         parts.append(f'<text x="{left:.1f}" y="{bottom + 18}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text x="{edge:.1f}" y="{HEIGHT - 26}" text-anchor="end" font-size="11">{escape(x.label)}</text>')
-    parts.append(_note(note, HEIGHT))
+    parts.append(f'<text x="{edge:.1f}" y="{height - 26}" text-anchor="end" font-size="11">{escape(x.label)}</text>')
+    parts.append(_note(note, height))
     for one in series:
         places = [at(point) for point in one.points]
         if one.line:
@@ -141,11 +145,36 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, *, title: str, note: str =
             parts.append(f'<polyline points="{points}" fill="none" stroke="{one.colour}" stroke-width="2"{dash}/>')
         if one.dots:
             parts += [f'<circle cx="{left:.1f}" cy="{top:.1f}" r="3.2" fill="{one.colour}"/>' for left, top in places]
-    labelled = [one for one in series if one.label and one.points]
     ends = [at(one.points[-1]) for one in labelled]
-    for one, (left, _), top in zip(labelled, ends, apart([top for _, top in ends], _LINE, TOP, bottom)):
-        parts.append(f'<text x="{left + 8:.1f}" y="{top + 4:.1f}" style="fill:{one.colour}">{escape(one.label)}</text>')
+    if numbered:
+        for number, (one, (left, top)) in enumerate(zip(labelled, beside(ends)), 1):
+            parts.append(f'<text x="{left:.1f}" y="{top:.1f}" font-size="10" style="fill:{one.colour}">{number}</text>')
+            line = TOP + _LINE * (number - 0.5)
+            text = f'x="{edge + 24:.1f}" y="{line:.1f}" style="fill:{one.colour}">{number}  {escape(one.label)}'
+            parts.append(f"<text {text}</text>")
+    else:
+        for one, (left, _), top in zip(labelled, ends, apart([top for _, top in ends], _LINE, TOP, bottom)):
+            text = f'x="{left + 8:.1f}" y="{top + 4:.1f}" style="fill:{one.colour}">{escape(one.label)}'
+            parts.append(f"<text {text}</text>")
     return "\n".join([*parts, "</svg>\n"])
+
+
+def beside(dots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return where to write a number of two digits at each dot: where it covers least of dots and numbers."""
+    sides = ((5, 4), (-6, -6), (-6, 13), (-17, 4), (6, -6), (6, 13), (-17, -5), (-17, 12))
+    taken = [(left - 3, top + 3) for left, top in dots]
+    found = []
+    for left, top in dots:
+        places = [(left + x, top + y) for x, y in sides]
+
+        def covered(place: tuple[float, float]) -> float:
+            near = [(abs(place[0] - x), abs(place[1] - y)) for x, y in taken]
+            return sum(max(0, 12 - x) * max(0, 9 - y) for x, y in near)
+
+        best = min(places, key=covered)
+        taken.append(best)
+        found.append(best)
+    return found
 
 
 def heat_maps(

@@ -16,6 +16,9 @@ Row = dict[str, Any]
 Newest = Mapping[tuple[str, int], Row]
 """Contestant and seed to the newest row, of one task on one machine."""
 
+FAR = 25
+"""Points of accuracy below the best from which on a contestant is named below a plot instead of being shown."""
+
 PACE = 0.05
 """Change of the yardstick between two runs from which on their ratio is marked."""
 
@@ -225,9 +228,13 @@ def _curves(done: Sequence[Row], contestants: Mapping[str, Contestant]) -> list[
 
 
 def _plot(series: Sequence[Series], label: str, title: str, done: Sequence[Row]) -> str:
-    row = done[-1]
-    x, y = zip(*(point for one in series for point in one.points))
+    """Return the chart; what ended far below the best would leave no room for the others, and is named instead."""
+    floor = max(one.points[-1][1] for one in series) - FAR
+    shown = [one for one in series if one.points[-1][1] >= floor]
+    x, y = zip(*(point for one in shown for point in one.points))
+    far = ", ".join(f"{one.label}: {one.points[-1][1]:.1f} %" for one in series if one not in shown)
+    note = f"{done[-1]['device']}, torch {done[-1]['torch']}, {done[-1]['date']}; up and to the left is better"
     return chart(
-        series, Axis.around(x, label, zero=True), Axis.around(y, "test accuracy, %"), title=title,
-        note=f"{row['device']}, torch {row['torch']}, {row['date']}; up and to the left is better",
+        shown, Axis.around(x, label, zero=True), Axis.around(y, "test accuracy, %"), title=title,
+        note=note + (f"; not shown: {far}" if far else ""),
     )  # fmt: skip

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.rivals.loop import Contest, fit, schedule
-from earlybird.cost.count import ModelCost
 
 INITIAL_SCALE, DELAY, FULL_SIZE, INCREMENT = 0.5, 0.5, 0.2, 4
 FREEZE_START, FREEZE_LEVEL = 0.5, 1.0
@@ -98,7 +97,6 @@ def selective_backprop(contest: Contest) -> tuple[nn.Module, float]:
     """
     model = contest.build()
     generator = torch.Generator().manual_seed(contest.recipe.seed)
-    costs: dict[str, ModelCost] = {}
     skipped = 0
 
     def prepare(images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -112,11 +110,7 @@ def selective_backprop(contest: Contest) -> tuple[nn.Module, float]:
         losses = functional.cross_entropy(
             logits.float(), labels, reduction="none", label_smoothing=contest.recipe.label_smoothing
         )
-        if not costs:
-            costs.update(whole=contest.count(model, images), small=contest.count(model, small))
-        contest.ledger.price_as(costs["small"])
-        contest.ledger.passes(len(images))
-        contest.ledger.price_as(costs["whole"])
+        contest.ledger.passes(len(images), inputs=small)
         chosen = choose(losses, generator)
         skipped += len(images) - len(chosen)
         return images[chosen].contiguous(memory_format=torch.channels_last), labels[chosen]

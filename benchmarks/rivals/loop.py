@@ -215,9 +215,9 @@ def fit(
     model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(recipe, model, contest.steps_per_epoch)
     ledger.bits = 16
-    full = contest.count(model)
-    ledger.price_as(full)
-    ledger.watch(model, optimizer)
+    ledger.pause()
+    ledger.watch(model, optimizer, contest.example)
+    ledger.resume()
     model.train()
     accuracy = math.nan
     for epoch in range(first, last):
@@ -241,19 +241,16 @@ def fit(
             raise DivergedError(f"the loss became {float(losses):g} in epoch {epoch}", hint=f"lower lr ({recipe.lr:g})")
         if after_epoch is not None:
             after_epoch(epoch + 1)
-        accuracy = evaluate(contest, model, full)
+        accuracy = evaluate(contest, model)
         print(f"{phase} epoch {epoch + 1}: {accuracy:.2%} after {contest.seconds:.0f} s", file=sys.stderr, flush=True)
     ledger.unwatch()
     return accuracy
 
 
-def evaluate(contest: Contest, model: nn.Module, cost: ModelCost) -> float:
-    """Return the accuracy on the test images, 0 to 1, and add it to the curve; ``cost`` is that of a whole image."""
-    ledger = contest.ledger
+def evaluate(contest: Contest, model: nn.Module) -> float:
+    """Return the accuracy on the test images, 0 to 1, and add it to the curve."""
     right = seen = 0
-    before = ledger.cost
-    with ledger.during("evaluate"), torch.no_grad():
-        ledger.price_as(cost)
+    with contest.ledger.during("evaluate"), torch.no_grad():
         model.eval()
         for images, labels in contest.test.epoch(0):
             with contest.autocast():
@@ -261,8 +258,6 @@ def evaluate(contest: Contest, model: nn.Module, cost: ModelCost) -> float:
             right += int((logits.argmax(1) == labels).sum())
             seen += len(labels)
         model.train()
-    if before is not None:
-        ledger.price_as(before)
     contest.curve.append([round(contest.seconds, 1), right / seen])
     return right / seen
 

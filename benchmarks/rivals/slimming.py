@@ -69,12 +69,11 @@ def soft_filter_pruning(contest: Contest) -> tuple[nn.Module, float]:
     fit(contest, model, schedule(contest), after_epoch=zero)
     with contest.ledger.during("draw"):
         eb.shrink(model, Ticket(masks), contest.example[:1], groups=groups)
-        small = contest.count(model)
-        contest.ledger.price_as(small)
+        contest.ledger.price_as(contest.count(model))
         reestimate(contest, model)
     contest.ledger.watch(model)
     contest.notes["keep"] = keep
-    return model, evaluate(contest, model, small)
+    return model, evaluate(contest, model)
 
 
 def norms_of_filters(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,9 +1,10 @@
+import itertools
 import re
 from xml.etree import ElementTree
 
 import figures
 import pytest
-from figures import COLOURS, HEIGHT, LEFT, TOP, WIDTH, Axis, Series, apart, chart, heat_maps
+from figures import COLOURS, HEIGHT, LEFT, TOP, WIDTH, Axis, Series, apart, beside, chart, heat_maps
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -120,3 +121,22 @@ def test_labels_are_moved_apart_and_keep_their_order():
     assert apart([100.0, 101.0, 50.0], 15, 0, 300) == [100, 115, 50]
     assert apart([298.0, 299.0], 15, 0, 300) == [285, 300]
     assert apart([], 15, 0, 300) == []
+
+
+def test_many_labels_become_numbers_with_a_list_beside_the_chart():
+    dots = [Series(points=[(index % 4, 80 + index / 9)], colour="#000", label=f"way {index}") for index in range(20)]
+    svg = chart(dots, Axis.around([0, 3], "s"), Axis.around([80, 83], "%"), title="t")
+    assert svg.count("<circle") == 20
+    for number in range(1, 21):
+        assert f">{number}</text>" in svg
+        assert f">{number}  way {number - 1}</text>" in svg
+    few = chart(dots[:3], Axis.around([0, 3], "s"), Axis.around([80, 83], "%"), title="t")
+    assert ">way 0</text>" in few
+    assert ">1  way 0</text>" not in few
+
+
+def test_numbers_of_neighbouring_dots_are_written_on_different_sides():
+    places = beside([(100.0, 100.0), (104.0, 100.0), (100.0, 104.0)])
+    assert len({(round(x - 100), round(y - 100)) for x, y in places}) == 3
+    gaps = [max(abs(a[0] - b[0]), abs(a[1] - b[1])) for a, b in itertools.combinations(places, 2)]
+    assert min(gaps) >= 8

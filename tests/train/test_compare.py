@@ -216,8 +216,6 @@ def test_the_exit_code_tells_our_failure_from_wrong_input(model: str, code: int,
         ({}, {"seeds": ()}, "seeds"),
         ({}, {"seeds": (1, 1)}, "all different"),
         ({"dense": True}, {}, "the recipe is dense"),
-        ({"method": "progressive_resizing"}, {"contenders": ("ticket-shuffled",)}, "'shuffle' belongs to the method"),
-        ({"method": "progressive_resizing"}, {"contenders": ("small-dense",)}, "as wide as a ticket"),
     ],
 )
 def test_what_cannot_be_compared(
@@ -303,3 +301,15 @@ def test_a_width_that_a_factory_does_not_take_is_said_first(small: Make, tmp_pat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="needs a width"):
         module._check(small(model="narrow_nets:build"), (0,), ("small-dense",))
+
+
+@pytest.mark.parametrize(
+    ("contender", "message"), [("ticket-shuffled", "'shuffle' belongs to the method"), ("small-dense", "as wide as")]
+)
+def test_what_needs_a_ticket_is_refused_without_one_before_anything_runs(
+    contender: str, message: str, tmp_path: Path
+) -> None:
+    recipe = Recipe.from_values({"data": "digits", "method": "progressive_resizing", "initial_scale": 0.5})
+    with pytest.raises(InputError, match=message):
+        compare(recipe, tmp_path / "out", contenders=(contender,))
+    assert not (tmp_path / "out").exists()
