@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import hashlib
 import json
@@ -12,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,20 @@ def machine(threads: int | None = None, side_by_side: int = 1, accelerator: str 
         "python": platform.python_version(),
         "torch": torch.__version__,
         "revision": git("rev-parse", "--short", "HEAD") + ("+" if dirty else ""),
-        "load_before": round(os.getloadavg()[0], 2),
+        "load_before": load(),
     }
+
+
+def check_known(parser: argparse.ArgumentParser, what: str, asked: Iterable[str], known: Iterable[str]) -> None:
+    """End with an error of ``parser`` where something was asked for that there is not."""
+    unknown = sorted(set(asked) - set(known))
+    if unknown:
+        parser.error(f"unknown {what} {', '.join(unknown)}; there are {', '.join(known)}")
+
+
+def load() -> float:
+    """Return how many processes have waited for a processor in the last minute."""
+    return round(os.getloadavg()[0], 2)
 
 
 def condition(row: Mapping[str, Any]) -> tuple[Any, ...]:

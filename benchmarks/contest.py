@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import HERE, WORK, append, condition, digest, environment, machine, rows, yardstick
+from common import HERE, WORK, append, condition, digest, environment, load, machine, rows, yardstick
 from slots import Children, cores_of_slots, in_slots
 
 RECIPES = HERE.parent / "recipes"
@@ -348,11 +348,6 @@ def attempt(
     except (KeyError, TypeError, ZeroDivisionError, FileNotFoundError, json.JSONDecodeError) as error:
         # a number is missing in a row that it needs, or in what it left: its own failure, not that of the others
         return {"status": f"failed: {error!r}"}
-
-
-def load() -> float:
-    """Return how many processes have waited for a processor in the last minute."""
-    return round(os.getloadavg()[0], 2)
 
 
 def _discard(out: Path) -> None:

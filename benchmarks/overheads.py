@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, machine, rows
+from common import check_known, environment, machine, rows
 from records import by_machine, newest, record
 from step_times import batches, stepper
 from tables import origin
@@ -255,9 +255,7 @@ def read(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}; nothing is recorded")
     parser.add_argument("--table", action="store_true", help="print the table of the newest rows and stop")
     options = parser.parse_args(words)
-    unknown = set(options.figures) - set(FIGURES)
-    if unknown:
-        parser.error(f"unknown figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
+    check_known(parser, "figure", options.figures, FIGURES)
     options.figures = options.figures or list(QUICK if options.quick else FIGURES)
     return options
 

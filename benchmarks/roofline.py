@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved, machine, rows
+from common import check_known, interleaved, machine, rows
 from figures import COLOURS, Axis, Series, chart
 from records import by_machine, newest, record
 from step_times import batches, early_ticket, network, stepper
@@ -514,9 +514,7 @@ def read(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="half width, few rounds; nothing is recorded")
     parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the figures of the newest rows and stop")
     options = parser.parse_args(words)
-    unknown = set(options.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    check_known(parser, "part", options.parts, PARTS)
     options.widths = (options.width,) if options.width else (1.0, 0.5)
     options.gemms, options.copies, options.channels = GEMMS, COPIES, CHANNELS
     if options.quick:

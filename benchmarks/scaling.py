@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import comparable, interleaved, machine, rows
+from common import check_known, comparable, interleaved, machine, rows
 from figures import COLOURS, Axis, Series, chart
 from overheads import resident, time_hooks
 from records import by_machine, newest, record
@@ -377,9 +377,7 @@ def read(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="print the tables of the newest rows and stop")
     parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the figures of the newest rows and stop")
     options = parser.parse_args(words)
-    unknown = set(options.sweeps) - set(ALONG)
-    if unknown:
-        parser.error(f"unknown sweep {', '.join(sorted(unknown))}; there are {', '.join(ALONG)}")
+    check_known(parser, "sweep", options.sweeps, ALONG)
     options.sweeps = options.sweeps or list(ALONG)
     if options.quick:
         options.rounds = 2

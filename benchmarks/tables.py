@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import comparable, condition, rows, spread
+from common import comparable, rows, spread
 from contest import Contestant, Task, definition
 from figures import COLOURS, Axis, Series, chart
+from records import by_machine
 
 Row = dict[str, Any]
 
@@ -46,16 +47,11 @@ def contest_tables(name: str, tasks: Mapping[str, Task], contestants: Mapping[st
 
 def blocks(name: str, tasks: Mapping[str, Task]) -> list[tuple[str, Task, Newest]]:
     """Return a name for files, the task, and its rows, for each task and machine that have rows."""
-    found = []
-    for task_name, task in tasks.items():
-        by_machine: dict[tuple[Any, ...], list[Row]] = {}
-        for row in rows(name):
-            if row["task"] == task_name:
-                by_machine.setdefault(condition(row), []).append(row)
-        for number, block in enumerate(by_machine.values()):
-            newest = {(row["contestant"], row["seed"]): row for row in block}
-            found.append((task_name + (f"-{number + 1}" if number else ""), task, newest))
-    return found
+    return [
+        (name_of_task + suffix, task, {(row["contestant"], row["seed"]): row for row in mine})
+        for name_of_task, task in tasks.items()
+        for suffix, mine in by_machine([row for row in rows(name) if row["task"] == name_of_task])
+    ]
 
 
 def contest_table(task: Task, newest: Newest, contestants: Mapping[str, Contestant]) -> str:
@@ -98,7 +94,7 @@ def _done(newest: Newest) -> Newest:
 
 _MARKS = {
     "*": "\\* runs of another session or revision are among the partners, or the machine's pace had changed by 5 %.",
-    "†": "† what this contestant does has changed since.",
+    "†": "† its definition (flags, recipe, or any code of the rivals) has changed since.",
     "‡": "‡ extrapolated from timed steps and a test epoch; its accuracy was not measured.",
 }
 

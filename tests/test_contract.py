@@ -40,6 +40,32 @@ def attach(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, act
     return method.attach(model, optimizer, **accepted(method.attach, context))
 
 
+def attach_all(order, model, optimizer):
+    return {name: attach(name, model, optimizer, acting=True) for name in order}
+
+
+def check_resumes_to_the_bit(names, stop):
+    whole = make("residual")
+    optimizer = sgd(whole)
+    attach_all(names, whole, optimizer)
+    train(whole, optimizer, STEPS)
+    first = make("residual")
+    first_optimizer = sgd(first)
+    running = attach_all(names, first, first_optimizer)
+    train(first, first_optimizer, stop)
+    states = {name: method.state_dict() for name, method in running.items()}
+    saved = copy.deepcopy((states, first.state_dict(), first_optimizer.state_dict()))
+    second = make("residual")
+    second_optimizer = sgd(second)
+    for name, method in attach_all(names, second, second_optimizer).items():
+        method.load_state_dict(saved[0][name])
+    second.load_state_dict(saved[1])
+    second_optimizer.load_state_dict(saved[2])
+    train(second, second_optimizer, STEPS - stop, stop)
+    for (key, one), two in zip(second.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(one, two), key
+
+
 @pytest.fixture(autouse=True)
 def _deadline_warnings_are_expected():
     with warnings.catch_warnings():
@@ -81,24 +107,7 @@ class TestContract:
 
     @pytest.mark.parametrize("stop", [1, 5, 8, 11])
     def test_stopped_and_resumed_ends_in_the_same_bits(self, name, stop):
-        whole = make("residual")
-        optimizer = sgd(whole)
-        attach(name, whole, optimizer, acting=True)
-        train(whole, optimizer, STEPS)
-        first = make("residual")
-        first_optimizer = sgd(first)
-        running = attach(name, first, first_optimizer, acting=True)
-        train(first, first_optimizer, stop)
-        saved = copy.deepcopy((running.state_dict(), first.state_dict(), first_optimizer.state_dict()))
-        second = make("residual")
-        second_optimizer = sgd(second)
-        resumed = attach(name, second, second_optimizer, acting=True)
-        resumed.load_state_dict(saved[0])
-        second.load_state_dict(saved[1])
-        second_optimizer.load_state_dict(saved[2])
-        train(second, second_optimizer, STEPS - stop, stop)
-        for (key, one), two in zip(second.state_dict().items(), whole.state_dict().values(), strict=True):
-            assert torch.equal(one, two), key
+        check_resumes_to_the_bit((name,), stop)
 
     def test_the_bill_adds_up_and_counts_every_step(self, name):
         model = make("residual")
@@ -129,10 +138,6 @@ class TestContract:
             method_class(name)(no_such_setting=1)
 
 
-def attach_all(order, model, optimizer):
-    return {name: attach(name, model, optimizer, acting=True) for name in order}
-
-
 ORDERS = list(itertools.permutations(METHODS))
 
 
@@ -151,25 +156,7 @@ class TestComposition:
 
     @pytest.mark.parametrize("stop", [1, 5, 8, 11])
     def test_together_they_resume_to_the_bit(self, order, stop):
-        whole = make("residual")
-        optimizer = sgd(whole)
-        attach_all(order, whole, optimizer)
-        train(whole, optimizer, STEPS)
-        first = make("residual")
-        first_optimizer = sgd(first)
-        running = attach_all(order, first, first_optimizer)
-        train(first, first_optimizer, stop)
-        states = {name: method.state_dict() for name, method in running.items()}
-        saved = copy.deepcopy((states, first.state_dict(), first_optimizer.state_dict()))
-        second = make("residual")
-        second_optimizer = sgd(second)
-        for name, method in attach_all(order, second, second_optimizer).items():
-            method.load_state_dict(saved[0][name])
-        second.load_state_dict(saved[1])
-        second_optimizer.load_state_dict(saved[2])
-        train(second, second_optimizer, STEPS - stop, stop)
-        for (key, one), two in zip(second.state_dict().items(), whole.state_dict().values(), strict=True):
-            assert torch.equal(one, two), key
+        check_resumes_to_the_bit(order, stop)
 
     def test_each_ones_own_bill_prices_the_model_that_the_others_leave(self, order):
         model = make("residual")

@@ -378,8 +378,6 @@ def reestimate(contest: Contest, model: nn.Module) -> None:
     """Estimate the statistics of batch norm anew, as the product does after a cut."""
     size = max(2, min(contest.recipe.batch_size, 256))
     images = min(CALIBRATION_IMAGES, len(contest.loader.images))
+    batches = contest.loader.sample_in_batches(images, size, contest.recipe.seed)
     with contest.autocast():
-        samples, batches = estimate_batch_norms(
-            model, contest.loader.sample_in_batches(images, size, contest.recipe.seed)
-        )
-    contest.ledger.passes(samples, batches=batches)
+        estimate_batch_norms(model, contest.ledger.passing(batches))

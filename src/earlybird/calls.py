@@ -6,12 +6,14 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from earlybird.errors import InputError
+
+Owner = TypeVar("Owner")
 
 
 class Call(NamedTuple):
@@ -191,6 +193,12 @@ class Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (None,)
+
+
+def hook_owners(model: nn.Module, kind: type[Owner]) -> list[Owner]:
+    """Return what has hung a hook of ours before the forward pass of ``model``, of those that are a ``kind``."""
+    owners = [hook.owner for hook in model._forward_pre_hooks.values() if isinstance(hook, Hook)]
+    return [owner for owner in owners if isinstance(owner, kind)]
 
 
 @contextmanager

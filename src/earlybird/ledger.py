@@ -43,7 +43,7 @@ from earlybird.cost.energy import CITATION, Energy, joules
 from earlybird.cost.meters import PeakMemory, energy_meter
 from earlybird.errors import InputError
 
-__all__ = ["PHASES", "Ledger", "PhaseRecord", "Work", "ledger_of", "ledgers_on"]
+__all__ = ["PHASES", "Ledger", "PhaseRecord", "Work", "ledger_of"]
 
 PHASES = ("setup", "search", "draw", "train", "evaluate", "lost")
 """The phases, in the order of the bill; 'lost' is time of a killed process that no checkpoint has (`Ledger.charge`)."""
@@ -670,12 +670,6 @@ class Ledger:
 def ledger_of(model: nn.Module) -> Ledger:
     """Return a new ledger for the device of ``model`` and all processes that train together."""
     return Ledger(device=next(model.parameters()).device, world_size=processes())
-
-
-def ledgers_on(model: nn.Module) -> list[Ledger]:
-    """Return all ledgers that watch ``model``: those of several methods, and the user's own."""
-    owners = [hook.owner for hook in model._forward_pre_hooks.values() if isinstance(hook, Hook)]
-    return [owner for owner in owners if isinstance(owner, Ledger)]
 
 
 def _image_size(inputs: Any) -> tuple[int, ...] | None:

@@ -69,6 +69,8 @@ def test_the_roof_is_bandwidth_at_low_and_peak_at_high_intensity():
 def test_figures_of_made_up_rows_are_well_formed(head):
     entry = ["features.0", "convolution", "forward", 4, 8, 16, 1e-4]
     row = {"operations": [entry], "copies": {"100": 1e10}, "peak": 4e11, **head()}
-    ElementTree.fromstring(roofline.roofline_figure([{**row, "network": name} for name in ("dense", "ticket")]))
+    svg = ElementTree.fromstring(roofline.roofline_figure([{**row, "network": name} for name in ("dense", "ticket")]))
+    assert len(svg.findall(".//{*}circle")) == 2
     seconds = {phase: {"8": 1e-4, "16": 2e-4} for phase in ("forward", "input", "weight")}
-    ElementTree.fromstring(roofline.channels_figure([{"side": 8, "seconds": seconds, "peak": 4e11, **head()}]))
+    svg = ElementTree.fromstring(roofline.channels_figure([{"side": 8, "seconds": seconds, "peak": 4e11, **head()}]))
+    assert len(svg.findall(".//{*}circle")) == 6

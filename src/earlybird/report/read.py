@@ -47,12 +47,17 @@ class RunRecord:
         return bool(self.recipe.get("dense"))
 
     @property
+    def methods(self) -> list[str]:
+        """Names of the methods that the recipe calls for."""
+        named = self.recipe.get("method", "early_bird")
+        return [named] if isinstance(named, str) else named
+
+    @property
     def label(self) -> str:
         """What the recipe calls for: ``dense``, ``ticket, keep 0.5``, or the names of other methods."""
         if self.dense:
             return "dense"
-        method = self.recipe.get("method", [])
-        others = [name for name in ([method] if isinstance(method, str) else method) if name != "early_bird"]
+        others = [name for name in self.methods if name != "early_bird"]
         if not self.draws:
             return ", ".join(others).replace("_", " ")
         keep = self.recipe.get("keep", "default")
@@ -63,8 +68,7 @@ class RunRecord:
     @property
     def draws(self) -> bool:
         """Whether one of the methods draws a ticket."""
-        method = self.recipe.get("method", ["early_bird"])
-        return not self.dense and "early_bird" in ([method] if isinstance(method, str) else method)
+        return not self.dense and "early_bird" in self.methods
 
     @property
     def drawn_at(self) -> int | None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from earlybird.calls import Call, Hook, as_call, as_optimizers, first_sample, undisturbed, unwrapped
+from earlybird.calls import Call, Hook, as_call, as_optimizers, first_sample, hook_owners, undisturbed, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count, check_share, option
@@ -58,8 +58,8 @@ class ProgressiveResizing:
         for name in ("grow_from", "whole_from"):
             object.__setattr__(self, name, Step.parse(getattr(self, name)))
         check_count("size_step", self.size_step, "4 (pixels)", optional=False)
-        shares = [(point.share, point == Step(share=point.share)) for point in (self.grow_from, self.whole_from)]
-        if all(alone for _, alone in shares) and shares[0] > shares[1]:
+        grow, whole = self.grow_from, self.whole_from
+        if (grow, whole) == (Step(share=grow.share), Step(share=whole.share)) and grow.share > whole.share:
             raise _late(self)
 
     def attach(
@@ -124,9 +124,7 @@ class Resizing:
         optimizers = as_optimizers(optimizer)
         if not optimizers:
             raise InputError("no optimizer was given", needed="the one that trains the model, or several")
-        if any(
-            isinstance(hook, Hook) and isinstance(hook.owner, Resizing) for hook in model._forward_pre_hooks.values()
-        ):
+        if hook_owners(model, Resizing):
             raise InputError(
                 "the images of this model are resized already", hint="call detach() of the other one first"
             )

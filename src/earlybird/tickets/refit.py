@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from earlybird.calls import as_call, batch_size, evaluating
+from earlybird.calls import as_call, evaluating
 from earlybird.tickets.layers import BatchNorm
 
 # Rows of A per unknown of a layer: enough that the solution is not noise, few enough that it takes seconds.
@@ -27,31 +27,26 @@ _ROWS_PER_UNKNOWN = 16
 _RIDGE = 1e-3
 
 
-def estimate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> tuple[int, int]:
+def estimate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
     """Set running mean and variance of every batch norm to the plain average over ``batches`` (training statistics).
 
     Args:
         model: Left in the mode it is in; everything but the running statistics stays.
         batches: Inputs as the model takes them in training, one after another; without any, nothing changes.
-
-    Returns:
-        Samples and batches that went through the model.
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
-    samples = count = 0
     if not norms:
-        return samples, count
+        return
     saved = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
     statistics = [(buffer, buffer.clone()) for norm in norms for buffer in (norm.running_mean, norm.running_var)]  # type: ignore[union-attr]
     try:
         with evaluating(model), torch.no_grad():
-            for batch in batches:
-                for norm in norms if not count else ():
+            for number, batch in enumerate(batches):
+                for norm in norms if not number else ():
                     norm.reset_running_stats()
                     norm.momentum = None
                     norm.train()
                 _forward(model, batch)
-                samples, count = samples + batch_size(batch), count + 1
     except BaseException:
         for buffer, before in statistics:
             buffer.copy_(before)  # type: ignore[union-attr]
@@ -60,7 +55,6 @@ def estimate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> tuple[int,
         for norm, (momentum, tracked) in zip(norms, saved):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(tracked)  # type: ignore[union-attr]
-    return samples, count
 
 
 def dense_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:

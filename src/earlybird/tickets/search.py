@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from earlybird.calls import Call, Hook, as_optimizers, batch_size, first_sample, processes, unwrapped
+from earlybird.calls import Call, Hook, as_optimizers, batch_size, first_sample, hook_owners, processes, unwrapped
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of, ledgers_on
+from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count
 from earlybird.step import Step
 from earlybird.tickets.coupling import Group, find_groups
@@ -418,7 +418,7 @@ class Search:
 
     def _recount(self, inputs: Any = None) -> None:
         """Let every ledger on the model know what it costs now: this search's, other methods', the user's own."""
-        for ledger in {self._ledger, *ledgers_on(self._model)}:
+        for ledger in {self._ledger, *hook_owners(self._model, Ledger)}:
             ledger.recount(self._model, inputs)
 
     def _refit(self, joined: Any, targets: Mapping[str, Tensor], batches: Iterable[Any]) -> None:
@@ -478,9 +478,8 @@ def _check_partners(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -
             "does, pass it too, or its state will not follow the cut",
             stacklevel=4,
         )
-    for hook in model._forward_pre_hooks.values():
-        if isinstance(hook, Hook) and isinstance(hook.owner, Search) and not hook.owner.drawn:
-            raise InputError("a search is attached to this model already", hint="call its detach() first")
+    if not all(search.drawn for search in hook_owners(model, Search)):
+        raise InputError("a search is attached to this model already", hint="call its detach() first")
 
 
 def _check_initialisers(model: nn.Module) -> None:

@@ -113,9 +113,9 @@ class Recipe(BaseModel):
             raise ValueError("schedule 'step' needs milestones, such as ['80ep', '120ep']")
         if self.schedule != "step" and self.milestones:
             raise ValueError(f"milestones are for schedule 'step', not '{self.schedule}'")
-        own = {name: getattr(self, name) for name in _MUON}
-        if self.optimizer != "muon" and (told := [n for n in own if own[n] != type(self).model_fields[n].default]):
-            raise ValueError(f"{told[0]} is for optimizer 'muon', not '{self.optimizer}'")
+        for name in _MUON if self.optimizer != "muon" else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for optimizer 'muon', not '{self.optimizer}'")
         if self.exact:
             for key, exact in (("precision", "fp32"), ("channels_last", False), ("compile", False)):
                 if getattr(self, key) not in ("auto", exact):
@@ -156,7 +156,7 @@ class Recipe(BaseModel):
         """Return this recipe with some keys changed; everything else stays, but for settings of methods that go."""
         by_name = {key.name: key for key in keys()}
         methods = _from_toml(changes["method"], by_name["method"]) if "method" in changes else self.method
-        stay = {key.name for key in keys() if key.method in ("", *methods)}
+        stay = {name for name, key in by_name.items() if key.method in ("", *methods)}
         own = {name: value for name, value in self.values().items() if name in stay}
         return _build({**own, **changes}, {}, where="recipe")
 
