@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -154,9 +155,12 @@ _HOOKS = (
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """`left_as_found`, in `plain_execution`, and below everybody's forward hooks: they belong to the user's loop."""
+    """`left_as_found`, in `plain_execution`, and below everybody's forward hooks: they belong to the user's loop.
+
+    Our own do nothing, those of `around` among them: each module runs its own ``forward``.
+    """
     hooks = [(module, {name: getattr(module, name) for name in _HOOKS}) for module in model.modules()]
-    with left_as_found(model), plain_execution(model):
+    with left_as_found(model), plain_execution(model), hooks_idle():
         try:
             for module, _ in hooks:
                 for name in _HOOKS:
@@ -209,3 +213,83 @@ def hooks_idle() -> Iterator[None]:
         yield
     finally:
         Hook.idle = before
+
+
+def around(module: nn.Module, call: Callable[..., Any], owner: Any = None) -> Around:
+    """Let ``call(forward, *args, **kwargs)`` run in place of the module's ``forward``, which it is given.
+
+    What hooks cannot do: leave a module out, run it on some samples only, or with other weights. Names, parameters and
+    the module's type stay as they are. Of several, the last one that was set runs first. Until `Around.remove`.
+
+    Args:
+        module: Whose ``forward`` is meant.
+        call: What runs in its place; it may call ``forward`` as often as it likes, also not at all.
+        owner: On whose behalf, for `arounds`.
+    """
+    return Around(module, call, owner)
+
+
+class Around:
+    """What `around` puts in place of a ``forward``. Copies and pickles of the module have their plain one.
+
+    It is idle where `Hook` is, and dynamo runs it outside of its graphs.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any], owner: Any) -> None:
+        self.module, self.call, self.owner = module, call, owner
+        self.inner: Callable[..., Any] = module.forward
+        module.forward = self  # type: ignore[method-assign]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        if Hook.idle:
+            return self.inner(*args, **kwargs)
+        if "torch._dynamo" not in sys.modules:
+            return self.call(self.inner, *args, **kwargs)
+        return torch.compiler.disable(self.call)(self.inner, *args, **kwargs)
+
+    __call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets
+
+    def remove(self) -> None:
+        """Give the module back what ran before; others that were set since stay."""
+        outer = self.module.__dict__.get("forward")
+        if outer is self:
+            if isinstance(self.inner, Around):
+                self.module.forward = self.inner  # type: ignore[method-assign]
+            else:
+                self._restore()
+            return
+        while isinstance(outer, Around):
+            if outer.inner is self:
+                outer.inner = self.inner
+                return
+            outer = outer.inner
+
+    def _restore(self) -> None:
+        """Take the instance's ``forward`` away, so that its class's is seen again, or put back a user's own."""
+        del self.module.__dict__["forward"]
+        plain = getattr(self.inner, "__func__", None)
+        if plain is not type(self.module).forward:
+            self.module.forward = self.inner  # type: ignore[method-assign]
+
+    def _plain(self) -> Callable[..., Any]:
+        inner = self.inner
+        while isinstance(inner, Around):
+            inner = inner.inner
+        return inner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._plain(), memo)  # a bound method is copied with the module that it is bound to
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        plain = self._plain()
+        return getattr, (self.module, plain.__name__)
+
+
+def arounds(module: nn.Module, kind: type[Owner]) -> list[Owner]:
+    """Return the owners of what runs around a module's ``forward``, of those that are a ``kind``."""
+    found, outer = [], module.__dict__.get("forward")
+    while isinstance(outer, Around):
+        if isinstance(outer.owner, kind):
+            found.append(outer.owner)
+        outer = outer.inner
+    return found
