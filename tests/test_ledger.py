@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from earlybird import ledger as ledger_module
+from earlybird.cost.arithmetic import Arithmetic
 from earlybird.cost.bill import Bill, Estimated, Measured
 from earlybird.cost.count import count
 from earlybird.errors import InputError
@@ -906,3 +908,96 @@ def test_dense_time_is_estimated_for_whole_images(clock: Clock) -> None:
     assert 3.9 < whole < 4
     assert dense.phases["train"].seconds.value == pytest.approx(4 * whole, rel=0.01)
     assert "for the MACs of whole images" in dense.phases["train"].seconds.basis
+
+
+# ---- layers that compute otherwise, samples that are left out ----
+
+EIGHT = Arithmetic(activation=8, weight=8, gradient=8, floating=False)
+
+
+def test_layers_that_say_how_they_compute_are_priced_so(ledger: Ledger) -> None:
+    model = net()
+    optimizer = sgd(model)
+    model[3].arithmetic = EIGHT
+    ledger.watch(model, optimizer)
+    ledger.enter("train")
+    step(model, optimizer)
+    first, last = count(model, torch.ones(1, 4)).layers["0"], count(model, torch.ones(1, 4)).layers["3"]
+    record = ledger.phases["train"]
+    assert record.macs == 10 * (first.macs + first.backward_macs + last.macs + last.backward_macs)
+    assert record.bit_macs == 10 * (first.macs + first.backward_macs + (last.macs + last.backward_macs) / 16)
+    assert record.operations["mult 8x8"] == record.operations["add 8"] == 10 * 3 * last.macs
+    model[3].arithmetic = dataclasses.replace(EIGHT, weight=4)
+    ledger.reread_arithmetic()
+    step(model, optimizer)
+    found = ledger.phases["train"].operations
+    assert found["mult 8x8"] == 10 * 4 * last.macs  # the second step's weight pass multiplies no weights
+    assert found["mult 8x4"] == 10 * 2 * last.macs
+    del model[3].arithmetic
+    ledger.reread_arithmetic()
+    step(model, optimizer)
+    assert ledger.phases["train"].operations["mult 8x8"] == 10 * 4 * last.macs
+
+
+def test_samples_that_pass_layers_otherwise_or_not_at_all(ledger: Ledger) -> None:
+    model = net()
+    optimizer = sgd(model)
+    ledger.watch(model, optimizer)
+    ledger.enter("train")
+    step(model, optimizer)  # ten samples
+    ledger.reroute(["3"], 4, None, training=True)
+    ledger.reroute(["3"], 2.5, EIGHT, training=True)
+    cost = count(model, torch.ones(1, 4))
+    last = cost.layers["3"].macs + cost.layers["3"].backward_macs
+    record = ledger.phases["train"]
+    assert record.macs == 10 * cost.training_macs - 4 * last
+    assert record.bit_macs == pytest.approx(record.macs - 2.5 * last * 15 / 16)
+    assert record.operations["mult 8x8"] == 2.5 * last
+    before = record.macs
+    step(model, optimizer)  # said of one step, it holds for that step alone
+    assert ledger.phases["train"].macs == before + 10 * cost.training_macs
+    dense = ledger.bill().dense
+    assert dense is not None
+    assert dense.phases["train"].macs is not None
+    assert dense.phases["train"].macs.value == 20 * cost.training_macs
+    assert dense.total.seconds is None  # steps with rounding or gates are no measure of dense ones
+    assert "its time is not known" in str(ledger.bill())
+    assert Bill.from_json(ledger.bill().to_json()) == ledger.bill()
+
+
+def test_dense_trains_on_what_was_left_out_at_this_runs_own_pace(ledger: Ledger, clock: Clock) -> None:
+    model = net()
+    optimizer = sgd(model)
+    ledger.watch(model, optimizer)
+    ledger.enter("train")
+    for _ in range(8):
+        step(model, optimizer)
+        clock.wait(1)
+        ledger.leave_out(10)
+    ledger.stop()
+    bill, cost = ledger.bill(), count(model, torch.ones(1, 4))
+    assert bill.total.images.value == 80
+    assert bill.dense is not None
+    row = bill.dense.phases["train"]
+    assert (row.seconds, row.steps.value, row.images.value) == (
+        Estimated(16, "s", "this run's own 1000 ms a step"), 16, 160,
+    )  # fmt: skip
+    assert row.macs is not None
+    assert row.macs.value == 160 * cost.training_macs
+    assert bill.ratios["seconds"].low == 2
+
+
+def test_what_was_left_out_and_rerouted_survives_a_resume(ledger: Ledger, clock: Clock) -> None:
+    model = net()
+    optimizer = sgd(model)
+    ledger.watch(model, optimizer, torch.ones(1, 4))
+    ledger.enter("train")
+    step(model, optimizer)
+    ledger.leave_out(10)
+    ledger.reroute(["3"], 5, EIGHT, training=True)
+    again = Ledger(clock=clock)
+    again.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
+    assert {name: record.work for name, record in again.phases.items()} == {
+        name: record.work for name, record in ledger.phases.items()
+    }
+    assert again.bill().dense == ledger.bill().dense

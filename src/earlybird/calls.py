@@ -238,7 +238,7 @@ class Around:
     def __init__(self, module: nn.Module, call: Callable[..., Any], owner: Any) -> None:
         self.module, self.call, self.owner = module, call, owner
         self.inner: Callable[..., Any] = module.forward
-        module.forward = self  # type: ignore[method-assign]
+        module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         if Hook.idle:
@@ -254,7 +254,7 @@ class Around:
         outer = self.module.__dict__.get("forward")
         if outer is self:
             if isinstance(self.inner, Around):
-                self.module.forward = self.inner  # type: ignore[method-assign]
+                self.module.forward = self.inner
             else:
                 self._restore()
             return
@@ -269,7 +269,7 @@ class Around:
         del self.module.__dict__["forward"]
         plain = getattr(self.inner, "__func__", None)
         if plain is not type(self.module).forward:
-            self.module.forward = self.inner  # type: ignore[method-assign]
+            self.module.forward = self.inner
 
     def _plain(self) -> Callable[..., Any]:
         inner = self.inner

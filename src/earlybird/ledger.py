@@ -26,10 +26,10 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 
 from earlybird import allocator
 from earlybird.calls import Call, Hook, as_optimizers, batch_size, first_sample, processes, tensors_in, unwrapped
+from earlybird.cost.arithmetic import Arithmetic
 from earlybird.cost.bill import Bill, Counted, Estimated, Measured, Modelled, Spending
 from earlybird.cost.count import ModelCost, count
 from earlybird.cost.energy import CITATION, Energy, joules
@@ -64,7 +65,11 @@ class Work:
         forward_images: Samples of forward passes only.
         forward_batches: Batches they came in.
         updates: Optimizer steps.
-        macs: Multiply-accumulates of all that.
+        left_images: Samples that a dense run would have trained on, and this one left out.
+        left_batches: Batches they would have come in.
+        macs: Multiply-accumulates of all that was done, by pass (`earlybird.cost.arithmetic.PASSES`).
+        bit_macs: The same, weighted with the bits of both operands.
+        operations: Primitive operations by name.
         moved_bytes: Bytes moved, each tensor once per pass.
     """
 
@@ -73,21 +78,66 @@ class Work:
     forward_images: int = 0
     forward_batches: int = 0
     updates: int = 0
-    macs: int = 0
-    moved_bytes: int = 0
+    left_images: int = 0
+    left_batches: int = 0
+    macs: dict[str, float] = field(default_factory=dict)
+    bit_macs: dict[str, float] = field(default_factory=dict)
+    operations: dict[str, float] = field(default_factory=dict)
+    moved_bytes: float = 0
 
-    def priced(self, cost: ModelCost, bits: int) -> Work:
-        """Return the same passes with the MACs and bytes of ``cost``."""
-        macs = self.train_images * cost.training_macs + self.forward_images * cost.forward_macs
-        moved = cost.moved_bytes(self.train_images, self.train_batches, bits, training=True)
-        moved += cost.moved_bytes(self.forward_images, self.forward_batches, bits, training=False)
-        passes = {**asdict(self), "macs": macs, "moved_bytes": moved + self.updates * cost.update_bytes}
-        return Work(**passes)
+    def priced(self, cost: ModelCost, bits: int, routes: Mapping[Route, float] | None = None) -> Work:
+        """Return the same passes with the operations and bytes of ``cost``.
+
+        Args:
+            cost: Of one sample.
+            bits: Of the run's floating point.
+            routes: Samples that passed some layers otherwise.
+        """
+        training = cost.amount(self.train_images, self.train_batches, bits, training=True)
+        forward = cost.amount(self.forward_images, self.forward_batches, bits, training=False)
+        for route, images in (routes or {}).items():
+            amount = training if route.training else forward
+            cost.exchange(amount, route.layers, images, bits, route.arithmetic, training=route.training)
+        moved = (training.moved_bits + forward.moved_bits) / 8 + self.updates * cost.update_bytes
+        return replace(
+            self,
+            macs=_sum(training.macs, forward.macs),
+            bit_macs=_sum(training.bit_macs, forward.bit_macs),
+            operations=_sum(training.operations, forward.operations),
+            moved_bytes=int(moved) if moved == int(moved) else moved,
+        )
 
     def add(self, other: Work) -> None:
         """Add ``other``, field by field."""
         for key in fields(self):
-            setattr(self, key.name, getattr(self, key.name) + getattr(other, key.name))
+            ours, theirs = getattr(self, key.name), getattr(other, key.name)
+            setattr(self, key.name, _sum(ours, theirs) if isinstance(ours, dict) else ours + theirs)
+
+    def as_dense(self) -> Work:
+        """Return the passes that a dense run would have made: those that were left out are done."""
+        images, batches = self.train_images + self.left_images, self.train_batches + self.left_batches
+        updates = self.updates + self.left_batches
+        return replace(self, train_images=images, train_batches=batches, updates=updates, left_images=0, left_batches=0)
+
+
+class Route(NamedTuple):
+    """Layers that some samples pass in another arithmetic than the layers' own, or not at all (None)."""
+
+    layers: tuple[str, ...]
+    arithmetic: Arithmetic | None
+    training: bool
+
+
+def _total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for part in parts:
+        total = _sum(total, part)
+    return total
+
+
+def _sum(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
+    names = dict.fromkeys((*ours, *theirs))
+    return {name: ours.get(name, 0) + theirs.get(name, 0) for name in names}
 
 
 @dataclass
@@ -119,32 +169,45 @@ class PhaseRecord:
         return sum(work.train_images for work in self.work.values())
 
     @property
-    def macs(self) -> int:
+    def macs(self) -> float:
         """Multiply-accumulates at whatever width."""
-        return sum(work.macs for work in self.work.values())
+        return sum(sum(work.macs.values()) for work in self.work.values())
 
     @property
     def bit_macs(self) -> float:
-        """MACs weighted with (bits / 32) squared: 1 for fp32, 0.25 for bf16."""
-        return sum(work.macs * (bits / 32) ** 2 for bits, work in self.work.items())
+        """MACs weighted with the share of 32 bits of both operands: 1 for fp32, 0.25 for bf16."""
+        return sum(self.bit_macs_by_pass.values())
 
     @property
-    def moved_bytes(self) -> int:
+    def bit_macs_by_pass(self) -> dict[str, float]:
+        """Bit-MACs of the forward, the error and the weight pass."""
+        return _total(work.bit_macs for work in self.work.values())
+
+    @property
+    def operations(self) -> dict[str, float]:
+        """Primitive operations by name, such as ``'mult fp32'``."""
+        return _total(work.operations for work in self.work.values())
+
+    @property
+    def moved_bytes(self) -> float:
         """Bytes moved, each tensor once per pass."""
         return sum(work.moved_bytes for work in self.work.values())
 
     @property
     def energy(self) -> Energy:
         """Modelled energy of the work."""
-        total = Energy(0.0, 0.0, 0.0)
-        for bits, work in self.work.items():
-            total += joules(work.macs, work.moved_bytes, bits)
-        return total
+        return joules(self.operations, self.moved_bytes)
 
     def priced(self, cost: ModelCost) -> PhaseRecord:
-        """Return the same passes, in the same time, with the MACs and bytes of ``cost``."""
+        """Return the same passes, in the same time, at the price of ``cost``."""
         work = {bits: item.priced(cost, bits) for bits, item in self.work.items()}
-        return PhaseRecord(self.seconds, self.steps, work, self.peak_bytes, self.joules)
+        return replace(self, work=work)
+
+    def as_dense(self) -> PhaseRecord:
+        """Return the passes of a dense run, which leaves no batch out; their price and time are yet to be found."""
+        work = {bits: item.as_dense() for bits, item in self.work.items()}
+        left = sum(item.updates for item in work.values()) - sum(item.updates for item in self.work.values())
+        return PhaseRecord(steps=self.steps + left, work=work)
 
     def add(self, other: PhaseRecord) -> None:
         """Add ``other``; the higher peak stays."""
@@ -197,6 +260,7 @@ class Ledger:
         self._declared: str | None = None  # phase as entered
         self._current: str | None = None  # phase of the clock: the declared one, or for a while 'evaluate'
         self._since: float | None = None  # None: the clock stands
+        self._routes: dict[Route, float] = {}  # samples of them that passed some layers otherwise
         self._pending = Work()  # passes of the current phase, width and model that are not priced yet
         self._open: str | None = None  # phase in which the training pass that awaits its optimizer step was made
         self._size: tuple[int, ...] | None = None  # of the images that `cost` was counted on, without the batch
@@ -205,7 +269,9 @@ class Ledger:
         self._counted_model: weakref.ref[nn.Module] | None = None  # that of `cost`
         self._uncounted = ""  # why there is no count
         self._shrunk = False
-        self._warm_up = (0.0, 0, 0)  # seconds, steps and training samples of the first steps of the search
+        self._resized = False  # training images are smaller than they came
+        self._altered = False  # layers compute otherwise than a dense run's, or not on all samples
+        self._warm_up = (0.0, 0, 0)  # seconds, steps and training samples of the first steps of the loop
         self._evaluation_begin = (0.0, 0)  # seconds and samples of 'evaluate' when the clock came there
         self._dense_evaluation: float | None = None  # seconds a sample in the fastest evaluation before the shrink
         self._model: nn.Module | None = None  # without the wrappers of DDP and torch.compile
@@ -345,6 +411,36 @@ class Ledger:
         for name, amount in ((f"{kind}_images", images), (f"{kind}_batches", batches)):
             setattr(self._pending, name, getattr(self._pending, name) + amount * self._world_size)
 
+    def reroute(
+        self, layers: Sequence[str], images: float, arithmetic: Arithmetic | None, *, training: bool
+    ) -> None:  # fmt: skip
+        """Say that samples of the passes just counted went through some layers otherwise than the model does.
+
+        Args:
+            layers: Module names, as in ``named_modules`` of the watched model; those that execute operations.
+            images: Samples, of this process; a fraction where only a part of the layers' work is meant.
+            arithmetic: What the layers computed these samples in, instead of their own; None: not at all.
+            training: Whether they were training passes.
+        """
+        route = Route(tuple(layers), arithmetic, training)
+        self._routes[route] = self._routes.get(route, 0) + images * self._world_size
+        self._altered = True
+
+    def leave_out(self, images: int, batches: int = 1) -> None:
+        """Count samples, of this process, that dense training would have seen and this run never touches."""
+        self._pending.left_images += images * self._world_size
+        self._pending.left_batches += batches * self._world_size
+
+    def reread_arithmetic(self) -> None:
+        """Ask the layers of the watched model anew how they compute; what came before keeps its price."""
+        self._settle()
+        self._price()
+        if self._model is not None:
+            model = self._model
+            self._costs = {size: cost.computing_as(model) for size, cost in self._costs.items()}
+            self.cost = None if self.cost is None else self.cost.computing_as(model)
+            self._altered = self._altered or (self.cost is not None and bool(self.cost.arithmetics))
+
     def passing(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield ``batches``, each counted as a forward pass below the hooks, at the price of its size."""
         for batch in batches:
@@ -356,6 +452,7 @@ class Ledger:
 
         So that the dense run is priced at whole images, whatever the search saw.
         """
+        self._resized = True
         if self.cost is None and self._model is not None and not self._uncounted:
             self._count_or_explain(self._model, inputs)
 
@@ -411,13 +508,15 @@ class Ledger:
 
     def _count(self, model: nn.Module, inputs: Any) -> None:
         self.cost = count(model, inputs)
+        self._altered = self._altered or bool(self.cost.arithmetics)
         self._sample = first_sample(inputs)
         self._size, self._told = _image_size(inputs), False
         self._counted_model = weakref.ref(unwrapped(model))
         if self._size is not None:
             self._costs[self._size] = self.cost
         if self.dense_cost is None and not self._shrunk:
-            self.dense_cost, self._dense_sample = self.cost, self._sample
+            # dense training computes in the run's floating point, whatever its layers say by now
+            self.dense_cost, self._dense_sample = replace(self.cost, arithmetics={}), self._sample
 
     def _on_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._since is None or self._model is None:
@@ -476,7 +575,7 @@ class Ledger:
             return
         record = self._records[self._open]
         record.steps += 1
-        if self._open == "search" and record.steps == _WARM_UP_STEPS:
+        if self._open in _LOOP_PHASES and record.steps == _WARM_UP_STEPS and not self._warm_up[1]:
             self._price()
             self._warm_up = (record.seconds, record.steps, record.train_images)
         self._open = None
@@ -544,9 +643,10 @@ class Ledger:
         """Move the pending passes into the current record, at the current model's and width's price."""
         if self._current is None or self._pending == Work():
             return
-        work = self._pending if self.cost is None else self._pending.priced(self.cost, self._bits)
+        work = self._pending if self.cost is None else self._pending.priced(self.cost, self._bits, self._routes)
         self._records[self._current].work.setdefault(self._bits, Work()).add(work)
         self._pending = Work()
+        self._routes.clear()
 
     # ---- state ----
 
@@ -558,7 +658,7 @@ class Ledger:
             "bits": self._bits,
             "cost": None if self.cost is None else self.cost.to_json(),
             "dense_cost": None if self.dense_cost is None else self.dense_cost.to_json(),
-            "shrunk": self._shrunk,
+            "differs": [self._shrunk, self._resized, self._altered],
             "warm_up": list(self._warm_up),
             "dense_evaluation": self._dense_evaluation,
             "uncounted": self._uncounted,
@@ -576,7 +676,7 @@ class Ledger:
             self.cost = ModelCost.from_json(state["cost"])
         if state["dense_cost"] is not None:
             self.dense_cost = ModelCost.from_json(state["dense_cost"])
-        self._shrunk = state["shrunk"]
+        self._shrunk, self._resized, self._altered = state["differs"]
         seconds, steps, images = state["warm_up"]
         self._warm_up = (seconds, steps, images)
         self._dense_evaluation = state["dense_evaluation"]
@@ -610,6 +710,8 @@ class Ledger:
             images=Counted(record.images, "images"),
             macs=Counted(record.macs, "MAC") if known else None,
             bit_macs=Counted(record.bit_macs, "MAC") if known else None,
+            passes=record.bit_macs_by_pass if known else None,
+            operations=record.operations if known else None,
             moved_bytes=Counted(record.moved_bytes, "B") if known else None,
             peak_bytes=self._peak_spent(record, estimated=bool(basis)),
             joules=None
@@ -626,36 +728,54 @@ class Ledger:
         return Measured(record.peak_bytes, "B", self._peak.name)
 
     def _dense_estimate(self) -> Bill | None:
-        """Bill of a dense run over the same samples: time from this run's search, work from the first count."""
-        search = self._records.get("search")
-        if not self._shrunk or self.dense_cost is None or search is None or not search.train_images:
-            return None
-        training = PhaseRecord(peak_bytes=search.peak_bytes)
+        """Bill of a dense run over the same epochs, where this run did not do the same: its work as first counted.
+
+        Its time is known only where this run had steps that were like dense ones: in the search, or, with batches left
+        out, all of them.
+        """
+        spent = PhaseRecord()
         for record in (self._records[name] for name in _LOOP_PHASES if name in self._records):
-            training.steps += record.steps
-            for bits, work in record.work.items():
-                training.work.setdefault(bits, Work()).add(work)
-        # warming up is paid once, the rest at the pace of the search; a very short search has only its mean
-        seconds, steps, images = self._warm_up if search.steps > 2 * _WARM_UP_STEPS else (0.0, 0, 0)
-        pace = (search.seconds - seconds) / (search.train_images - images)
-        # a search on smaller images than dense would have seen is faster than dense, in proportion to the MACs
-        whole = search.priced(self.dense_cost).macs / search.macs if search.macs else 1.0
-        pace *= whole
-        training.seconds = seconds + pace * (training.train_images - images)
-        step_ms = 1e3 * (search.seconds - seconds) / max(1, search.steps - steps)
-        basis = f"the search phase's own {step_ms:.4g} ms a step"
-        if abs(whole - 1) > 0.005:
-            basis += f", times {whole:.3g} for the MACs of whole images"
-        spent = {"setup": self._records.get("setup"), "train": training, "evaluate": self._dense_evaluate()}
-        return Bill(
-            phases={
-                name: self._spending(record.priced(self.dense_cost), basis=basis)
-                for name, record in spent.items()
-                if record is not None
-            },
-            device=str(self.device),
-            parameters=self.dense_cost.parameters,
-        )
+            spent.add(record)
+        left = any(work.left_images for work in spent.work.values())
+        if self.dense_cost is None or not (self._shrunk or self._resized or self._altered or left):
+            return None
+        if not spent.train_images:
+            return None
+        training = spent.as_dense()
+        like_dense, basis = self._like_dense()
+        seconds: float | None = None
+        if like_dense is not None:
+            # warming up is paid once, the rest at the same pace; a very short phase has only its mean
+            warm = self._warm_up if like_dense.steps > 2 * _WARM_UP_STEPS else (0.0, 0, 0)
+            pace = (like_dense.seconds - warm[0]) / (like_dense.train_images - warm[2])
+            # a search on smaller images than dense would have seen is faster than dense, in proportion to the MACs
+            whole = like_dense.priced(self.dense_cost).macs / like_dense.macs if like_dense.macs else 1.0
+            seconds = warm[0] + pace * whole * (training.train_images - warm[2])
+            basis += f" {1e3 * (like_dense.seconds - warm[0]) / max(1, like_dense.steps - warm[1]):.4g} ms a step"
+            if abs(whole - 1) > 0.005:
+                basis += f", times {whole:.3g} for the MACs of whole images"
+            training.peak_bytes = like_dense.peak_bytes
+        training.seconds = seconds or 0.0
+        rows = {"setup": self._records.get("setup"), "train": training, "evaluate": self._dense_evaluate()}
+        phases = {
+            name: self._spending(record.priced(self.dense_cost), basis=basis or "nothing that was measured")
+            for name, record in rows.items()
+            if record is not None
+        }
+        if seconds is None:
+            phases = {name: replace(row, seconds=None, peak_bytes=None) for name, row in phases.items()}
+        return Bill(phases=phases, device=str(self.device), parameters=self.dense_cost.parameters)
+
+    def _like_dense(self) -> tuple[PhaseRecord | None, str]:
+        """Return the phase whose steps took what dense ones take, but for the size of their images; and its name."""
+        search, train = self._records.get("search"), self._records.get("train")
+        if self._altered:
+            return None, ""  # steps with gates or rounding are neither as fast nor as slow as dense ones
+        if search is not None and search.train_images:
+            return search, "the search phase's own"
+        if train is not None and train.train_images and not self._shrunk and not self._resized:
+            return train, "this run's own"
+        return None, ""
 
     def _dense_evaluate(self) -> PhaseRecord | None:
         record = self._records.get("evaluate")

@@ -124,7 +124,7 @@ class Spending:
     """One row of the bill.
 
     Attributes:
-        seconds: Wall time.
+        seconds: Wall time, or None for a run that was not run and that nothing is known to take as long as.
         steps: Optimizer steps.
         images: Samples that went through the model.
         macs: Multiply-accumulates, or None if the model could not be counted.
@@ -133,9 +133,11 @@ class Spending:
         peak_bytes: Peak memory, an estimate in a dense run that was not run, or None if not measured.
         joules: Energy of a meter, or None if there was none.
         modelled_joules: Energy of the price table, low and high with the DRAM price, or None.
+        passes: Counted bit-MACs by pass (`earlybird.cost.arithmetic.PASSES`), or None.
+        operations: Counted primitive operations by name (``'mult fp32'``), or None.
     """
 
-    seconds: Measured | Estimated
+    seconds: Measured | Estimated | None
     steps: Counted
     images: Counted
     macs: Counted | None
@@ -144,15 +146,26 @@ class Spending:
     peak_bytes: Measured | Estimated | None
     joules: Measured | None
     modelled_joules: Modelled | None
+    passes: Mapping[str, float] | None = None
+    operations: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain text and numbers, each quantity with its kind."""
-        return {key.name: _quantity_to_json(getattr(self, key.name)) for key in fields(self)}
+        counts = {name: None if (found := getattr(self, name)) is None else dict(found) for name in _COUNTS}
+        return {**{name: _quantity_to_json(getattr(self, name)) for name in _quantities()}, **counts}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Spending:
         """Rebuild what `to_json` wrote."""
-        return cls(**{key.name: _quantity_from_json(state[key.name]) for key in fields(cls)})
+        counts = {name: state.get(name) for name in _COUNTS}  # bills of older versions lack them
+        return cls(**{**{name: _quantity_from_json(state[name]) for name in _quantities()}, **counts})
+
+
+_COUNTS = ("passes", "operations")
+
+
+def _quantities() -> list[str]:
+    return [key.name for key in fields(Spending) if key.name not in _COUNTS]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,11 +191,10 @@ class Bill:
         A phase without a peak in which no image and no step was done ('lost': what was done twice) hides no peak.
         """
         rows = list(self.phases.values())
-        first: Measured | Estimated = rows[0].seconds if rows else Measured(0.0, "s", "clock")
-        took_time = [row for row in rows if row.seconds.value > 0]
+        took_time = [row for row in rows if row.seconds is None or row.seconds.value > 0]
         had_memory = [row for row in took_time if row.peak_bytes or row.images.value or row.steps.value]
         return Spending(
-            seconds=replace(first, value=sum(row.seconds.value for row in rows)),
+            seconds=_metered([row.seconds for row in rows], sum) if rows else Measured(0.0, "s", "clock"),
             steps=Counted(sum(row.steps.value for row in rows), "steps"),
             images=Counted(sum(row.images.value for row in rows), "images"),
             macs=_counted_sum([row.macs for row in rows], "MAC"),
@@ -191,7 +203,14 @@ class Bill:
             peak_bytes=_metered([row.peak_bytes for row in had_memory], max),
             joules=_metered([row.joules for row in took_time], sum),
             modelled_joules=_modelled_sum([row.modelled_joules for row in rows]),
+            passes=_sum_by_name([row.passes for row in rows]),
+            operations=_sum_by_name([row.operations for row in rows]),
         )
+
+    @property
+    def was_run(self) -> bool:
+        """Whether the time of all phases was measured; else it is an estimate, or there is none."""
+        return isinstance(self.total.seconds, Measured)
 
     def against(self, dense: Bill) -> Bill:
         """Return this bill with ``dense`` as the one to compare with."""
@@ -211,8 +230,10 @@ class Bill:
     def remarks(self) -> list[str]:
         """What has to be said about the numbers, in whole sentences."""
         ratios, remarks = self.ratios, []
-        if self.dense is not None and isinstance(self.dense.total.seconds, Estimated):
-            remarks.append(f"Dense was not run: its time is an estimate from {self.dense.total.seconds.basis}.")
+        if self.dense is not None and not self.dense.was_run:
+            seconds = self.dense.total.seconds
+            told = f"is an estimate from {seconds.basis}" if isinstance(seconds, Estimated) else "is not known"
+            remarks.append(f"Dense was not run: its time {told}.")
         names = {key: label for key, label in _LABELS.items() if key in ratios}
         losses = [f"{label} {ratios[key]} ({ratios[key].kind})" for key, label in names.items() if ratios[key].loss]
         if losses:
@@ -270,8 +291,7 @@ class Bill:
         lines = [f"Training bill ({self.device})", ""]
         rows = [(name, row) for name, row in self.phases.items()] + [("total", self.total)]
         if self.dense is not None:
-            estimate = isinstance(self.dense.total.seconds, Estimated)
-            rows.append(("dense (estimate)" if estimate else "dense", self.dense.total))
+            rows.append(("dense" if self.dense.was_run else "dense (estimate)", self.dense.total))
         cells = [[name, *_cells(row)] for name, row in rows]
         if self.dense is not None:
             cells.append(["against dense", *(_saved(self.ratios.get(key)) for key in _COLUMNS)])
@@ -280,6 +300,7 @@ class Bill:
         if self.parameters is not None:
             before = "" if self.dense is None or self.dense.parameters is None else f" of {self.dense.parameters:,}"
             lines.append(f"Parameters at the end: {self.parameters:,}{before}.")
+        lines += _operations(self)
         return "\n".join(lines + self.remarks)
 
 
@@ -302,14 +323,14 @@ _LABELS = {
     "modelled_joules": "modelled energy",
 }
 _LEGEND = (
-    "Plain: measured.  ~ estimate.  # counted (bit-MACs: MACs times (bits/32) squared).  "
+    "Plain: measured.  ~ estimate.  # counted (bit-MACs: MACs times the share of 32 bits of each operand).  "
     f"[..] modelled ({CITATION}; low and high DRAM price)."
 )
 
 
 def _cells(row: Spending) -> list[str]:
     return [
-        str(row.seconds),
+        "not measured" if row.seconds is None else str(row.seconds),
         "not measured" if row.peak_bytes is None else str(row.peak_bytes),
         "not measured" if row.joules is None else str(row.joules),
         _amount(row.steps),
@@ -317,6 +338,21 @@ def _cells(row: Spending) -> list[str]:
         "not counted" if row.macs is None else _amount(row.macs),
         "not counted" if row.bit_macs is None else _amount(row.bit_macs),
         "not counted" if row.modelled_joules is None else str(row.modelled_joules) if row.modelled_joules.high else "-",
+    ]
+
+
+def _operations(bill: Bill) -> list[str]:
+    """Say which operations were counted, where they are more than those of one floating point."""
+    total = bill.total
+    if not total.operations or not total.passes or len(total.operations) <= 2:
+        return []
+    named = [
+        ("Operations", {name: amount for name, amount in total.operations.items() if amount}),
+        ("Bit-MACs by pass", total.passes),
+    ]
+    return [
+        f"{title}: " + ", ".join(f"{name} {Counted(amount, '')}" for name, amount in amounts.items()) + "."
+        for title, amounts in named
     ]
 
 
@@ -365,6 +401,14 @@ def _range(quantity: Quantity) -> tuple[float, float]:
 def _counted_sum(parts: Sequence[Counted | None], unit: str) -> Counted | None:
     known = [part for part in parts if part is not None]
     return Counted(sum(part.value for part in known), unit) if len(known) == len(parts) else None
+
+
+def _sum_by_name(parts: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    names = dict.fromkeys(name for part in known for name in part)
+    return {name: sum(part.get(name, 0) for part in known) for name in names}
 
 
 def _modelled_sum(parts: Sequence[Modelled | None]) -> Modelled | None:

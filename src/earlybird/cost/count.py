@@ -19,40 +19,102 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from earlybird.calls import as_call, first_sample, hooks_idle, left_as_found, plain_execution, tensors_in, unwrapped
+from earlybird.cost.arithmetic import Arithmetic
 from earlybird.errors import InputError
 
-__all__ = ["LayerCost", "ModelCost", "count"]
+__all__ = ["Amount", "LayerCost", "ModelCost", "count"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """Cost of the operations that one module executes itself, not in its children.
+    """Cost of the operations that one module executes itself, not in its children; or the sum over several.
 
     Attributes:
         macs: Forward MACs per sample.
-        backward_macs: Backward MACs per sample.
+        error_macs: MACs per sample of the gradient of its inputs.
+        weight_macs: MACs per sample of the gradient of its weights.
         input_elements: Activation numbers read per sample in the forward pass.
         output_elements: Activation numbers written per sample in the forward pass.
         weight_elements: Weight numbers read once per batch.
-        backward_elements: Activation and gradient numbers moved per sample in the backward pass.
+        saved_elements: Activation numbers read again per sample in the backward pass.
+        gradient_elements: Gradient numbers read and written per sample in the backward pass.
     """
 
     macs: int = 0
-    backward_macs: int = 0
+    error_macs: int = 0
+    weight_macs: int = 0
     input_elements: int = 0
     output_elements: int = 0
     weight_elements: int = 0
-    backward_elements: int = 0
+    saved_elements: int = 0
+    gradient_elements: int = 0
+
+    @property
+    def backward_macs(self) -> int:
+        """MACs of both backward passes, per sample."""
+        return self.error_macs + self.weight_macs
+
+    @property
+    def backward_elements(self) -> int:
+        """Activation and gradient numbers moved per sample in the backward pass."""
+        return self.saved_elements + self.gradient_elements
 
     def __add__(self, other: LayerCost) -> LayerCost:
         return LayerCost(**{key.name: getattr(self, key.name) + getattr(other, key.name) for key in fields(self)})
+
+    def scaled(self, factor: float) -> LayerCost:
+        """Return the cost of samples with ``factor`` times as many pixels, in proportion."""
+        of_a_sample = {key.name: round(factor * getattr(self, key.name)) for key in fields(self)}
+        return LayerCost(**{**of_a_sample, "weight_elements": self.weight_elements})
+
+
+@dataclass
+class Amount:
+    """Operations and moved bits of some passes.
+
+    Attributes:
+        macs: MACs (or what stands for one) by pass, see `earlybird.cost.arithmetic`.
+        bit_macs: The same, each weighted with the bits of its operands.
+        operations: Primitive operations by name, such as ``'mult fp32'``.
+        moved_bits: Bits moved, each tensor once a pass.
+    """
+
+    macs: dict[str, float] = field(default_factory=dict)
+    bit_macs: dict[str, float] = field(default_factory=dict)
+    operations: dict[str, float] = field(default_factory=dict)
+    moved_bits: float = 0
+
+    def add(
+        self, cost: LayerCost, arithmetic: Arithmetic, images: float, batches: float = 0, *, training: bool
+    ) -> None:
+        """Add ``images`` samples in ``batches`` batches that pass layers of ``cost``; negative ones take away."""
+        amounts = {"forward": cost.macs}
+        if training:
+            amounts |= {"error": cost.error_macs, "weight": cost.weight_macs}
+        for pass_, macs in amounts.items():
+            if not macs:
+                continue
+            _raise(self.macs, pass_, images * macs)
+            _raise(self.bit_macs, pass_, images * macs * arithmetic.bit_macs(pass_))
+            for name, count_ in arithmetic.operations(pass_).items():
+                _raise(self.operations, name, images * macs * count_)
+        moved = (cost.input_elements + cost.output_elements) * arithmetic.activation
+        weights = cost.weight_elements * arithmetic.weight
+        if training:
+            moved += cost.saved_elements * arithmetic.activation + cost.gradient_elements * arithmetic.gradient
+            weights += cost.weight_elements * (arithmetic.weight + arithmetic.gradient)  # read again, gradient written
+        self.moved_bits += images * moved + batches * weights
+
+
+def _raise(amounts: dict[str, float], name: str, by: float) -> None:
+    amounts[name] = amounts.get(name, 0) + by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,23 +122,27 @@ class ModelCost:
     """Cost of one model on one sample.
 
     Attributes:
-        forward_macs: MACs of the forward pass, per sample.
-        backward_macs: MACs of the backward pass, per sample.
+        total: Sum over its layers.
         parameters: Number of parameters.
-        forward_elements: Activation numbers read and written by the forward pass, per sample: each tensor moved once.
-        backward_elements: The same for the backward pass: saved inputs read again, output gradients read, input
-            gradients written.
-        weight_elements: Weight numbers of the counted operations, read once per batch and pass.
-        layers: Cost by module name, in the order of execution; ``""`` is the model itself.
+        layers: Cost by module name, in the order of execution; ``""`` is the model itself. Empty where only the sum
+            is known.
+        arithmetics: How those layers compute that say so, by module name.
     """
 
-    forward_macs: int
-    backward_macs: int
+    total: LayerCost
     parameters: int
-    forward_elements: int
-    backward_elements: int
-    weight_elements: int
     layers: Mapping[str, LayerCost] = field(default_factory=dict)
+    arithmetics: Mapping[str, Arithmetic] = field(default_factory=dict)
+
+    @property
+    def forward_macs(self) -> int:
+        """MACs of the forward pass, per sample."""
+        return self.total.macs
+
+    @property
+    def backward_macs(self) -> int:
+        """MACs of the backward passes, per sample."""
+        return self.total.backward_macs
 
     @property
     def training_macs(self) -> int:
@@ -88,31 +154,63 @@ class ModelCost:
         """Bytes an optimizer step moves: 32-bit master weight and momentum of each parameter, read and written."""
         return 4 * 4 * self.parameters
 
-    def moved_bytes(self, samples: int, batches: int, bits: int, *, training: bool) -> int:
-        """Bytes moved for ``samples`` in ``batches`` batches, each tensor once a pass, numbers of ``bits`` bits.
+    def amount(self, images: float, batches: float, bits: int, *, training: bool) -> Amount:
+        """Return what ``images`` samples in ``batches`` batches cost.
 
-        Training adds to the forward pass: saved inputs and weights read again, both kinds of gradients written.
+        Layers that say how they compute are charged so, all others in floating point of ``bits`` bits. Training adds
+        to the forward pass: saved inputs and weights read again, both kinds of gradients computed and written.
         """
-        per_sample, per_batch = self.forward_elements, self.weight_elements
-        if training:
-            per_sample += self.backward_elements
-            per_batch *= 3
-        return (samples * per_sample + batches * per_batch) * bits // 8
+        found, rest = Amount(), self.total
+        for name, arithmetic in self.arithmetics.items():
+            found.add(self.layers[name], arithmetic, images, batches, training=training)
+            rest = _less(rest, self.layers[name])
+        found.add(rest, Arithmetic.of_floats(bits), images, batches, training=training)
+        return found
+
+    def exchange(
+        self, amount: Amount, layers: Sequence[str], images: float, bits: int, arithmetic: Arithmetic | None, *,
+        training: bool,
+    ) -> None:  # fmt: skip
+        """Let ``images`` samples of ``amount`` have passed ``layers`` in another arithmetic, or not at all (None)."""
+        for name in layers:
+            own = self.arithmetics.get(name, Arithmetic.of_floats(bits))
+            if name not in self.layers:
+                continue  # only the sum is known, or the layer is never executed
+            amount.add(self.layers[name], own, -images, training=training)
+            if arithmetic is not None:
+                amount.add(self.layers[name], arithmetic, images, training=training)
+
+    def moved_bytes(self, samples: int, batches: int, bits: int, *, training: bool) -> int:
+        """Return the bytes moved for ``samples`` in ``batches`` batches, each tensor once a pass."""
+        return int(self.amount(samples, batches, bits, training=training).moved_bits // 8)
 
     def scaled(self, factor: float) -> ModelCost:
-        """Return the cost of samples with ``factor`` times as many pixels, in proportion, without the layers."""
-        of_a_sample = ("forward_macs", "backward_macs", "forward_elements", "backward_elements")
-        return replace(self, layers={}, **{name: round(factor * getattr(self, name)) for name in of_a_sample})
+        """Return the cost of samples with ``factor`` times as many pixels, in proportion."""
+        layers = {name: layer.scaled(factor) for name, layer in self.layers.items()}
+        return replace(self, total=self.total.scaled(factor), layers=layers)
 
-    def to_json(self) -> dict[str, int]:
+    def computing_as(self, model: nn.Module) -> ModelCost:
+        """Return the same cost with the arithmetics that the layers of ``model`` say now."""
+        return replace(self, arithmetics=_arithmetics(model, self.layers))
+
+    def to_json(self) -> dict[str, Any]:
         """Return the totals (not the layers) as plain numbers."""
-        return {key.name: getattr(self, key.name) for key in fields(self) if key.name != "layers"}
+        return {"parameters": self.parameters, **asdict(self.total)}
 
     @classmethod
-    def from_json(cls, state: Mapping[str, int]) -> ModelCost:
+    def from_json(cls, state: Mapping[str, Any]) -> ModelCost:
         """Rebuild the totals that `to_json` wrote."""
-        totals: dict[str, Any] = {key.name: int(state[key.name]) for key in fields(cls) if key.name != "layers"}
-        return cls(**totals)
+        return cls(total=LayerCost(**{key.name: state[key.name] for key in fields(LayerCost)}),
+                   parameters=state["parameters"])  # fmt: skip
+
+
+def _less(total: LayerCost, part: LayerCost) -> LayerCost:
+    return LayerCost(**{key.name: getattr(total, key.name) - getattr(part, key.name) for key in fields(LayerCost)})
+
+
+def _arithmetics(model: nn.Module, layers: Mapping[str, LayerCost]) -> dict[str, Arithmetic]:
+    found = {name: getattr(module, "arithmetic", None) for name, module in model.named_modules() if name in layers}
+    return {name: arithmetic for name, arithmetic in found.items() if isinstance(arithmetic, Arithmetic)}
 
 
 def count(model: nn.Module, example_inputs: Any) -> ModelCost:
@@ -145,15 +243,11 @@ def count(model: nn.Module, example_inputs: Any) -> ModelCost:
                 needed="a tensor (N, ...), a tuple of positional or a dict of keyword arguments",
                 hint="pass example_inputs=x with a batch as the training loop uses it",
             ) from error
-    total = sum(counter.layers.values(), LayerCost())
     return ModelCost(
-        forward_macs=total.macs,
-        backward_macs=total.backward_macs,
+        total=sum(counter.layers.values(), LayerCost()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        forward_elements=total.input_elements + total.output_elements,
-        backward_elements=total.backward_elements,
-        weight_elements=total.weight_elements,
         layers=counter.layers,
+        arithmetics=_arithmetics(model, counter.layers),
     )
 
 
@@ -260,11 +354,13 @@ class _Counter(TorchDispatchMode):
         name = self._stack[-1]
         self.layers[name] = self.layers.get(name, LayerCost()) + LayerCost(
             macs=macs,
-            backward_macs=macs * sum(tensor.requires_grad for tensor in operands),
+            error_macs=macs * operands[0].requires_grad,
+            weight_macs=macs * operands[1].requires_grad,
             input_elements=inputs,
             output_elements=output.numel(),
             weight_elements=sum(tensor.numel() for tensor in read if self._is_weight(tensor)),
-            backward_elements=inputs + output.numel() + gradients if learns else 0,
+            saved_elements=inputs if learns else 0,
+            gradient_elements=output.numel() + gradients if learns else 0,
         )
 
     def _is_weight(self, tensor: Tensor) -> bool:

@@ -3,7 +3,7 @@
 Prices: M. Horowitz, "Computing's Energy Problem (and What We Can Do About It)", ISSCC 2014, pp. 10-14, figure 1.1.9
 (45 nm, 0.9 V), https://doi.org/10.1109/ISSCC.2014.6757323, as given by two independent transcriptions that agree.
 
-    compute joules = MACs * (multiplication + addition at the arithmetic's width)
+    compute joules = sum over operations of their number times the price of one
     movement joules = bits moved / 64 * (1300 .. 2600 pJ, one 64-bit DRAM access)
 
 The two are reported apart, and movement as a range. Every tensor is taken to cross the chip's edge once each time it
@@ -14,11 +14,13 @@ fp16, which the table has.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from earlybird.errors import InputError
 
-__all__ = ["CITATION", "MAC_PICOJOULES", "PRICES", "Energy", "Price", "joules"]
+__all__ = ["ASIC", "CITATION", "FPGA", "PRICES", "Energy", "Price", "joules", "picojoules"]
 
 CITATION = "Horowitz, ISSCC 2014, 45 nm"
 
@@ -86,14 +88,49 @@ PRICES: dict[str, Price] = {
 }
 """Prices by operation; keys end with the access width where one access moves many bits."""
 
-MAC_PICOJOULES: dict[str, float] = {
-    **{
-        kind: PRICES[f"{kind}_mult"].low + PRICES[f"{kind}_add"].low
-        for kind in ("fp32", "fp16", "int32", "int16", "int8")
-    },
-    "int8_into_int32": PRICES["int8_mult"].low + PRICES["int32_add"].low,
+ASIC, FPGA = "45nm", "fpga"
+"""Tables: a chip of 45 nm, and the FPGA on which ShiftAddNet was measured."""
+
+# by table and operation, the entries that prices of other widths are read off, by the product of the operands' bits
+_ENTRIES: dict[tuple[str, str], dict[int, str]] = {
+    (ASIC, "mult"): {8 * 8: "int8_mult", 16 * 16: "int16_mult", 32 * 32: "int32_mult"},
+    (ASIC, "add"): {8: "int8_add", 16: "int16_add", 32: "int32_add"},
+    (ASIC, "shift"): {8: "shift_fix8", 16: "shift_fix16", 32: "shift_fix32"},
+    (ASIC, "mult fp"): {16: "fp16_mult", 32: "fp32_mult"},
+    (ASIC, "add fp"): {16: "fp16_add", 32: "fp32_add"},
+    (FPGA, "mult"): {8 * 8: "fpga_mult_fix8", 32 * 32: "fpga_mult_fix32"},
+    (FPGA, "add"): {8: "fpga_add_fix8", 32: "fpga_add_fix32"},
+    (FPGA, "shift"): {8: "fpga_shift_fix8", 32: "fpga_shift_fix32"},
+    (FPGA, "mult fp"): {32: "fpga_mult_fp32"},
+    (FPGA, "add fp"): {32: "fpga_add_fp32"},
 }
-"""Picojoules of one multiply-accumulate by arithmetic; ``int8_into_int32`` adds into a 32-bit accumulator."""
+
+
+def picojoules(operation: str, table: str = ASIC) -> float:
+    """Return the price of one operation: ``'mult fp32'``, ``'mult 8x4'``, ``'add 8'``, ``'shift 16'``.
+
+    Whole numbers of a width that the table lacks lie on a power law through its two nearest entries: on a chip, a
+    multiplication is about proportional to the product of its operands' bits, an addition to the bits.
+
+    Raises:
+        InputError: No such operation or table, or a floating point that the table lacks.
+    """
+    kind, _, width = operation.partition(" ")
+    floating = width.startswith("fp")
+    entries = _ENTRIES.get((table, f"{kind} fp" if floating else kind))
+    if entries is None:
+        raise InputError(f"no price for '{operation}' in table '{table}'", needed="mult, add or shift; 45nm or fpga")
+    if floating:
+        if int(width[2:]) not in entries:
+            known = ", ".join(f"fp{bits}" for bits in entries)
+            raise InputError(f"no price for '{operation}' in table '{table}'", needed=f"one of {known}")
+        return PRICES[entries[int(width[2:])]].low
+    bits = math.prod(int(part) for part in width.split("x"))
+    if bits in entries:
+        return PRICES[entries[bits]].low
+    low, high = sorted(sorted(entries, key=lambda known: abs(math.log(known / bits)))[:2])
+    cheap, dear = PRICES[entries[low]].low, PRICES[entries[high]].low
+    return cheap * math.exp(math.log(bits / low) * math.log(dear / cheap) / math.log(high / low))
 
 
 @dataclass(frozen=True)
@@ -128,15 +165,18 @@ class Energy:
         )
 
 
-def joules(macs: float, moved_bytes: float, bits: int = 32) -> Energy:
-    """Price floating-point work of ``macs`` MACs at ``bits`` (32 or 16) that moves ``moved_bytes`` bytes.
+def joules(operations: Mapping[str, float], moved_bytes: float, table: str = ASIC) -> Energy:
+    """Price counted operations and moved bytes.
+
+    Args:
+        operations: How many by name, as `picojoules` knows them.
+        moved_bytes: At the price of DRAM.
+        table: ``'45nm'`` or ``'fpga'``; decides about the operations only.
 
     Raises:
-        InputError: ``bits`` is a width for which there is no floating-point price.
+        InputError: An operation that the table has no price for.
     """
-    kind = f"fp{bits}"
-    if kind not in MAC_PICOJOULES:
-        raise InputError(f"no price for {bits}-bit floating point", needed="32 or 16")
+    compute = sum(amount * picojoules(name, table) for name, amount in operations.items())
     dram = PRICES["dram_64bit"]
     accesses = moved_bytes * 8 / 64
-    return Energy(macs * MAC_PICOJOULES[kind] * 1e-12, accesses * dram.low * 1e-12, accesses * dram.high * 1e-12)
+    return Energy(compute * 1e-12, accesses * dram.low * 1e-12, accesses * dram.high * 1e-12)

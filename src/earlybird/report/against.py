@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from earlybird.cost import units
-from earlybird.cost.bill import Bill, Estimated, Ratio
+from earlybird.cost.bill import Bill, Ratio
 from earlybird.report.read import Contender, RunRecord
 
 
@@ -92,4 +92,4 @@ def percent(accuracy: float) -> str:
 
 def is_estimated(bill: Bill) -> bool:
     """Tell whether the bill's dense side was not run."""
-    return bill.dense is not None and isinstance(bill.dense.total.seconds, Estimated)
+    return bill.dense is not None and not bill.dense.was_run

@@ -178,7 +178,7 @@ def contender_table(contenders: Sequence[Contender]) -> Table | None:
                     contender.label,
                     _spread(contender.accuracies, percent),
                     "" if change is None else units.points(change),
-                    _spread([bill.total.seconds.value for bill in contender.bills], units.seconds),
+                    _spread([_level(bill.total.seconds) or 0.0 for bill in contender.bills], units.seconds),
                     times_less(ratios["seconds"]) if "seconds" in ratios else "",
                     times_less(ratios["macs"]) if "macs" in ratios else "",
                     times_less(ratios["modelled_joules"]) if "modelled_joules" in ratios else "",

@@ -304,7 +304,7 @@ def _row(path: Path, name: str, seed: int) -> dict[str, Any]:
         "accuracy": result.accuracy,
         "loss": result.loss,
         "epochs": result.epochs,
-        "seconds": total.seconds.value,
+        "seconds": None if total.seconds is None else total.seconds.value,
         "phase_seconds": result.to_json()["phase_seconds"],
         "macs": None if total.macs is None else total.macs.value,
         "bit_macs": None if total.bit_macs is None else total.bit_macs.value,

@@ -43,7 +43,7 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """Return all but the folder and the bill, which has a file of its own, as plain numbers."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _ELSEWHERE}
-        seconds = {name: spent.seconds.value for name, spent in self.bill.phases.items()}
+        seconds = {name: spent.seconds.value for name, spent in self.bill.phases.items() if spent.seconds is not None}
         return {**values, "loss": self.loss if math.isfinite(self.loss) else None, "phase_seconds": seconds}
 
     @classmethod
