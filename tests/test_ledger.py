@@ -971,8 +971,8 @@ def test_dense_trains_on_what_was_left_out_at_this_runs_own_pace(ledger: Ledger,
     ledger.watch(model, optimizer)
     ledger.enter("train")
     for _ in range(8):
-        step(model, optimizer)
         clock.wait(1)
+        step(model, optimizer)
         ledger.leave_out(10)
     ledger.stop()
     bill, cost = ledger.bill(), count(model, torch.ones(1, 4))
