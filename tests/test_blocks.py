@@ -125,7 +125,9 @@ class Named(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stages = nn.ModuleList([nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), nn.ModuleList([nn.Linear(6, 4)])])
+        self.stages = nn.ModuleList(
+            [nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), nn.ModuleList([nn.Linear(6, 4)])]
+        )
         self.two = nn.Bilinear(6, 6, 6)
 
     def forward(self, x):
@@ -167,7 +169,7 @@ def test_named_blocks_must_not_hold_each_other():
 
 
 def test_a_network_without_blocks_is_refused_with_a_hint():
-    with pytest.raises(InputError, match="Sequential has no residual block.*name the blocks by a pattern"):
+    with pytest.raises(InputError, match=r"Sequential has no residual block.*name the blocks by a pattern"):
         find_blocks(make("plain"), images(2))
 
 

@@ -253,7 +253,8 @@ def _named(model: nn.Module, calls: dict[str, _Call], patterns: Sequence[str]) -
 def _writer(modules: dict[str, nn.Module], calls: dict[str, _Call], block: str) -> str:
     """Return the layer that ends a block's branch, else the last one that writes as many channels as the block does."""
     for name in (calls[block].branch, *reversed(calls)):
-        if _inside(name, block) and layer_of(modules[name]) is not None:
-            if width(modules[name]) == calls[block].channels_out == calls[name].channels_out:
-                return name
+        if not _inside(name, block) or layer_of(modules[name]) is None:
+            continue
+        if width(modules[name]) == calls[block].channels_out == calls[name].channels_out:
+            return name
     return ""
