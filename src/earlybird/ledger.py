@@ -78,8 +78,8 @@ class Work:
     forward_images: int = 0
     forward_batches: int = 0
     updates: int = 0
-    left_images: int = 0
-    left_batches: int = 0
+    left_images: float = 0
+    left_batches: float = 0
     macs: dict[str, float] = field(default_factory=dict)
     bit_macs: dict[str, float] = field(default_factory=dict)
     operations: dict[str, float] = field(default_factory=dict)
@@ -115,8 +115,8 @@ class Work:
 
     def as_dense(self) -> Work:
         """Return the passes that a dense run would have made: those that were left out are done."""
-        images, batches = self.train_images + self.left_images, self.train_batches + self.left_batches
-        updates = self.updates + self.left_batches
+        images, batches = round(self.train_images + self.left_images), round(self.train_batches + self.left_batches)
+        updates = round(self.updates * batches / max(self.train_batches, 1))  # as many batches a step
         return replace(self, train_images=images, train_batches=batches, updates=updates, left_images=0, left_batches=0)
 
 
@@ -206,8 +206,8 @@ class PhaseRecord:
     def as_dense(self) -> PhaseRecord:
         """Return the passes of a dense run, which leaves no batch out; their price and time are yet to be found."""
         work = {bits: item.as_dense() for bits, item in self.work.items()}
-        left = sum(item.updates for item in work.values()) - sum(item.updates for item in self.work.values())
-        return PhaseRecord(steps=self.steps + left, work=work)
+        more = sum(item.train_images for item in work.values()) / max(self.train_images, 1)
+        return PhaseRecord(steps=round(self.steps * more), work=work)
 
     def add(self, other: PhaseRecord) -> None:
         """Add ``other``; the higher peak stays."""
@@ -426,7 +426,7 @@ class Ledger:
         self._routes[route] = self._routes.get(route, 0) + images * self._world_size
         self._altered = True
 
-    def leave_out(self, images: int, batches: int = 1) -> None:
+    def leave_out(self, images: float, batches: float = 1) -> None:
         """Count samples, of this process, that dense training would have seen and this run never touches."""
         self._pending.left_images += images * self._world_size
         self._pending.left_batches += batches * self._world_size
