@@ -198,6 +198,23 @@ class PhaseRecord:
         """Modelled energy of the work."""
         return joules(self.operations, self.moved_bytes)
 
+    def spending(self) -> Spending:
+        """Return a row of a bill with what is counted and modelled; nothing in it is measured."""
+        energy = self.energy
+        return Spending(
+            seconds=None,
+            steps=Counted(self.steps, "steps"),
+            images=Counted(self.images, "images"),
+            macs=Counted(self.macs, "MAC"),
+            bit_macs=Counted(self.bit_macs, "MAC"),
+            moved_bytes=Counted(self.moved_bytes, "B"),
+            peak_bytes=None,
+            joules=None,
+            modelled_joules=Modelled(energy.low, energy.high, "J", CITATION),
+            passes=self.bit_macs_by_pass,
+            operations=self.operations,
+        )
+
     def priced(self, cost: ModelCost) -> PhaseRecord:
         """Return the same passes, in the same time, at the price of ``cost``."""
         work = {bits: item.priced(cost, bits) for bits, item in self.work.items()}
@@ -702,22 +719,18 @@ class Ledger:
         )
 
     def _spending(self, record: PhaseRecord, *, basis: str = "") -> Spending:
-        known = not record.images or not self._uncounted
-        energy = record.energy
-        return Spending(
+        row = record.spending()
+        if record.images and self._uncounted:
+            row = replace(
+                row, macs=None, bit_macs=None, moved_bytes=None, modelled_joules=None, passes=None, operations=None
+            )
+        return replace(
+            row,
             seconds=Estimated(record.seconds, "s", basis) if basis else Measured(record.seconds, "s", "clock"),
-            steps=Counted(record.steps, "steps"),
-            images=Counted(record.images, "images"),
-            macs=Counted(record.macs, "MAC") if known else None,
-            bit_macs=Counted(record.bit_macs, "MAC") if known else None,
-            passes=record.bit_macs_by_pass if known else None,
-            operations=record.operations if known else None,
-            moved_bytes=Counted(record.moved_bytes, "B") if known else None,
             peak_bytes=self._peak_spent(record, estimated=bool(basis)),
             joules=None
             if record.joules is None or self._energy is None or basis
             else Measured(record.joules, "J", self._energy.name),
-            modelled_joules=Modelled(energy.low, energy.high, "J", CITATION) if known else None,
         )
 
     def _peak_spent(self, record: PhaseRecord, *, estimated: bool) -> Measured | Estimated | None:

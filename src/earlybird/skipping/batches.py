@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ from earlybird.data.loader import Loader
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import option
+from earlybird.stretches import Plan, Stretch
 
 Batches = TypeVar("Batches", bound="Iterable[Any]")
 
@@ -68,6 +69,11 @@ class BatchDropping:
     def selection(self, seed: int = 0) -> Selection:
         """Return which batches are trained on."""
         return Selection(self.drop, self.drop_rule, seed, by_attempts=self.drop_clock == "attempted")
+
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
+        """Return the stretches of a run with fewer steps, for `earlybird.forecast`."""
+        keep = self.selection().length(plan.steps_per_epoch) / plan.steps_per_epoch
+        return [replace(stretch, steps=keep * stretch.steps) for stretch in stretches]
 
     def attach(
         self,
