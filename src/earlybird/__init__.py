@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # Loaded on first use, so that `earlybird --help` answers before torch is imported.
 _HOMES = {
     "EarlyBird": "earlybird.tickets.early_bird",
+    "BatchDropping": "earlybird.skipping.batches",
     "ProgressiveResizing": "earlybird.skipping.pixels",
     "Search": "earlybird.tickets.search",
     "Ticket": "earlybird.tickets.ticket",
@@ -28,13 +29,14 @@ _HOMES = {
     "Bill": "earlybird.cost.bill",
 }
 __all__ = [
-    "Bill", "Change", "EarlyBird", "Ledger", "ProgressiveResizing", "Search", "Step", "Ticket", "__version__", "draw",
-    "shrink",
+    "BatchDropping", "Bill", "Change", "EarlyBird", "Ledger", "ProgressiveResizing", "Search", "Step", "Ticket",
+    "__version__", "draw", "shrink",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from earlybird.cost.bill import Bill
     from earlybird.ledger import Ledger
+    from earlybird.skipping.batches import BatchDropping
     from earlybird.skipping.pixels import ProgressiveResizing
     from earlybird.step import Step
     from earlybird.tickets.draw import draw

@@ -1,7 +1,7 @@
-"""The command line: ``earlybird train | compare | resume | report | export | methods | data``.
+"""The command line: ``earlybird train | compare | resume | report | export | bill | methods | data``.
 
-Every key of a recipe is also a flag of ``train`` and ``compare``; the flags are made from the one definition,
-`earlybird.train.recipe`. That definition needs torch, so it is loaded only when one of these two commands is typed, and
+Every key of a recipe is also a flag of ``train``, ``compare`` and ``bill``; the flags are made from the one definition,
+`earlybird.train.recipe`. That definition needs torch, so it is loaded only when one of these is typed, and
 ``earlybird --help`` answers at once.
 
 Exit codes: 0 done, 2 wrong input, 3 interrupted and resumable, 130 interrupted outside training (nothing to resume),
@@ -94,9 +94,9 @@ def _application(command: str) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     application.callback()(_options)
-    commands: list[Callable[..., None]] = [train, compare, resume, report, export, methods, data]
+    commands: list[Callable[..., None]] = [train, compare, resume, report, export, bill, methods, data]
     for function in commands:
-        if function in (train, compare) and function.__name__ == command:
+        if function in (train, compare, bill) and function.__name__ == command:
             function = _with_recipe_keys(function, without={"seed", "dense"} if function is compare else set())
         application.command()(function)
     return application
@@ -144,6 +144,22 @@ def _print_result(result: Result) -> None:
     ticket = "" if result.drawn_at is None else f", ticket drawn at step {result.drawn_at:,} of {result.steps:,}"
     print(f"accuracy {result.accuracy:.2%} after {result.epochs} epochs{ticket}")
     print(f"run: {result.folder}   next: earlybird report {result.folder}")
+
+
+def bill(recipe: RecipeFile = None, **keys: Any) -> None:
+    """Print what a run would count, and its modelled energy, without running it.
+
+    Nothing is measured: it says what a paper's table would say. The ticket keeps the same share of each layer and is
+    drawn at the deadline; shares that a method steers are at their targets.
+
+    \b
+    Examples:
+      earlybird bill --model resnet74 --data cifar10 --epochs 160 --method batch_dropping=0.5
+      earlybird bill --model vgg16 --data cifar10 --epochs 160 --preset published --keep 0.3 --deadline 10ep
+    """
+    from earlybird.forecast import forecast
+
+    print(forecast(_recipe(recipe, keys)))
 
 
 def _recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:

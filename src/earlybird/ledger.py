@@ -78,8 +78,8 @@ class Work:
     forward_images: int = 0
     forward_batches: int = 0
     updates: int = 0
-    left_images: int = 0
-    left_batches: int = 0
+    left_images: float = 0
+    left_batches: float = 0
     macs: dict[str, float] = field(default_factory=dict)
     bit_macs: dict[str, float] = field(default_factory=dict)
     operations: dict[str, float] = field(default_factory=dict)
@@ -115,8 +115,8 @@ class Work:
 
     def as_dense(self) -> Work:
         """Return the passes that a dense run would have made: those that were left out are done."""
-        images, batches = self.train_images + self.left_images, self.train_batches + self.left_batches
-        updates = self.updates + self.left_batches
+        images, batches = round(self.train_images + self.left_images), round(self.train_batches + self.left_batches)
+        updates = round(self.updates * batches / max(self.train_batches, 1))  # as many batches a step
         return replace(self, train_images=images, train_batches=batches, updates=updates, left_images=0, left_batches=0)
 
 
@@ -198,6 +198,23 @@ class PhaseRecord:
         """Modelled energy of the work."""
         return joules(self.operations, self.moved_bytes)
 
+    def spending(self) -> Spending:
+        """Return a row of a bill with what is counted and modelled; nothing in it is measured."""
+        energy = self.energy
+        return Spending(
+            seconds=None,
+            steps=Counted(self.steps, "steps"),
+            images=Counted(self.images, "images"),
+            macs=Counted(self.macs, "MAC"),
+            bit_macs=Counted(self.bit_macs, "MAC"),
+            moved_bytes=Counted(self.moved_bytes, "B"),
+            peak_bytes=None,
+            joules=None,
+            modelled_joules=Modelled(energy.low, energy.high, "J", CITATION),
+            passes=self.bit_macs_by_pass,
+            operations=self.operations,
+        )
+
     def priced(self, cost: ModelCost) -> PhaseRecord:
         """Return the same passes, in the same time, at the price of ``cost``."""
         work = {bits: item.priced(cost, bits) for bits, item in self.work.items()}
@@ -206,8 +223,8 @@ class PhaseRecord:
     def as_dense(self) -> PhaseRecord:
         """Return the passes of a dense run, which leaves no batch out; their price and time are yet to be found."""
         work = {bits: item.as_dense() for bits, item in self.work.items()}
-        left = sum(item.updates for item in work.values()) - sum(item.updates for item in self.work.values())
-        return PhaseRecord(steps=self.steps + left, work=work)
+        more = sum(item.train_images for item in work.values()) / max(self.train_images, 1)
+        return PhaseRecord(steps=round(self.steps * more), work=work)
 
     def add(self, other: PhaseRecord) -> None:
         """Add ``other``; the higher peak stays."""
@@ -426,7 +443,7 @@ class Ledger:
         self._routes[route] = self._routes.get(route, 0) + images * self._world_size
         self._altered = True
 
-    def leave_out(self, images: int, batches: int = 1) -> None:
+    def leave_out(self, images: float, batches: float = 1) -> None:
         """Count samples, of this process, that dense training would have seen and this run never touches."""
         self._pending.left_images += images * self._world_size
         self._pending.left_batches += batches * self._world_size
@@ -702,22 +719,18 @@ class Ledger:
         )
 
     def _spending(self, record: PhaseRecord, *, basis: str = "") -> Spending:
-        known = not record.images or not self._uncounted
-        energy = record.energy
-        return Spending(
+        row = record.spending()
+        if record.images and self._uncounted:
+            row = replace(
+                row, macs=None, bit_macs=None, moved_bytes=None, modelled_joules=None, passes=None, operations=None
+            )
+        return replace(
+            row,
             seconds=Estimated(record.seconds, "s", basis) if basis else Measured(record.seconds, "s", "clock"),
-            steps=Counted(record.steps, "steps"),
-            images=Counted(record.images, "images"),
-            macs=Counted(record.macs, "MAC") if known else None,
-            bit_macs=Counted(record.bit_macs, "MAC") if known else None,
-            passes=record.bit_macs_by_pass if known else None,
-            operations=record.operations if known else None,
-            moved_bytes=Counted(record.moved_bytes, "B") if known else None,
             peak_bytes=self._peak_spent(record, estimated=bool(basis)),
             joules=None
             if record.joules is None or self._energy is None or basis
             else Measured(record.joules, "J", self._energy.name),
-            modelled_joules=Modelled(energy.low, energy.high, "J", CITATION) if known else None,
         )
 
     def _peak_spent(self, record: PhaseRecord, *, estimated: bool) -> Measured | Estimated | None:

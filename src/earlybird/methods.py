@@ -51,5 +51,13 @@ METHODS: dict[str, MethodInfo] = {
             saves="measured seconds, counted MACs and modelled joules of the steps on small images",
             limits="images whose details decide, and networks that have pooled them down to few pixels already",
         ),
+        MethodInfo(
+            name="batch_dropping",
+            path="earlybird.skipping.batches:BatchDropping",
+            citation="Wang et al., E2-Train: Training State-of-the-art CNNs with Over 80% Energy Savings, NeurIPS 2019",
+            link="https://arxiv.org/abs/1910.13349",
+            saves="steps, and with them measured seconds, counted MACs and modelled joules in proportion",
+            limits="runs for which fewer epochs are as accurate: compare with as many steps, not with the whole run",
+        ),
     )
 }

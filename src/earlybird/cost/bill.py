@@ -230,6 +230,8 @@ class Bill:
     def remarks(self) -> list[str]:
         """What has to be said about the numbers, in whole sentences."""
         ratios, remarks = self.ratios, []
+        if self.phases and self.total.seconds is None:
+            return ["Nothing was run: all of this is counted or modelled, and says nothing about time."]
         if self.dense is not None and not self.dense.was_run:
             seconds = self.dense.total.seconds
             told = f"is an estimate from {seconds.basis}" if isinstance(seconds, Estimated) else "is not known"

@@ -8,9 +8,10 @@ to each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import overload
+from itertools import islice
+from typing import Protocol, overload
 
 import numpy as np
 import torch
@@ -22,6 +23,13 @@ from earlybird.errors import InputError
 
 # what a generator is for, mixed into its seed, so that no two streams of random numbers are the same
 _ORDER, _AUGMENTATION, _SAMPLE, _FLIP = 0, 1, 2, 3
+
+
+class Selection(Protocol):
+    """Which batches are walked through, where some are left out (`earlybird.skipping.batches`)."""
+
+    def length(self, batches: int) -> int: ...  # noqa: D102
+    def positions(self, first: int, batches: int) -> Iterator[tuple[int, int]]: ...  # noqa: D102
 
 
 class Loader:
@@ -47,6 +55,10 @@ class Loader:
         world_size: Processes that share each batch: rank r gets the images r, r + world_size, ... of it. All together
             they get what one process would get, also in augmentation. A rank's share of a last, short batch may be
             empty.
+
+    Attributes:
+        selection: Which batches are walked through, or None for all; an epoch is then as long as it says, and what is
+            left out is never touched.
 
     Raises:
         InputError: An argument does not fit the images or is out of range.
@@ -106,12 +118,18 @@ class Loader:
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
         self.dtype, self.channels_last = dtype, channels_last
         self.rank, self.world_size = rank, world_size
+        self.selection: Selection | None = None
         self._next_epoch = 0
+
+    @property
+    def whole_length(self) -> int:
+        """The number of batches in an epoch that leaves none out."""
+        full, rest = divmod(len(self.images), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch, the same for every rank."""
-        full, rest = divmod(len(self.images), self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        return self.whole_length if self.selection is None else self.selection.length(self.whole_length)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Walk through the next epoch: 0 the first time, then 1, 2, ..."""
@@ -168,12 +186,24 @@ class Loader:
         index = torch.randperm(len(self.images), generator=generator)[:count]
         return index, self._choose(len(index), generator)
 
-    def _walk(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _positions(self, epoch: int, start: int) -> Iterable[tuple[int, int]]:
+        """Return (epoch, batch) of what is walked through, which a selection takes from later epochs, too."""
+        if self.selection is None:
+            return ((epoch, batch) for batch in range(start, len(self)))
+        chosen = self.selection.positions(epoch * len(self) + start, self.whole_length)
+        return islice(chosen, len(self) - start)
+
+    def _walk(self, first_epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         count = len(self.images)
-        order = torch.randperm(count, generator=_generator(_ORDER, self.seed, epoch)) if self.shuffle else None
         share = slice(self.rank, None, self.world_size)
-        mirrored = self._first_mirrored() ^ bool(epoch % 2) if self.augment.flip == "alternating" else None
-        for batch in range(start, len(self)):
+        order: Tensor | None = None
+        mirrored: Tensor | None = None
+        entered: int | None = None
+        for epoch, batch in self._positions(first_epoch, start):
+            if epoch != entered:
+                entered = epoch
+                order = torch.randperm(count, generator=_generator(_ORDER, self.seed, epoch)) if self.shuffle else None
+                mirrored = self._first_mirrored() ^ bool(epoch % 2) if self.augment.flip == "alternating" else None
             low, high = batch * self.batch_size, min((batch + 1) * self.batch_size, count)
             # all ranks draw for the whole batch and keep their share
             generator = _generator(_AUGMENTATION, self.seed, epoch, batch)

@@ -20,7 +20,9 @@ is evaluated at.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +34,7 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count, check_share, option
 from earlybird.step import Step
+from earlybird.stretches import Plan, Stretch, after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,19 @@ class ProgressiveResizing:
         grow, whole = self.grow_from, self.whole_from
         if (grow, whole) == (Step(share=grow.share), Step(share=whole.share)) and grow.share > whole.share:
             raise _late(self)
+
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
+        """Return the stretches of a run on smaller images, one for each size, for `earlybird.forecast`."""
+        total = round(sum(stretch.steps for stretch in stretches))
+        per_epoch = round(plan.steps_per_epoch * total / plan.total_steps)
+        grow, whole = (point.in_iterations(per_epoch, total) for point in (self.grow_from, self.whole_from))
+        done = 0
+        for side, steps in groupby(
+            _side(plan.shape[1], _scale(self.initial_scale, step, grow, whole), self.size_step) for step in range(total)
+        ):
+            stretches = after(stretches, done, partial(replace, side=side))
+            done += sum(1 for _ in steps)
+        return stretches
 
     def attach(
         self,
@@ -144,11 +160,7 @@ class Resizing:
     @property
     def scale(self) -> float:
         """Factor on the side of the images of the next step."""
-        first = self.settings.initial_scale
-        if self._steps >= self._whole_from:
-            return 1.0
-        grown = max(self._steps - self._grow_from, 0) / max(self._whole_from - self._grow_from, 1)
-        return first + (1 - first) * grown
+        return _scale(self.settings.initial_scale, self._steps, self._grow_from, self._whole_from)
 
     def bill(self) -> Any:
         """Return what was spent so far, as a `Bill`."""
@@ -193,6 +205,18 @@ class Resizing:
         self._steps += 1
 
 
+def _scale(first: float, step: int, grow_from: int, whole_from: int) -> float:
+    """Return the factor on the side of the images of the step that follows ``step`` finished ones."""
+    if step >= whole_from:
+        return 1.0
+    return first + (1 - first) * max(step - grow_from, 0) / max(whole_from - grow_from, 1)
+
+
+def _side(whole: int, scale: float, step: int) -> int:
+    """Return a side of ``whole`` pixels times ``scale``, rounded to a multiple of ``step``."""
+    return whole if scale >= 1 else min(max(round(whole * scale / step), 1) * step, whole)
+
+
 def _late(settings: ProgressiveResizing) -> InputError:
     return InputError(
         f"whole_from = {settings.whole_from} comes before grow_from = {settings.grow_from}",
@@ -229,7 +253,7 @@ def resize(images: Tensor, scale: float, step: int = 1) -> Tensor:
     """
     if scale >= 1:
         return images
-    height, width = (min(max(round(side * scale / step), 1) * step, side) for side in images.shape[-2:])
+    height, width = (_side(side, scale, step) for side in images.shape[-2:])
     if (height, width) == tuple(images.shape[-2:]):
         return images
     # by the strides: an image of one channel is contiguous either way

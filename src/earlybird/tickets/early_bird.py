@@ -32,9 +32,10 @@ the preset's.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -44,9 +45,11 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger
 from earlybird.settings import check_share, option
 from earlybird.step import Step
-from earlybird.tickets.draw import Coupled, Scope
+from earlybird.stretches import Plan, Stretch, after
+from earlybird.tickets.draw import Coupled, Scope, draw
 from earlybird.tickets.scores import SCORES
 from earlybird.tickets.search import Search
+from earlybird.tickets.shrink import shrink
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,31 @@ class EarlyBird:
     def ratios(self) -> tuple[float, ...]:
         """All keep ratios that are watched; the first one is trained."""
         return self.keep if isinstance(self.keep, tuple) else (self.keep,)
+
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
+        """Return the stretches of a run that shrinks, for `earlybird.forecast`.
+
+        The ticket is drawn at the deadline (without one, at the end of the first full window) and keeps the same share
+        of each layer's channels, since the scores of a network that was not trained rank nothing.
+        """
+        total = round(sum(stretch.steps for stretch in stretches))
+        per_epoch = round(plan.steps_per_epoch * total / plan.total_steps)
+        drawn = self.deadline.in_iterations(per_epoch, total) if self.deadline is not None else 0
+        full = self.skip.in_iterations(per_epoch, total) + self.window * self.look_every.in_iterations(per_epoch, total)
+        small: dict[int, nn.Module] = {}
+
+        def shrunk(stretch: Stretch) -> Stretch:
+            if id(stretch.model) not in small:
+                model, images = copy.deepcopy(stretch.model), plan.images()
+                ticket = draw(
+                    model, self.ratios[0], score="magnitude", example_inputs=images, coupled=self.coupled,
+                    scope="layer", macs_share=self.macs_share,
+                )  # fmt: skip
+                shrink(model, ticket, images, round_to=self.round_to or 8)
+                small[id(stretch.model)] = model
+            return replace(stretch, model=small[id(stretch.model)])
+
+        return after(stretches, drawn or full, shrunk)
 
     def attach(
         self,

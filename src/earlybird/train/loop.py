@@ -109,7 +109,7 @@ def _step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
     """Take one optimizer step and return the sum of the losses of its batches, shape ()."""
     recipe = run.recipe
     for group in run.optimizer.param_groups:
-        group["lr"] = group.get("lr_scale", 1.0) * run.schedule(run.step, group.get("lr_end"))
+        group["lr"] = group.get("lr_scale", 1.0) * run.lr(run.step, group.get("lr_end"))
     run.freeze_ended()
     total: Tensor | None = None
     for batch in range(recipe.accumulate):
@@ -123,6 +123,8 @@ def _step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
     assert total is not None
     if recipe.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_norm)
+    for method in run.observers:
+        method.observe(total / recipe.accumulate)
     run.optimizer.step()
     run.optimizer.zero_grad()
     if recipe.ema is not None:

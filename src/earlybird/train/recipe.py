@@ -82,7 +82,11 @@ class Recipe(BaseModel):
     )
     # the methods
     dense: bool = Field(False, description="train the whole model, without any method")
-    method: tuple[str, ...] = Field(("early_bird",), min_length=1, description="one or several of 'earlybird methods'")
+    method: tuple[str, ...] = Field(
+        ("early_bird",),
+        min_length=1,
+        description="one or several of 'earlybird methods'; NAME=VALUE sets its first key",
+    )
     preset: str = Field(
         "default", description="named settings of the methods: default, published, or fast (searches on small images)"
     )
@@ -278,8 +282,9 @@ _OWN = typing.get_type_hints(Recipe, include_extras=True)
 def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -> Recipe:
     from earlybird.methods import PRESET_METHODS
 
-    given = {**values, **flags}
     by_name = {key.name: key for key in keys()}
+    values, flags = (_spelled_out(part, by_name["method"], where) for part in (values, flags))
+    given = {**values, **flags}
     typed: dict[str, Any] = {}
     for name, value in given.items():
         if name not in by_name:
@@ -335,6 +340,25 @@ def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -
         return Recipe(**{k: v for k, v in filled.items() if not by_name[k].method}, settings=settings)
     except ValidationError as error:
         raise InputError(f"{where}: {_say(error)}") from error
+
+
+def _spelled_out(given: Mapping[str, Any], method: Key, where: str) -> Mapping[str, Any]:
+    """Read ``method = 'batch_dropping=0.5'`` as that method with its first setting, whatever that is called."""
+    named = _from_toml(given.get("method"), method)
+    if not isinstance(named, tuple) or not any(isinstance(name, str) and "=" in name for name in named):
+        return given
+    found: dict[str, Any] = dict(given)
+    names = []
+    for entry in named:
+        name, has_value, value = (part.strip() for part in entry.partition("="))
+        names.append(name)
+        if not has_value:
+            continue
+        first = _keys_of(name)[0]
+        if first.name in given:
+            raise InputError(f"{where}: both '{entry}' and {first.name} = {given[first.name]!r}", needed="one of them")
+        found[first.name] = _from_text(value, first)
+    return {**found, "method": tuple(names)}
 
 
 def _check(where: str, key: Key, value: Any) -> Any:

@@ -80,6 +80,20 @@ class Drawing(Attached, Protocol):
     def distance_matrix(self) -> tuple[list[int], Tensor]: ...  # noqa: D102
 
 
+@runtime_checkable
+class Observing(Attached, Protocol):
+    """What the run asks of a method that goes by the training loss, beside that."""
+
+    def observe(self, loss: Tensor) -> None: ...  # noqa: D102
+
+
+@runtime_checkable
+class Selecting(Protocol):
+    """What the run asks of a method that leaves batches out, before it is attached."""
+
+    def selection(self, seed: int) -> Any: ...  # noqa: D102
+
+
 def train(
     recipe: Recipe, out: str | Path | None = None, *, quiet: bool = False, on_event: OnEvent | None = None
 ) -> Result:
@@ -198,6 +212,7 @@ class Run:
         steps_per_epoch: Of them.
         methods: The attached methods by name, in the order of the recipe.
         search: The one of them that draws a ticket, or None.
+        observers: Those of them that go by the training loss.
     """
 
     def __init__(
@@ -211,6 +226,7 @@ class Run:
         on_event: OnEvent | None,
     ) -> None:
         self.recipe, self.folder, self.fabric, self.ledger = recipe, folder, fabric, ledger
+        self._selection: Any = None
         self._on_event = on_event
         self.display = Display(1, 1, quiet=quiet, mute=not folder.writer, bar=False)
         if recipe.threads is not None:
@@ -219,6 +235,10 @@ class Run:
             require_board()
         data = load_data(recipe, fabric, self.display)
         self.loader, self.test = make_loaders(recipe, data, fabric)
+        methods = recipe.build_methods()
+        for method in methods.values():
+            if isinstance(method, Selecting):
+                self.loader.selection = self._selection = method.selection(recipe.seed)
         self.steps_per_epoch = len(self.loader) // recipe.accumulate
         if not self.steps_per_epoch:
             raise InputError(
@@ -226,7 +246,10 @@ class Run:
                 hint="lower batch_size or accumulate",
             )
         self.total = recipe.epochs * self.steps_per_epoch
-        self.schedule = Schedule.from_recipe(recipe, self.steps_per_epoch)
+        self._clock_per_epoch = self.steps_per_epoch
+        if self._selection is not None and self._selection.by_attempts:
+            self._clock_per_epoch = self.loader.whole_length // recipe.accumulate
+        self.schedule = Schedule.from_recipe(recipe, self._clock_per_epoch)
         channels, size = data.train_images.shape[1:3]
         self.blueprint = Blueprint(
             recipe.model, len(data.classes), channels, size, recipe.width, tuple(data.mean), tuple(data.std),
@@ -258,14 +281,16 @@ class Run:
             "total_steps": self.total,
             "calibration": self.calibration,
             "fresh": lambda: self._begun(self.blueprint.build(recipe.seed + _OTHER_WEIGHTS)),
+            "loader": self.loader,
             "ledger": ledger,
             "seed": recipe.seed,
         }
         self.methods: dict[str, Attached] = {
             name: method.attach(self.model, self.optimizer, **accepted(method.attach, context))
-            for name, method in recipe.build_methods().items()
+            for name, method in methods.items()
         }
         self.search = next((method for method in self.methods.values() if isinstance(method, Drawing)), None)
+        self.observers = [method for method in self.methods.values() if isinstance(method, Observing)]
         self._shape_drawn = False
         self.forward: Callable[[Tensor], Tensor] = self._wrap()
         self.step = 0
@@ -368,6 +393,15 @@ class Run:
 
     # ---- what the loop calls ----
 
+    def lr(self, step: int, end: int | None = None) -> float:
+        """Return the learning rate of the step that follows ``step`` finished ones; ``end`` as for `Schedule`."""
+        if self._clock_per_epoch == self.steps_per_epoch:
+            return self.schedule(step, end)
+        attempts = self._selection.attempt(step * self.recipe.accumulate, self.loader.whole_length)
+        share = self._clock_per_epoch / self.steps_per_epoch
+        attempted = min(attempts // self.recipe.accumulate, self.schedule.total - 1)
+        return self.schedule(attempted, None if end is None else round(end * share))
+
     @property
     def test_time(self) -> str:
         """Which views of an image an evaluation after this step averages over."""
@@ -451,7 +485,7 @@ class Run:
             "test_loss": self.test_loss if math.isfinite(self.test_loss) else None,
             "accuracy": self.accuracy,
             "test_time": self.test_time,
-            "lr": self.schedule(self.step - 1),
+            "lr": self.lr(self.step - 1),
             "images_per_s": images / elapsed if elapsed > 0 else 0.0,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
         }

@@ -1,0 +1,74 @@
+"""A run on paper: stretches of steps that cost the same, which a method's ``forecast`` changes as it would the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from earlybird.cost.arithmetic import Arithmetic
+
+__all__ = ["Forecasting", "Plan", "Stretch", "after"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method may need to know of the run.
+
+    Attributes:
+        steps_per_epoch: Of a dense run.
+        total_steps: Of a dense run.
+        seed: Of the run.
+        shape: Of an image: channels, height, width.
+    """
+
+    steps_per_epoch: int
+    total_steps: int
+    seed: int
+    shape: tuple[int, int, int]
+
+    def images(self, side: int | None = None) -> Tensor:
+        """Return two images to count on, as large as they come or with sides of ``side`` pixels."""
+        channels, height, width = self.shape
+        return torch.zeros(2, channels, side or height, side or width)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps that all cost the same.
+
+    Attributes:
+        steps: How many; fractions are fine.
+        model: What is trained; its layers may say how they compute (``arithmetic``).
+        side: Height and width of its images, pixels.
+        routes: Shares of the images that pass some layers otherwise: layers, share, arithmetic (None: not at all).
+    """
+
+    steps: float
+    model: nn.Module
+    side: int
+    routes: tuple[tuple[tuple[str, ...], float, Arithmetic | None], ...] = ()
+
+
+@runtime_checkable
+class Forecasting(Protocol):
+    """What is asked of a method's settings."""
+
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]: ...  # noqa: D102
+
+
+def after(stretches: Sequence[Stretch], step: float, change: Callable[[Stretch], Stretch]) -> list[Stretch]:
+    """Return the stretches with ``change`` done to all that comes after ``step`` steps."""
+    found: list[Stretch] = []
+    done = 0.0
+    for stretch in stretches:
+        before = min(max(step - done, 0.0), stretch.steps)
+        done += stretch.steps
+        if before:
+            found.append(replace(stretch, steps=before))
+        if before < stretch.steps:
+            found.append(change(replace(stretch, steps=stretch.steps - before)))
+    return found
