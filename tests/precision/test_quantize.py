@@ -114,6 +114,7 @@ def test_bits_out_of_range_are_named(bits):
 
 
 @given(numbers, st.integers(1, 16), st.booleans())
+@settings(max_examples=60, deadline=None)
 def test_errors_are_at_most_half_a_step_and_order_stays(x, bits, symmetric):
     bits = max(bits, 2) if symmetric else bits
     encoded = encode(x, bits, range_of(x), symmetric=symmetric)
@@ -126,6 +127,7 @@ def test_errors_are_at_most_half_a_step_and_order_stays(x, bits, symmetric):
 
 
 @given(numbers, st.integers(2, 12), st.booleans())
+@settings(max_examples=60, deadline=None)
 def test_quantising_twice_changes_nothing_more(x, bits, symmetric):
     whole = range_of(x)
     once = encode(x, bits, whole, symmetric=symmetric)
@@ -135,6 +137,7 @@ def test_quantising_twice_changes_nothing_more(x, bits, symmetric):
 
 
 @given(numbers, st.integers(2, 16), st.data())
+@settings(max_examples=60, deadline=None)
 def test_most_significant_bits_are_those_of_the_same_code(x, bits, data):
     kept = data.draw(st.integers(1, bits))
     encoded = encode(x, bits, range_of(x), symmetric=True)
@@ -155,7 +158,7 @@ def test_most_significant_bits_by_hand():
 
 
 @given(st.floats(-0.999, 0.999), st.integers(2, 6))
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average(value, bits):
     count = 20_000
     x = torch.full((count,), value)

@@ -1,1 +1,1 @@
-"""With how many bits? Operands of convolutions and linear layers are quantised in training; the weights stay float32."""
+"""With how many bits? Operands of layers are quantised in training; their weights stay float32."""

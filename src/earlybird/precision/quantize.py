@@ -288,9 +288,8 @@ def quantisable(model: nn.Module) -> dict[str, nn.Module]:
         InputError: There is none, or one of them is quantised already, or has its weight computed by a
             parametrization.
     """
-    inside = {
-        id(part) for module in model.modules() if isinstance(module, nn.MultiheadAttention) for part in module.modules()
-    }
+    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    inside = {id(part) for module in attentions for part in module.modules()}
     found = {
         name: module
         for name, module in model.named_modules()
