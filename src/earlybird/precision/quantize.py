@@ -25,7 +25,7 @@ step of 16-bit gradients); running ranges begin with the first batch's (publishe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -359,6 +359,15 @@ class QuantisedLayer:
             self.module.arithmetic = arithmetic  # type: ignore[assignment]
         elif hasattr(self.module, "arithmetic"):
             del self.module.arithmetic
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running range, low and high, shape (2,), or None."""
+        return {"running": None if self.running is None else torch.stack(self.running)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        saved = state["running"]
+        self.running = None if saved is None else Range(*saved.to(self.module.weight.device))
 
     def remove(self) -> None:
         """Give the module its plain forward back."""
