@@ -72,7 +72,7 @@ def test_rungs_and_their_usual_gradients():
         ({"turning_threshold": -0.1}, "turning_threshold is -0.1"),
         ({"turning_decay": 0}, "turning_decay is 0"),
         ({"turning_every": "0it"}, "turning_every is zero"),
-        ({"range_memory": 1.0}, "range_memory is 1.0"),
+        ({"ladder_range_memory": 1.0}, "ladder_range_memory is 1.0"),
         ({"ladder_may_fall": 1}, "ladder_may_fall is 1"),
     ],
 )

@@ -101,7 +101,9 @@ class ProgressivePrecision:
     last_rung_by: Step | None = option(
         Step.parse("75%"), "When the last rung begins, turning points or not; 'none' waits for them."
     )
-    range_memory: float = option(0.9, "Share of a running range of activations that stays at each step, in [0, 1).")
+    ladder_range_memory: float = option(
+        0.9, "Share of a running range of activations that stays at each step, in [0, 1)."
+    )
     ladder_may_fall: bool = option(False, "Control experiment: accept a ladder that does not rise.")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -129,7 +131,7 @@ class ProgressivePrecision:
         for name, low, high, needed in (
             ("turning_threshold", 0.0, float("inf"), "a number of at least 0"),
             ("turning_decay", 1e-9, 1.0, "a number greater than 0 and at most 1"),
-            ("range_memory", 0.0, 1.0 - 1e-9, "a number from 0 to below 1"),
+            ("ladder_range_memory", 0.0, 1.0 - 1e-9, "a number from 0 to below 1"),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
@@ -229,7 +231,7 @@ class PrecisionLadder:
         self._generator = torch.Generator(next(model.parameters()).device)
         self._generator.manual_seed(seed_of_step(seed, 0))
         self._layers = {
-            name: QuantisedLayer(module, generator=self._generator, memory=settings.range_memory)
+            name: QuantisedLayer(module, generator=self._generator, memory=settings.ladder_range_memory)
             for name, module in modules.items()
         }
         self._around = around(model, self._in_rung, self)
