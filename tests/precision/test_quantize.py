@@ -178,7 +178,10 @@ def test_stochastic_rounding_leaves_codes_alone_and_follows_its_generator():
 
 
 def test_noise_differs_from_step_to_step():
-    assert len({seed_of_step(seed, step) for seed in range(20) for step in range(200)}) == 4000
+    seeds = {
+        seed_of_step(seed, step, stream) % 2**32 for seed in range(20) for step in range(200) for stream in range(3)
+    }
+    assert len(seeds) == 20 * 200 * 3
 
 
 # ---- gradients, types ----

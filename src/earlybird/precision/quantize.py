@@ -240,13 +240,14 @@ def quantise(
     return straight_through(x, encoded.values().to(x.dtype))
 
 
-def seed_of_step(seed: int, step: int) -> int:
-    """Return the seed of the noise of one optimizer step on this process.
+def seed_of_step(seed: int, step: int, stream: int = 0) -> int:
+    """Return the seed of the noise of one optimizer step on this process, of several streams of noise one's.
 
-    Noise that begins anew at each step needs no place in a checkpoint, and each of several processes has its own.
+    Noise that begins anew at each step needs no place in a checkpoint, and each of several processes has its own. The
+    factors are odd: a CPU's generator takes the last 32 bits only, in which no two steps may be alike.
     """
     rank = torch.distributed.get_rank() if processes() > 1 else 0
-    return (seed * 1_000_003 + step) * 4099 + rank
+    return (((seed * 1_000_003 + step) * 4099 + rank) * 61 + stream) % 2**63
 
 
 # ---- layers ----
