@@ -31,7 +31,7 @@ def test_the_blocks_of_the_zoo_are_found_by_themselves(model, blocks, skippable)
     assert len(found) == blocks
     assert len(names(found, skippable=True)) == skippable
     assert all(block.module is network.get_submodule(block.name) for block in found)
-    assert all(block.branch and block.writer == block.branch for block in found if block.skippable)
+    assert all(block.branch and block.reader for block in found if block.skippable)
     assert [block.name for block in found] == [
         name for name, _ in network.named_modules() if name in {block.name for block in found}
     ]
@@ -41,8 +41,9 @@ def test_a_block_knows_its_layers_and_what_it_reads():
     first, second = find_blocks(make("residual"), images(2))
     assert (first.name, first.skippable, first.channels) == ("3", True, 8)
     assert first.layers == ("3.conv1", "3.conv2")
-    assert (first.branch, first.writer) == ("3.norm2", "3.norm2")
+    assert (first.branch, first.reader) == ("3.norm2", "3.conv1")
     assert (second.skippable, second.layers) == (False, ("4.conv1", "4.conv2", "4.shortcut.0"))
+    assert (second.branch, second.reader) == ("", "4.conv1")
 
 
 def test_multiply_accumulates_of_blocks_by_hand():
@@ -91,6 +92,7 @@ def test_what_counts_as_a_sum_with_the_own_input():
     found = find_blocks(model, torch.zeros(3, 6))
     assert names(found, skippable=True) == ["0.0", "2"]  # the innermost, not the wrapper
     assert [block.branch for block in found] == ["", "2.layer"]
+    assert [block.reader for block in found] == ["0.0.first", "2.layer"]
 
 
 def test_tokens_have_their_channels_last_and_frozen_networks_have_blocks_too():

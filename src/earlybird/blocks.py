@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from earlybird.calls import arounds, as_call, first_sample, undisturbed, unwrapped
 from earlybird.cost.count import ModelCost, count
 from earlybird.errors import InputError
-from earlybird.tickets.layers import layer_of, width
+from earlybird.tickets.layers import layer_of
 
 __all__ = ["Block", "channels_of", "check_free", "find_blocks", "forward_macs", "patterns_from"]
 
@@ -45,7 +45,7 @@ class Block:
         skippable: Whether its input can take the place of its output.
         channels: Of its input.
         layers: Names of the modules in it that execute counted operations, as a ledger knows them.
-        writer: Name of the layer in it that writes the channels of its output last, or ''.
+        reader: Name of the layer in it that reads its input as it is, or '' where something is done to it first.
         branch: Name of the module whose output is added to its input, or '' where it is no module's output.
     """
 
@@ -54,7 +54,7 @@ class Block:
     skippable: bool
     channels: int
     layers: tuple[str, ...]
-    writer: str
+    reader: str
     branch: str
 
 
@@ -96,8 +96,7 @@ def find_blocks(model: nn.Module, example_inputs: Any, patterns: Sequence[str] =
         layers = tuple(layer for layer in cost.layers if _inside(layer, name))
         call = calls[name]
         skippable = call.same_shape and bool(layers) and (call.adds_input or bool(patterns))
-        writer = _writer(modules, calls, name)
-        blocks.append(Block(name, modules[name], skippable, call.channels, layers, writer, call.branch))
+        blocks.append(Block(name, modules[name], skippable, call.channels, layers, call.reader, call.branch))
     if not any(block.skippable for block in blocks):
         if patterns:
             raise InputError(
@@ -135,21 +134,26 @@ class _Call:
     same_shape: bool = False
     adds_input: bool = False
     branch: str = ""
+    reader: str = ""
     channels: int = 0
-    channels_out: int = 0
 
 
 def _watch(model: nn.Module, example_inputs: Any) -> dict[str, _Call]:
     """Run ``model`` once; return what was seen of each module with parameters, in the order of the calls' ends."""
     args, kwargs = as_call(first_sample(example_inputs))
     calls: dict[str, _Call] = {}
-    marks: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    marks: dict[str, Tensor] = {}  # inputs of the modules that are being called
+    readers: dict[str, str] = {}
     makers: dict[Any, str] = {}  # autograd's node to the innermost module whose output it makes
 
     def before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             return None
         x = args[0]
+        for outer, mark in marks.items() if layer_of(modules[name]) is not None else ():
+            if mark.grad_fn is not None and _without_copies(x.grad_fn, mark.grad_fn) is mark.grad_fn:
+                readers.setdefault(outer, name)
         # where nothing learns there is no graph yet
         marks[name] = (x if x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_()).clone()
         return (marks[name],), kwargs
@@ -160,12 +164,11 @@ def _watch(model: nn.Module, example_inputs: Any) -> dict[str, _Call]:
         mark = marks.pop(name, None)
         if not isinstance(output, Tensor) or output.ndim < 2:
             return
-        call.channels_out = channels_of(output)
         if mark is not None and mark.ndim > 1:
             call.one_tensor, call.same_shape = True, output.shape == mark.shape
             call.channels = channels_of(mark)
             call.adds_input, other = _sum_with(mark.grad_fn, output.grad_fn)
-            call.branch = makers.get(other, "")
+            call.branch, call.reader = makers.get(other, ""), readers.get(name, "")
         makers.setdefault(output.grad_fn, name)
 
     with undisturbed(model):
@@ -248,13 +251,3 @@ def _named(model: nn.Module, calls: dict[str, _Call], patterns: Sequence[str]) -
         if any(other != name and _inside(other, name) for other in found):
             raise InputError(f"block '{name}' holds another one that is named", needed="blocks beside each other")
     return found
-
-
-def _writer(modules: dict[str, nn.Module], calls: dict[str, _Call], block: str) -> str:
-    """Return the layer that ends a block's branch, else the last one that writes as many channels as the block does."""
-    for name in (calls[block].branch, *reversed(calls)):
-        if not _inside(name, block) or layer_of(modules[name]) is None:
-            continue
-        if width(modules[name]) == calls[block].channels_out == calls[name].channels_out:
-            return name
-    return ""

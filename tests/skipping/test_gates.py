@@ -77,9 +77,10 @@ def test_a_gate_goes_on_with_the_channels_that_stay_and_its_state_goes_through_a
     one.step()
     loss = one.scores(0, x).sum()
     loss.backward()
-    kept = torch.tensor([0, 2])
+    kept, stayed = torch.tensor([0, 2]), torch.tensor([True, False, True])
     gradient = one.network.projections[0][0].weight.grad.clone()
-    one.follow(0, kept)
+    one.follow(0, stayed)
+    one.follow(0, stayed)  # it has: nothing is left to be done
     assert torch.equal(one.network.projections[0][0].weight.grad, gradient[:, kept])
     assert (one.channels(0), one.channels(1)) == (2, 5)
     held = [id(parameter) for group in one._adam.param_groups for parameter in group["params"]]

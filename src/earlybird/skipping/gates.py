@@ -19,7 +19,7 @@ for the network. When the model is cut, the projections lose the inputs of the c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -27,8 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.calls import processes
+from earlybird.cost.arithmetic import Arithmetic
+from earlybird.ledger import Ledger
 
-__all__ = ["LearnedGate", "Price", "RecurrentGate", "level_for", "summed"]
+__all__ = ["LearnedGate", "Price", "RecurrentGate", "charge", "level_for", "summed"]
+
+_FLOAT32 = Arithmetic.of_floats(32)  # what gates compute in
 
 
 class RecurrentGate(nn.Module):
@@ -140,11 +144,16 @@ class LearnedGate:
             self._adam.step()
         self._adam.zero_grad()
 
-    def follow(self, index: int, kept: Tensor) -> None:
-        """Go on with the channels ``kept``, shape (n,), of the input of block ``index``: the model was cut."""
+    def follow(self, index: int, stayed: Tensor) -> None:
+        """Go on with some channels of the input of block ``index``, boolean, since the model was cut.
+
+        A gate of another number of channels stays as it is: its state, from after the cut, was loaded before.
+        """
+        if self.channels(index) != len(stayed):
+            return
         layer: nn.Linear = self.network.projections[index][0]  # type: ignore[index, assignment]
         old = layer.weight
-        kept = kept.to(old.device)
+        kept = stayed.nonzero().flatten().to(old.device)
         new = nn.Parameter(old.detach().index_select(1, kept))
         if old.grad is not None:
             new.grad = old.grad.index_select(1, kept)
@@ -204,6 +213,13 @@ class Price:
     def move(self, excess: float) -> None:
         """Move the price; ``excess`` is the share that was spent above (below: negative) the target."""
         self.value += self._gain * excess
+
+
+def charge(ledgers: Iterable[Ledger], layers: Sequence[str], images: float, *, training: bool) -> None:
+    """Charge a gate: to layers of a block, as many samples more as have the gate's MACs, whatever they compute in."""
+    for ledger in ledgers:
+        ledger.reroute(layers, -images, None, training=training)
+        ledger.reroute(layers, images, _FLOAT32, training=training)
 
 
 def level_for(scores: Tensor, costs: Tensor, share: float) -> float:

@@ -42,20 +42,18 @@ from torch import Tensor, nn
 
 from earlybird.blocks import Block, channels_of, check_free, find_blocks, forward_macs, patterns_from
 from earlybird.calls import Hook, around, as_optimizers, first_sample, hook_owners, processes, unwrapped
-from earlybird.cost.arithmetic import Arithmetic
 from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count, check_share, option
 from earlybird.skipping.coins import Coins
-from earlybird.skipping.gates import LearnedGate, Price, level_for, summed
+from earlybird.skipping.gates import LearnedGate, Price, charge, level_for, summed
 from earlybird.skipping.gather import check_norms, run_on
 from earlybird.tickets.shrink import Change
 
 __all__ = ["LayerGates", "LayerSkipping"]
 
 _WIDTHS = (10,)  # of the gate: its projection and LSTM, as published
-_FLOAT32 = Arithmetic.of_floats(32)  # what gates compute in
 _RECORDS = 100  # entries of the history in a run whose length is known
 _RECORD_EVERY = 50  # steps, where it is not
 _MEMORY = 0.9  # share of the level that stays at each step
@@ -166,7 +164,6 @@ class LayerGates:
         self._record_every = _RECORD_EVERY if total_steps is None else max(total_steps // _RECORDS, 1)
         self._price = Price()
         self._level: float | None = None  # score, a unit of cost, above which a decided gate lets samples run
-        self._sign = 1.0  # of the published penalty
         self._executed: Tensor | None = None
         self._next = 0  # block whose turn it is
         self.blocks: list[Block] = []
@@ -247,7 +244,6 @@ class LayerGates:
             "steps": self._steps,
             "price": self._price.value,
             "level": self._level,
-            "sign": self._sign,
             "gate": self._gate.state_dict() if self._gated else {},
             "history": [dict(entry) for entry in self.history],
             "record": [list(self._run_macs), list(self._ran), self._seen],
@@ -257,7 +253,7 @@ class LayerGates:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         self._steps = int(state["steps"])
-        self._price.value, self._level, self._sign = state["price"], state["level"], state["sign"]
+        self._price.value, self._level = state["price"], state["level"]
         if self._gated:
             self._gate.load_state_dict(state["gate"])
             self._coins.after_step(self._steps)
@@ -278,10 +274,8 @@ class LayerGates:
     def follow(self, change: Change) -> None:
         """Go on with a model that `earlybird.shrink` has just cut; it calls this."""
         for index, block in enumerate(self._gated):
-            kept = change.kept.get(block.writer)
-            # a state that was loaded first may have the gates of after the cut
-            if kept is not None and self._gate.channels(index) == change.layers[block.writer]["out"][0]:
-                self._gate.follow(index, kept)
+            if block.reader in change.read:
+                self._gate.follow(index, change.read[block.reader])
         floor = self._count()
         if self._target < _LEAST:
             warnings.warn(
@@ -336,8 +330,10 @@ class LayerGates:
         rows = runs.nonzero().flatten()
         self._record(index, len(rows), runs, score.detach(), learns=learns)
         if learns and settings.layer_control == "penalty":
-            rate = self._sign * settings.layer_penalty
-            chance.register_hook(lambda gradient: gradient + rate)
+            # its sign is that of this step's batches, which are known when the gradient comes
+            chance.register_hook(
+                lambda gradient: gradient + settings.layer_penalty * (1.0 if self._excess > 0 else -1.0)
+            )
         if not masked:
             return run_on(block.module, forward, x, rows, chance if learns else None)
         mask = runs.float()
@@ -349,12 +345,9 @@ class LayerGates:
         """Count a batch of which ``ran`` samples run a block, those of ``runs``, shape (N,)."""
         block, macs, count = self._gated[index], self._macs[index], len(runs)
         gate = count * self._gate.macs(index) / macs  # in samples of the block
-        for ledger in self._ledgers:
-            if self.settings.layer_execution == "gathered":
-                ledger.reroute(block.layers, count - ran, None, training=learns)
-            # as many MACs more as the gate has, in float32 whatever the block computes in
-            ledger.reroute(block.layers, -gate, None, training=learns)
-            ledger.reroute(block.layers, gate, _FLOAT32, training=learns)
+        for ledger in self._ledgers if self.settings.layer_execution == "gathered" else ():
+            ledger.reroute(block.layers, count - ran, None, training=learns)
+        charge(self._ledgers, block.layers, gate, training=learns)
         if not block.module.training:
             assert self._executed is not None
             self._executed += runs
@@ -376,7 +369,6 @@ class LayerGates:
         if possible:
             if self.settings.layer_control == "price":
                 self._price.move(excess / possible)
-            self._sign = 1.0 if excess > 0 else -1.0
             if self.settings.layer_evaluate == "decided":
                 self._follow_level(device)
         self._begin_step()

@@ -46,6 +46,7 @@ class Change:
             (or filter) are zero. Indices are those of the layer before the cut.
         rounded: Layer name to channels that stayed only because of ``round_to``. Indices as in the ticket.
         kept: Layer name to the output channels that stayed, shape (n,), for every layer whose outputs changed.
+        read: Layer name to which of its input channels stayed, boolean, for every layer whose inputs changed.
         parameters_before: Number of weights before.
         parameters_after: Number of weights after.
         seconds: Measured wall time.
@@ -55,6 +56,7 @@ class Change:
     silenced: Mapping[str, list[int]] = field(default_factory=dict)
     rounded: Mapping[str, list[int]] = field(default_factory=dict)
     kept: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    read: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     parameters_before: int = 0
     parameters_after: int = 0
     seconds: float = 0.0
@@ -171,7 +173,8 @@ def shrink(
     after = sum(parameter.numel() for parameter in model.parameters())
     seconds = time.perf_counter() - start
     rounded = {name: mask for name, mask in plan.alive.items() if name in removed}
-    change = Change(layers, _as_lists(plan.silenced), _as_lists(rounded), kept, before, after, seconds)
+    read = {name: ~cut for (name, side, _), cut in plan.cuts.items() if side != "out"}
+    change = Change(layers, _as_lists(plan.silenced), _as_lists(rounded), kept, read, before, after, seconds)
     followers = {id(owner): owner for module in model.modules() for owner in arounds(module, Follower)}  # type: ignore[type-abstract]
     for follower in followers.values():
         follower.follow(change)
