@@ -263,3 +263,61 @@ def test_a_run_without_a_ticket_is_called_by_its_method(tmp_path):
     recipe.write_text(text + 'method = ["progressive_resizing"]\n')
     page, _ = page_of(write_run(tmp_path / "dense", dense=True, seconds=100), run)
     assert page["headline"].startswith("Progressive resizing trained in 2.50")
+
+
+def test_what_methods_tell_is_drawn_as_lines_or_as_a_map(tmp_path):
+    folder = write_run(tmp_path / "run")
+    few = {"title": "bits", "unit": "bits", "note": "", "steps_hold": True, "series": {"all": [[0, 3], [10, 8]]}}
+    many = {"title": "share", "unit": "share", "note": "Executed.", "steps_hold": False,
+            "series": {f"block {n}": [[0, 0.5], [5, n / 10]] for n in range(9)}}  # fmt: skip
+    empty = {**few, "series": {"all": []}}
+    (folder / "traces.json").write_text(json.dumps({"progressive_precision": [few, empty], "layer_skipping": [many]}))
+    page, figures = page_of(folder)
+    assert [chart["title"] for chart in page["traces"]] == ["progressive precision: bits", "layer skipping: share"]
+    line = figures["trace-0"]["data"][0]
+    assert (line["x"], line["y"], line["line"]["shape"]) == ([0, 10], [3, 8], "hv")
+    heat = figures["trace-1"]["data"][0]
+    assert heat["z"][4] == [0.5, 0.4]
+    assert len(heat["y"]) == 9
+    html = write([folder], tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "What the methods did" in html
+
+
+def test_easiest_and_hardest_images_are_shown(tmp_path):
+    folder = write_run(tmp_path / "run")
+    shown = {"amount": 3.0, "label": "cat", "png": "iVBORw0KGgo="}
+    (folder / "inputs.json").write_text(
+        json.dumps({"layer_skipping": {"mean": 4.5, "least": [shown], "most": [{**shown, "label": "<dog>"}]}})
+    )
+    html = write([folder], tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64,iVBORw0KGgo=" in html
+    assert "4.5 in the mean" in html
+    assert "&lt;dog&gt;" in html
+
+
+def test_energy_is_split_by_operation_where_there_are_several(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert page_of(folder)[0]["operations"] is None
+    bill = json.loads((folder / "bill.json").read_text())
+    bill["phases"] = {"train": {**bill["phases"]["train"], "passes": {"forward": 1e12}}}
+    bill["phases"]["train"]["operations"] = {"mult 8x8": 1e12, "add 8": 1e12, "shift 8": 1e12}
+    (folder / "bill.json").write_text(json.dumps(bill))
+    page, figures = page_of(folder)
+    assert [name for name, _ in page["operations"]["legend"]] == ["mult 8x8", "add 8", "shift 8", "data movement"]
+    bars = {bar["name"]: bar["x"][0] for bar in figures["operations"]["data"]}
+    assert bars["mult 8x8"] / bars["add 8"] == pytest.approx(0.2 / 0.03)
+
+
+def test_a_run_of_which_nothing_tells_what_dense_would_have_taken(tmp_path):
+    folder = write_run(tmp_path / "run")
+    bill = json.loads((folder / "bill.json").read_text())
+    for row in bill["dense"]["phases"].values():
+        row["seconds"] = row["peak_bytes"] = None
+    (folder / "bill.json").write_text(json.dumps(bill))
+    page, _ = page_of(folder)
+    assert page["has_estimate"]
+    assert page["headline"] == "The ticket reached 90.00 %; what dense takes was not measured"
+    assert page["lead"][0] == "Dense was not run: its time is not known."
+    assert "Time" not in [tile.name for tile in page["tiles"] if "less" in tile.value]
+    html = write([folder], tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "not measured" in html

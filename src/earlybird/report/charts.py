@@ -257,6 +257,119 @@ def channel_bars(layers: Mapping[str, tuple[int, int]]) -> Figure:
     return {"data": data, "layout": layout}
 
 
+_SERIES = (*(f"var(--ticket-{index})" for index in range(4)), "var(--mark)", "var(--dense)")
+
+
+def trace_lines(series: Mapping[str, Sequence[tuple[int, float]]], unit: str, *, hold: bool) -> Figure:
+    """Numbers over the steps, one line a series.
+
+    Args:
+        series: By name, pairs of step and number.
+        unit: Of a number.
+        hold: Draw steps: a number holds until the next one.
+    """
+    last = max((pairs[-1][0] for pairs in series.values() if pairs), default=0)
+    data = []
+    for index, (name, pairs) in enumerate(series.items()):
+        shown = [*pairs, (last, pairs[-1][1])] if hold and pairs and pairs[-1][0] < last else list(pairs)
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines" if len(shown) > 40 or hold else "lines+markers",
+                "name": name,
+                "x": [step for step, _ in shown],
+                "y": [value for _, value in shown],
+                "line": {
+                    "color": _SERIES[index % len(_SERIES)],
+                    "width": 2.2,
+                    "shape": "hv" if hold else "linear",
+                },
+                "marker": {"size": 5, "color": _SERIES[index % len(_SERIES)]},
+                "hovertemplate": f"{name}, step %{{x}}: %{{y:.4g}} {unit}<extra></extra>",
+            }
+        )
+    layout = _layout(height=330, margin={"l": 8, "r": 12, "t": 10, "b": 44})
+    layout["xaxis"] |= {"title": {"text": "step", "font": {"size": 12}}, "rangemode": "tozero"}
+    layout["yaxis"] |= {"title": {"text": unit, "font": {"size": 12}}, "rangemode": "tozero", "automargin": True}
+    if len(series) > 1:
+        layout["showlegend"] = True
+        layout["legend"] = {"orientation": "h", "y": 1.12, "font": {"size": 11}}
+    return {"data": data, "layout": layout}
+
+
+def trace_map(series: Mapping[str, Sequence[tuple[int, float]]], unit: str, *, hold: bool) -> Figure:
+    """Numbers over the steps, one row a series, the stronger the colour the larger.
+
+    Args:
+        series: By name, pairs of step and number.
+        unit: Of a number.
+        hold: A number holds until the next one; else what is missing at a step stays blank.
+    """
+    steps = sorted({step for pairs in series.values() for step, _ in pairs})
+    rows = []
+    for pairs in series.values():
+        known, row, value = dict(pairs), list[float | None](), None
+        for step in steps:
+            value = known.get(step, value if hold else None)
+            row.append(value)
+        rows.append(row)
+    heat = {
+        "type": "heatmap",
+        "x": steps,
+        "y": list(series),
+        "z": rows,
+        "zmin": 0,
+        "colorscale": [[share / 4, f"var(--heat-{4 - share})"] for share in range(5)],
+        "hovertemplate": f"%{{y}}, step %{{x}}: %{{z:.4g}} {unit}<extra></extra>",
+        "colorbar": {
+            "thickness": 10,
+            "outlinewidth": 0,
+            "tickfont": {"color": "var(--soft)", "size": 11},
+            "title": {"text": unit, "font": {"color": "var(--soft)", "size": 12}},
+        },
+    }
+    layout = _layout(height=max(260, min(90 + 14 * len(series), 640)), margin={"l": 8, "r": 0, "t": 8, "b": 44})
+    layout["xaxis"] |= {"title": {"text": "step", "font": {"size": 12}}, "showgrid": False}
+    layout["yaxis"] |= {"type": "category", "autorange": "reversed", "automargin": True, "showgrid": False}
+    layout["yaxis"]["tickfont"] = {"size": 10, "color": "var(--soft)"}
+    return {"data": [heat], "layout": layout}
+
+
+OPERATION_COLOURS = (
+    "var(--phase-search)", "var(--phase-train)", "var(--phase-draw)", "var(--phase-evaluate)", "var(--ticket-0)",
+    "var(--ticket-1)", "var(--ticket-2)", "var(--phase-setup)",
+)  # fmt: skip
+
+
+def operation_bars(totals: Mapping[str, Mapping[str, float]], names: Sequence[str], unit: str) -> Figure:
+    """Stacked horizontal bars of energy, one bar a contender, one colour an operation.
+
+    Args:
+        totals: Contender to operation to value, already in ``unit``.
+        names: Operations in the order of their colours.
+        unit: What the axis counts.
+    """
+    labels = list(totals)
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": name,
+            "y": labels,
+            "x": [totals[label].get(name, 0.0) for label in labels],
+            "marker": {"color": OPERATION_COLOURS[index % len(OPERATION_COLOURS)], "line": {"width": 0}},
+            "hovertemplate": f"%{{y}}, {name}: %{{x:.4g}} {unit}<extra></extra>",
+        }
+        for index, name in enumerate(names)
+    ]
+    layout = _layout(height=74 + 40 * len(labels), margin={"l": 8, "r": 8, "t": 4, "b": 40})
+    layout["barmode"] = "stack"
+    layout["bargap"] = 0.42
+    layout["xaxis"] |= {"title": {"text": unit, "font": {"size": 12}}}
+    layout["yaxis"] |= {"autorange": "reversed", "automargin": True, "showgrid": False, "ticksuffix": "  "}
+    return {"data": data, "layout": layout}
+
+
 def _layout(*, height: int, margin: dict[str, int]) -> dict[str, Any]:
     axis = {
         "gridcolor": "var(--grid)",

@@ -155,7 +155,11 @@ def _scale(cost: Cost, largest: float) -> tuple[float, str]:
         return next((factor, unit) for factor, least, unit in steps if largest >= least)
     if cost.key == "peak_bytes":
         return (2.0**30, "GiB") if largest >= 2**30 else (2.0**20, "MiB")
-    unit = "MAC" if cost.key == "macs" else "J"
+    return prefixed("MAC" if cost.key == "macs" else "J", largest)
+
+
+def prefixed(unit: str, largest: float) -> tuple[float, str]:
+    """Return what to divide by and the unit with its prefix, so that an axis up to ``largest`` has short numbers."""
     for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if largest >= factor:
             return factor, prefix + unit

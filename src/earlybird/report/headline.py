@@ -44,7 +44,12 @@ def headline(contenders: Sequence[Contender]) -> tuple[str, bool, list[str]]:
     if draws and not any(run.ticket is not None for run in ticket.runs):
         return "No ticket was drawn", False, ["The run ended before its masks agreed, and was dense to the end."]
     if "seconds" not in ratios:
-        return f"{name} was trained; there is nothing to compare it with", False, []
+        accuracy = mean_accuracy(ticket)
+        reached = "was trained" if accuracy is None else f"reached {percent(accuracy)}"
+        if not ratios:
+            return f"{name} {reached}; there is nothing to compare it with", False, []
+        told = [remark for bill in compared(dense, ticket) for remark in bill.remarks]
+        return f"{name} {reached}; what dense takes was not measured", False, list(dict.fromkeys(told))
     time = ratios["seconds"]
     change = accuracy_change(dense, ticket)
     verdict = _verdict(time, dense, ticket)

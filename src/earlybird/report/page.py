@@ -11,6 +11,7 @@ from earlybird.report.against import billed, is_estimated, percent
 from earlybird.report.costs import bill_section, contender_table
 from earlybird.report.headline import headline, tiles
 from earlybird.report.masks import channel_section, distance_section
+from earlybird.report.methods import input_section, operation_section, trace_section
 from earlybird.report.read import Contender, RunRecord
 from earlybird.report.tables import Row, Table
 
@@ -35,6 +36,9 @@ def compose(contenders: Sequence[Contender]) -> tuple[dict[str, Any], dict[str, 
         "accuracy": _accuracy_section(contenders, colours, figures),
         **distance_section(runs, figures),
         "channels": channel_section(runs, figures),
+        **trace_section(runs, figures),
+        "inputs": input_section(runs),
+        "operations": operation_section(contenders, figures),
         "tuned": _tuned_section(runs),
         **_environment_section(runs),
         "recipes": [{"title": run.path.name, "text": run.recipe_text} for run in runs],

@@ -27,7 +27,7 @@ class RunRecord:
         metrics: Rows of ``metrics.jsonl``, in order.
         bill: What was spent.
         ticket: The drawn ticket.
-        history, change, tune, environment: The JSON files of those names.
+        history, change, traces, inputs, tune, environment: The JSON files of those names.
     """
 
     path: Path
@@ -38,6 +38,8 @@ class RunRecord:
     ticket: Ticket | None
     history: dict[str, Any]
     change: dict[str, Any]
+    traces: dict[str, Any]
+    inputs: dict[str, Any]
     tune: dict[str, Any]
     environment: dict[str, Any]
 
@@ -178,6 +180,8 @@ def _read_run(path: Path) -> RunRecord:
         ticket=Ticket.load(ticket) if ticket.is_file() else None,
         history=_object(path / "history.json"),
         change=_object(path / "change.json"),
+        traces=_object(path / "traces.json"),
+        inputs=_object(path / "inputs.json"),
         tune=_object(path / "tune.json"),
         environment=_object(path / "environment.json"),
     )

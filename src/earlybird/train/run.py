@@ -30,6 +30,7 @@ from earlybird.ledger import Ledger
 from earlybird.models.blueprint import Blueprint
 from earlybird.settings import accepted
 from earlybird.tickets.refit import estimate_batch_norms
+from earlybird.traces import Ranking, Tracing, rank_inputs
 from earlybird.train import checkpoint, ema
 from earlybird.train.folder import RunFolder
 from earlybird.train.launch import environment, launch, precision, shared_path
@@ -490,6 +491,7 @@ class Run:
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
         }
         self.folder.append_row(row)
+        self._write_traces()
         if self._board is not None:
             for name in ("loss", "test_loss", "accuracy", "lr", "images_per_s", "parameters"):
                 if row[name] is not None:
@@ -685,6 +687,25 @@ class Run:
         self.folder.write_json("result.json", result.to_json())
         self.emit("done", result.to_json())
         return result
+
+    def _write_traces(self) -> None:
+        """Write what the methods tell about themselves, for the report."""
+        told = {
+            name: [trace.to_json() for trace in method.traces()]
+            for name, method in self.methods.items()
+            if isinstance(method, Tracing)
+        }
+        if told:
+            self.folder.write_json("traces.json", told)
+        ranked = {
+            name: rank_inputs(amounts.cpu(), self.test.images, self.test.labels, self.blueprint.class_names)
+            for name, method in self.methods.items()
+            if isinstance(method, Ranking)
+            and (amounts := method.executed_per_input()) is not None
+            and len(amounts) == len(self.test.images)
+        }
+        if ranked:
+            self.folder.write_json("inputs.json", ranked)
 
     def _write_history(self) -> None:
         assert self.search is not None
