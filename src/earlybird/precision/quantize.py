@@ -143,11 +143,11 @@ def encode(
     """
     check_bits("bits", bits, 2 if symmetric else 1)
     low, high = bounds
-    top: int | Tensor = 2**bits - 1
-    bottom: int | Tensor = 0
+    top: Any = 2**bits - 1
+    bottom: Any = 0
     with torch.no_grad():
         if symmetric:
-            signed = (low < 0).any()
+            signed = (low < 0).any()  # stays on its device: nobody waits for it
             top = torch.where(signed, 2 ** (bits - 1) - 1, top)
             bottom = torch.where(signed, -top, 0)
             zero = torch.zeros_like(low)
@@ -161,7 +161,7 @@ def encode(
             codes.round_()
         else:
             codes.add_(torch.empty_like(codes).uniform_(generator=generator)).floor_()
-        return Encoded(codes.clamp_(bottom, top), step, zero, bits)  # type: ignore[call-overload]
+        return Encoded(codes.clamp_(bottom, top), step, zero, bits)
 
 
 def most_significant(encoded: Encoded, bits: int) -> Encoded:
@@ -291,7 +291,7 @@ def quantisable(model: nn.Module) -> dict[str, nn.Module]:
     """
     attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     inside = {id(part) for module in attentions for part in module.modules()}
-    found = {
+    found: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (Conv, nn.Linear)) and id(module) not in inside
@@ -385,7 +385,7 @@ class QuantisedLayer:
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         if bits.weight != 32:
             weight = quantise(weight, bits.weight, range_of(weight, self._per))
-        output = forward_with(self.module, weight, forward, x)
+        output: Tensor = forward_with(self.module, weight, forward, x)
         if bits.gradient == 32:
             return output
         return gradient_through(output, lambda gradient: quantise(gradient, bits.gradient, generator=self._generator))
