@@ -1,0 +1,1 @@
+"""With how many bits? Operands of layers are quantised in training; their weights stay float32."""

@@ -1,0 +1,403 @@
+"""Progressive precision: few bits first, and more whenever the loss has stopped falling (PFQ).
+
+The temporal half of Fu et al., FracTrain: Fractionally Squeezing Bit Savings Both Temporally and Spatially for
+Efficient DNN Training, NeurIPS 2020, https://arxiv.org/abs/2012.13113; reference code github.com/RICE-EIC/FracTrain.
+
+The next rung of the ladder begins at each turning point of the loss (`earlybird.precision.turning_points`), at points
+of one's own, or at the deadline. With a rung of ``a`` and ``g`` bits, all convolutions and linear layers but the
+classifier compute
+
+    forward  X_a * W_a        error  G_g * W_a        weight gradient  X_a * G_g
+
+quantised as in `earlybird.precision.quantize`: affine, weights by output channel, gradients of outputs stochastically.
+
+What it saves: bit-MACs and modelled joules of hardware that has such arithmetic. Whole numbers are *simulated*, which
+takes longer than to compute without. For who wants seconds there are rungs in floating point, 'bf16' and 'fp32':
+autocast is switched inside of the model's call, in any loop, and the bill shows the time.
+
+The loss is a matter of the loop. It tells it by ``observe(loss)``, before each ``optimizer.step()``; the shipped loop
+does so. A ladder with points of its own (``rungs_at``) needs none.
+
+Deviations of the default, each with the published behaviour under ``PRESETS['published']``: looks and deadline are
+shares of the run instead of 400 steps and none, since turning points that never come would end the run in 3 bits; and a
+loss that has not yet begun to fall, as when the rate is still warming up, is no turning point.
+Depthwise convolutions keep at least 8 bits of values and 16 of gradients, as published for MobileNetV2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from earlybird.calls import Hook, around, arounds, as_optimizers, unwrapped
+from earlybird.errors import InputError
+from earlybird.ledger import Ledger, ledger_of
+from earlybird.precision.quantize import Bits, QuantisedLayer, check_bits, quantisable, seed_of_step
+from earlybird.precision.turning_points import TurningPoints
+from earlybird.settings import check_count, option
+from earlybird.step import Step
+from earlybird.tickets.layers import is_depthwise
+
+__all__ = ["PrecisionLadder", "ProgressivePrecision", "Rung"]
+
+FLOATING = {"bf16": 16, "fp32": 32}
+"""Rungs in floating point, and their bits."""
+_DEPTHWISE = Bits(8, 8, 16)  # at least, where there are few products to average over
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One stage of the ladder.
+
+    Attributes:
+        forward: Bits of activations and weights.
+        gradient: Bits of the gradients of outputs.
+        floating: Of `FLOATING`, or '' for whole numbers.
+    """
+
+    forward: int
+    gradient: int
+    floating: str = ""
+
+    def bits(self, layer: nn.Module) -> Bits:
+        """Return the bits of one layer's operands."""
+        if self.floating:
+            return Bits()
+        if not is_depthwise(layer):
+            return Bits(self.forward, self.forward, self.gradient)
+        forward = max(self.forward, _DEPTHWISE.activation)
+        return Bits(forward, forward, max(self.gradient, _DEPTHWISE.gradient))
+
+    def __str__(self) -> str:
+        return self.floating or f"{self.forward}/{self.gradient}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressivePrecision:
+    """Hyper-parameters of progressive precision; `attach` starts it.
+
+    Raises:
+        InputError: A value is out of its range, or the ladder does not rise; the message names it.
+    """
+
+    forward_ladder: tuple[int | str, ...] | str = option(
+        "3,4,6,8", "Bits of activations and weights, rung by rung: 1 to 16 (simulated), 'bf16' or 'fp32' (real)."
+    )
+    gradient_ladder: tuple[int | str, ...] | str | None = option(
+        None, "Bits of gradients, rung by rung; by default 6 for rungs of up to 4 bits, 8 up to 8, else 16."
+    )
+    rungs_at: tuple[Step, ...] | None = option(
+        None, "When each rung but the first begins, such as '25%,50%,75%', instead of at turning points."
+    )
+    turning_every: Step = option(Step.parse("2.5%"), "How often the mean loss is looked at.")
+    turning_from: Step = option(
+        Step.parse("10%"), "Warm-up: a loss that stands still before this point has not begun to fall."
+    )
+    turning_window: int = option(5, "Looks that are compared, the newest included.")
+    turning_threshold: float = option(0.05, "Largest difference of losses that is a standstill, of the early loss.")
+    turning_decay: float = option(0.3, "What each turning point multiplies the threshold by, in (0, 1].")
+    last_rung_by: Step | None = option(
+        Step.parse("75%"), "When the last rung begins, turning points or not; 'none' waits for them."
+    )
+    ladder_range_memory: float = option(
+        0.9, "Share of a running range of activations that stays at each step, in [0, 1)."
+    )
+    ladder_may_fall: bool = option(False, "Control experiment: accept a ladder that does not rise.")
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {},
+        "published": {"turning_every": Step.parse("400it"), "turning_from": Step(), "last_rung_by": None},
+        "fast": {"forward_ladder": "bf16,fp32", "rungs_at": (Step.parse("80%"),)},
+    }
+
+    def __post_init__(self) -> None:
+        for name in ("turning_every", "turning_from", "last_rung_by"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value in (None, "none") else Step.parse(value))
+        if self.turning_every in (None, Step()) or self.turning_from is None:
+            raise InputError(
+                f"turning_every is {self.turning_every} and turning_from {self.turning_from}",
+                needed="a positive step such as '0.5ep' or '400it', and one such as '10%' or '0it'",
+            )
+        if self.rungs_at is not None:
+            object.__setattr__(self, "rungs_at", tuple(Step.parse(point) for point in self.rungs_at))
+            if len(self.rungs_at) != len(self.rungs) - 1:
+                raise InputError(
+                    f"rungs_at names {len(self.rungs_at)} points, and the ladder has {len(self.rungs)} rungs",
+                    needed="one point for each rung but the first",
+                )
+        check_count("turning_window", self.turning_window, "5", optional=False)
+        if self.turning_window < 2:
+            raise InputError(f"turning_window is {self.turning_window!r}", needed="a whole number of at least 2")
+        for name, low, high, needed in (
+            ("turning_threshold", 0.0, float("inf"), "a number of at least 0"),
+            ("turning_decay", 1e-9, 1.0, "a number greater than 0 and at most 1"),
+            ("ladder_range_memory", 0.0, 1.0 - 1e-9, "a number from 0 to below 1"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise InputError(f"{name} is {value!r}", needed=needed)
+        if not isinstance(self.ladder_may_fall, bool):
+            raise InputError(f"ladder_may_fall is {self.ladder_may_fall!r}", needed="true or false")
+        if not self.ladder_may_fall:
+            _check_rises(self.rungs)
+
+    @property
+    def rungs(self) -> tuple[Rung, ...]:
+        """The ladder, from the first stage to the last."""
+        forward = _read("forward_ladder", self.forward_ladder)
+        if self.gradient_ladder is None:
+            return tuple(_rung(bits, bits if bits in FLOATING else _usual_gradient(int(bits))) for bits in forward)
+        gradient = _read("gradient_ladder", self.gradient_ladder)
+        if len(gradient) != len(forward):
+            raise InputError(
+                f"gradient_ladder has {len(gradient)} rungs, and forward_ladder {len(forward)}", needed="as many"
+            )
+        return tuple(_rung(*pair) for pair in zip(forward, gradient))
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+        *,
+        steps_per_epoch: int | None = None,
+        total_steps: int | None = None,
+        ledger: Ledger | None = None,
+        seed: int = 0,
+    ) -> PrecisionLadder:
+        """Start on the first rung; call ``observe(loss)`` of what is returned before each ``optimizer.step()``.
+
+        Args:
+            model: The module that is trained, on the device where it will be.
+            optimizer: Its ``step`` is the clock; of several, the first one's.
+            steps_per_epoch: Optimizer steps in an epoch; needed when a point is given in epochs.
+            total_steps: Optimizer steps of the training; needed when a point is a share of it, as by default.
+            ledger: Where to record; by default an own one, which `PrecisionLadder.bill` reads.
+            seed: Of stochastic rounding.
+
+        Returns:
+            The running method.
+
+        Raises:
+            InputError: A length is not known, a rung begins before the one below it or after the end, there is nothing
+                to quantise, or another method decides already how a layer computes.
+        """
+        return PrecisionLadder(self, model, optimizer, steps_per_epoch, total_steps, ledger, seed)
+
+
+class PrecisionLadder:
+    """Running progressive precision, made by `ProgressivePrecision.attach`; all its state is in `state_dict`.
+
+    Attributes:
+        settings: The hyper-parameters.
+        rung: Number of the rung of the next step, from 0.
+        turning: The indicator.
+        history: One entry a rung: ``{'step', 'rung', 'bits', 'reason', 'layers'}``; ``layers`` has the bits of
+            activation, weight and gradient by layer.
+    """
+
+    def __init__(
+        self,
+        settings: ProgressivePrecision,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+        steps_per_epoch: int | None,
+        total_steps: int | None,
+        ledger: Ledger | None,
+        seed: int,
+    ) -> None:
+        check_count("steps_per_epoch", steps_per_epoch, "len(loader)")
+        check_count("total_steps", total_steps, "epochs * len(loader)")
+        self.settings, self.rung = settings, 0
+        self.turning = TurningPoints(settings.turning_window, settings.turning_threshold, settings.turning_decay)
+        self.history: list[dict[str, Any]] = []
+        self._rungs, self._steps, self._seed = settings.rungs, 0, seed
+        several = len(self._rungs) > 1
+        at, by = settings.rungs_at, settings.last_rung_by
+        self._points = None if at is None else [point.in_iterations(steps_per_epoch, total_steps) for point in at]
+        timed = several and at is None
+        self._look_every = max(settings.turning_every.in_iterations(steps_per_epoch, total_steps), 1) if timed else 0
+        self._warm_from = settings.turning_from.in_iterations(steps_per_epoch, total_steps) if timed else 0
+        self._deadline = by.in_iterations(steps_per_epoch, total_steps) if timed and by is not None else None
+        _check_points(self._points or [], total_steps)
+        self._model = model = unwrapped(model)
+        optimizers = as_optimizers(optimizer)
+        if not optimizers:
+            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        if arounds(model, PrecisionLadder):
+            raise InputError(
+                "the precision of this model is progressive already", hint="call detach() of the other one first"
+            )
+        whole = [rung for rung in self._rungs if not rung.floating]
+        modules = quantisable(model) if whole else {}
+        self._generator = torch.Generator(next(model.parameters()).device)
+        self._generator.manual_seed(seed_of_step(seed, 0))
+        self._layers = {
+            name: QuantisedLayer(module, generator=self._generator, memory=settings.ladder_range_memory)
+            for name, module in modules.items()
+        }
+        self._around = around(model, self._in_rung, self)
+        self._own_ledger = ledger is None
+        self._ledger = ledger_of(model) if ledger is None else ledger
+        if self._own_ledger:
+            self._ledger.watch(model, optimizers)
+            self._ledger.enter("train")
+        self._climb_to(0, "start")
+        self._handle = optimizers[0].register_step_post_hook(Hook(self._after_step, self))
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Take note of the loss of one batch, a scalar; call it before ``optimizer.step()``."""
+        if self._look_every and self.rung < len(self._rungs) - 1:
+            self.turning.observe(loss)
+
+    def bill(self) -> Any:
+        """Return what was spent so far, as a `Bill`."""
+        return self._ledger.bill()
+
+    def status(self) -> dict[str, float | str]:
+        """Return what a progress bar may show: the bits of values and of gradients."""
+        return {"bits": str(self._rungs[self.rung])}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as a nested dict of tensors, numbers, strings and lists."""
+        return {
+            "steps": self._steps,
+            "rung": self.rung,
+            "turning": self.turning.state_dict(),
+            "history": [dict(entry) for entry in self.history],
+            "layers": {name: layer.state_dict() for name, layer in self._layers.items()},
+            "ledger": self._ledger.state_dict() if self._own_ledger else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            InputError: The state belongs to another model or another ladder.
+        """
+        if list(state["layers"]) != list(self._layers) or not 0 <= state["rung"] < len(self._rungs):
+            raise InputError("the saved precision belongs to another model or ladder", needed="those it was saved with")
+        self._steps = int(state["steps"])
+        self._generator.manual_seed(seed_of_step(self._seed, self._steps))
+        self.turning.load_state_dict(state["turning"])
+        for name, layer in self._layers.items():
+            layer.load_state_dict(state["layers"][name])
+        self._climb_to(int(state["rung"]), "")
+        self.history = [dict(entry) for entry in state["history"]]
+        if state["ledger"] and self._own_ledger:
+            self._ledger.load_state_dict(state["ledger"])
+
+    def detach(self) -> None:
+        """Give model and layers their plain forward back; full precision from here on."""
+        self._handle.remove()
+        self._around.remove()
+        for layer in self._layers.values():
+            layer.remove()
+        self._ledger.reread_arithmetic()
+        if self._own_ledger:
+            self._ledger.stop()
+
+    def _climb_to(self, number: int, reason: str) -> None:
+        self.rung = number
+        rung = self._rungs[number]
+        for layer in self._layers.values():
+            layer.bits = rung.bits(layer.module)
+            layer.declare()
+        self._ledger.reread_arithmetic()
+        if rung.floating:
+            self._ledger.bits = FLOATING[rung.floating]
+        layers = {
+            name: [layer.bits.activation, layer.bits.weight, layer.bits.gradient]
+            for name, layer in self._layers.items()
+        }
+        self.history.append(
+            {"step": self._steps, "rung": number, "bits": str(rung), "reason": reason, "layers": layers}
+        )
+
+    def _in_rung(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the model in the rung's floating point; what leaves it has the type that it would have without."""
+        floating = self._rungs[self.rung].floating
+        if not floating:
+            return forward(*args, **kwargs)
+        device = next(self._model.parameters()).device.type
+        outside = torch.is_autocast_enabled(device)
+        with torch.autocast(device, torch.bfloat16, enabled=floating == "bf16"):
+            output = forward(*args, **kwargs)
+        if floating == "fp32" or outside:
+            return output
+        return _pytree.tree_map_only(Tensor, lambda x: x.float() if x.dtype == torch.bfloat16 else x, output)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._steps += 1
+        self._generator.manual_seed(seed_of_step(self._seed, self._steps))
+        last = len(self._rungs) - 1
+        if self.rung == last and self._points is None:
+            return
+        if self._points is not None:
+            due = sum(self._steps >= point for point in self._points)
+            if due != self.rung:
+                self._climb_to(due, "schedule")
+        elif self._deadline is not None and self._steps >= self._deadline:
+            self._climb_to(last, "deadline")
+        elif self._steps % self._look_every == 0 and self.turning.look(warm=self._steps > self._warm_from):
+            self._climb_to(self.rung + 1, "turning point")
+
+
+def _read(name: str, ladder: tuple[int | str, ...] | str) -> list[int | str]:
+    """Return the rungs of one ladder as numbers of bits and words of `FLOATING`."""
+    parts: Iterable[Any] = ladder.split(",") if isinstance(ladder, str) else ladder
+    read = []
+    for part in parts:
+        value = part.strip() if isinstance(part, str) else part
+        value = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if isinstance(value, str) and value not in FLOATING:
+            raise InputError(f"{name} names {value!r}", needed="bits from 1 to 16, 'bf16' or 'fp32', such as '3,4,6,8'")
+        read.append(value if isinstance(value, str) else check_bits(f"a rung of {name}", value))
+    if not read:
+        raise InputError(f"{name} has no rung", needed="bits such as '3,4,6,8'")
+    return read
+
+
+def _rung(forward: int | str, gradient: int | str) -> Rung:
+    if isinstance(forward, str):
+        if gradient != forward:
+            raise InputError(
+                f"a rung in {forward} has gradients of {gradient}", needed=f"'{forward}' in both ladders at this rung"
+            )
+        return Rung(FLOATING[forward], FLOATING[forward], forward)
+    if gradient == "bf16":
+        raise InputError(f"a rung of {forward} bits has gradients in bf16", needed="bits from 1 to 16, or 'fp32'")
+    return Rung(forward, 32 if isinstance(gradient, str) else gradient)
+
+
+def _usual_gradient(forward: int) -> int:
+    """Return the published bits of gradients that go with those of values."""
+    return 6 if forward <= 4 else 8 if forward <= 8 else 16
+
+
+def _check_rises(rungs: Sequence[Rung]) -> None:
+    for lower, higher in pairwise(rungs):
+        if (higher.forward, higher.gradient) == (lower.forward, lower.gradient) or (
+            higher.forward < lower.forward or higher.gradient < lower.gradient
+        ):
+            raise InputError(
+                f"the ladder goes from {lower} to {higher}",
+                needed="rungs that rise in bits",
+                hint="ladder_may_fall = true allows it, as a control experiment",
+            )
+
+
+def _check_points(points: Sequence[int], total_steps: int | None) -> None:
+    if any(later <= earlier for earlier, later in pairwise((0, *points))):
+        raise InputError(f"rungs begin at steps {', '.join(map(str, points))}", needed="later ones one by one, after 0")
+    if points and total_steps is not None and points[-1] >= total_steps:
+        raise InputError(
+            f"the last rung begins at step {points[-1]} of {total_steps}",
+            hint="lower rungs_at: the last rung is to end on",
+        )

@@ -1,0 +1,99 @@
+"""Turning points of a training loss: when has it stopped falling?
+
+The indicator of Fu et al., FracTrain, NeurIPS 2020, https://arxiv.org/abs/2012.13113 (reference code
+github.com/RICE-EIC/FracTrain). With ``L`` the mean losses between looks, ``window`` of them, and ``S`` the mean of the
+first ten of the run, a look is a turning point where
+
+    max over i of  |L_i - L_newest| / S  <=  threshold
+
+after which the window is empty and the threshold is multiplied by ``decay``. Dividing by ``S`` lets one threshold serve
+many tasks; emptying the window keeps the dip of accuracy that a change of precision brings from being the next turning
+point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from earlybird.calls import processes
+from earlybird.errors import InputError
+
+_EARLY = 10  # looks whose losses are the measure of all later differences
+
+
+def turns(losses: Sequence[float], scale: float, threshold: float) -> bool:
+    """Tell whether the older of ``losses`` differ from the newest, the last, by at most ``threshold * scale``."""
+    return all(abs(loss - losses[-1]) <= threshold * scale for loss in losses[:-1])
+
+
+class TurningPoints:
+    """When has the loss stopped falling? The state of the indicator, which a loop tells its losses.
+
+    Args:
+        window: Looks that are compared.
+        threshold: Largest difference that is a standstill, as a share of the early loss.
+        decay: What each turning point multiplies the threshold by.
+
+    Attributes:
+        losses: Mean losses of the looks since the last turning point, the last ``window`` of them.
+        early: Mean losses of the first ten looks.
+    """
+
+    def __init__(self, window: int, threshold: float, decay: float) -> None:
+        self.losses: list[float] = []
+        self.early: list[float] = []
+        self._window, self._threshold, self._decay = window, threshold, decay
+        self._sum: Tensor | float = 0.0  # on its device: nobody waits for it before the next look
+        self._count = 0
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Add the loss of one batch, a scalar."""
+        self._sum = self._sum + (loss.detach().float() if isinstance(loss, Tensor) else loss)
+        self._count += 1
+
+    def look(self, *, warm: bool = True) -> bool:
+        """Tell whether this is a turning point, by the mean of what was observed since the last look.
+
+        Args:
+            warm: Whether training has warmed up; before that a loss that stands still has not begun to fall, and counts
+                for the early loss only.
+
+        Raises:
+            InputError: Nothing was.
+        """
+        if not self._count:
+            raise InputError(
+                "the loss has stopped falling, or not: nobody has told it",
+                hint="call observe(loss) of what attach returned before each optimizer.step(), or set rungs_at",
+            )
+        mean = torch.as_tensor(self._sum / self._count, dtype=torch.float32)
+        if processes() > 1:  # all must turn at once
+            torch.distributed.all_reduce(mean)
+            mean /= processes()
+        self._sum, self._count = 0.0, 0
+        newest = float(mean)
+        self.losses = [*self.losses, newest][-self._window :] if warm else []
+        self.early = [*self.early, newest][:_EARLY]
+        turned = len(self.losses) == self._window and turns(
+            self.losses, sum(self.early) / len(self.early), self._threshold
+        )
+        if turned:
+            self.losses = []
+            self._threshold *= self._decay
+        return turned
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain numbers and lists."""
+        return {
+            "losses": list(self.losses), "early": list(self.early), "threshold": self._threshold,
+            "sum": float(self._sum), "count": self._count,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.losses, self.early = [*state["losses"]], [*state["early"]]
+        self._threshold, self._sum, self._count = state["threshold"], state["sum"], state["count"]
