@@ -68,7 +68,8 @@ class TurningPoints:
         if not self._count:
             raise InputError(
                 "the loss has stopped falling, or not: nobody has told it",
-                hint="call observe(loss) of what attach returned before each optimizer.step(), or set rungs_at",
+                hint="call observe(loss) of what attach returned before each optimizer.step(), or set rungs_at "
+                "(fractional_at)",
             )
         mean = torch.as_tensor(self._sum / self._count, dtype=torch.float32)
         if processes() > 1:  # all must turn at once

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from earlybird.calls import as_call, evaluating
+from earlybird.calls import as_call, evaluating, hooks_idle
 from earlybird.tickets.layers import BatchNorm
 
 # Rows of A per unknown of a layer: enough that the solution is not noise, few enough that it takes seconds.
@@ -162,9 +162,9 @@ def _images_needed(module: nn.Module, output: Tensor) -> int:
 
 
 def _run_hooked(model: nn.Module, inputs: Any, handles: list[RemovableHandle]) -> None:
-    """Run the model once in eval mode, and take the hooks off again."""
+    """Run the model once in eval mode, every layer on every sample, and take the hooks off again."""
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad(), hooks_idle():
             _forward(model, inputs)
     finally:
         for handle in handles:

@@ -22,12 +22,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from earlybird.calls import as_call, as_optimizers, unwrapped
+from earlybird.calls import arounds, as_call, as_optimizers, unwrapped
 from earlybird.errors import InputError, ShrinkError
 from earlybird.tickets.coupling import Group, find_groups
 from earlybird.tickets.layers import layer_of, set_width, width
@@ -46,6 +46,7 @@ class Change:
             (or filter) are zero. Indices are those of the layer before the cut.
         rounded: Layer name to channels that stayed only because of ``round_to``. Indices as in the ticket.
         kept: Layer name to the output channels that stayed, shape (n,), for every layer whose outputs changed.
+        read: Layer name to which of its input channels stayed, boolean, for every layer whose inputs changed.
         parameters_before: Number of weights before.
         parameters_after: Number of weights after.
         seconds: Measured wall time.
@@ -55,6 +56,7 @@ class Change:
     silenced: Mapping[str, list[int]] = field(default_factory=dict)
     rounded: Mapping[str, list[int]] = field(default_factory=dict)
     kept: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    read: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     parameters_before: int = 0
     parameters_after: int = 0
     seconds: float = 0.0
@@ -83,6 +85,14 @@ class Change:
         for title, rows in (("not cut, but silent", self.silenced), ("kept by rounding", self.rounded)):
             lines.extend(f"  {name}: {len(channels)} {title}" for name, channels in rows.items() if channels)
         return "\n".join(lines)
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """What runs around a module (`earlybird.calls.around`) and has tensors of its own along the model's channels."""
+
+    def follow(self, change: Change) -> None:
+        """Slice them as the model was: it has just been cut."""
 
 
 def shrink(
@@ -163,7 +173,12 @@ def shrink(
     after = sum(parameter.numel() for parameter in model.parameters())
     seconds = time.perf_counter() - start
     rounded = {name: mask for name, mask in plan.alive.items() if name in removed}
-    return Change(layers, _as_lists(plan.silenced), _as_lists(rounded), kept, before, after, seconds)
+    read = {name: ~cut for (name, side, _), cut in plan.cuts.items() if side != "out"}
+    change = Change(layers, _as_lists(plan.silenced), _as_lists(rounded), kept, read, before, after, seconds)
+    followers = {id(owner): owner for module in model.modules() for owner in arounds(module, Follower)}  # type: ignore[type-abstract]
+    for follower in followers.values():
+        follower.follow(change)
+    return change
 
 
 def _check_ticket(ticket: Ticket, model: nn.Module) -> dict[str, Tensor]:

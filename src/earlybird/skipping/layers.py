@@ -1,0 +1,399 @@
+"""Layer skipping: gates that choose, for each sample, which residual blocks it passes, forward and backward.
+
+The part of E2-Train called SLU, input-dependent selective layer update (Wang et al., E2-Train: Training
+State-of-the-art CNNs with Over 80% Energy Savings, NeurIPS 2019, https://arxiv.org/abs/1910.13349; reference code
+github.com/RICE-EIC/E2Train), with the recurrent gate of SkipNet (`earlybird.skipping.gates`). Sample i passes block l
+with probability
+
+    p = sigmoid(score_l(x_i) - price * cost_l)        else its input goes on in the place of the output
+
+where cost_l is the block's MACs, relative to the mean block's, and the price is moved after each step so that the
+share of the residual blocks' MACs that is run comes to ``layer_share``.
+
+What it saves: measured seconds, counted MACs and modelled joules of the samples that pass by a block, in both passes of
+training and in inference, since samples are gathered (`earlybird.skipping.gather`). It does *not* pay in shallow
+networks, whose every block is needed; where blocks are so cheap that copying samples out and in takes as long; on a
+GPU, which has to wait for each gate's decision before it knows how much to compute.
+
+Deviations of the default, each with the published behaviour under ``PRESETS['published']``:
+
+- ``layer_execution``: the published code computes every block for every sample and multiplies by 0 or 1. Then nothing
+  is saved, batch norms see all samples, and the gradient of a gate's choice is known for all samples, straight
+  through. Where samples are gathered, only those that run tell what running was worth; their word is divided by p,
+  which makes it right in the mean (`run_on`). The gate then also learns by itself, its gradient ends at its input;
+- ``layer_control``: published, a penalty in the loss whose sign flips with the share of the last batch;
+- ``layer_evaluate``: published, gates are sampled in evaluation as they are in training.
+
+And without an option: every block that keeps its shape has a gate, the first one, too, and those that change the shape
+have none (`earlybird.blocks`); the gates have an Adam of their own, since they live outside of the model. The gate is
+sampled by independent coins, as published, not straight from Gumbel noise.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from earlybird.blocks import Block, channels_of, check_free, find_blocks, forward_macs, patterns_from
+from earlybird.calls import Hook, around, as_optimizers, first_sample, hook_owners, processes, unwrapped
+from earlybird.cost.count import count
+from earlybird.errors import InputError
+from earlybird.ledger import Ledger, ledger_of
+from earlybird.settings import check_count, check_share, option
+from earlybird.skipping.coins import Coins
+from earlybird.skipping.gates import LearnedGate, Price, charge, level_for, summed
+from earlybird.skipping.gather import check_norms, run_on
+from earlybird.tickets.shrink import Change
+
+__all__ = ["LayerGates", "LayerSkipping"]
+
+_WIDTHS = (10,)  # of the gate: its projection and LSTM, as published
+_RECORDS = 100  # entries of the history in a run whose length is known
+_RECORD_EVERY = 50  # steps, where it is not
+_MEMORY = 0.9  # share of the level that stays at each step
+_LEAST = 0.02  # share that the gated blocks are aimed at where a cut has left less than the others take
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSkipping:
+    """Hyper-parameters of layer skipping; `attach` starts it.
+
+    Raises:
+        InputError: A value is out of its range; the message names it.
+    """
+
+    layer_share: float = option(0.6, "Share of the residual blocks' MACs to run, on average, in (0, 1].")
+    layer_blocks: tuple[str, ...] = option((), "Names of the blocks, such as 'layers.*.blocks.*'; default: found.")
+    layer_control: Literal["price", "penalty"] = option(
+        "price", "What holds the share: a price that moves smoothly, or a penalty whose sign flips."
+    )
+    layer_penalty: float = option(1e-5, "Size of that penalty in the loss, for each block that a sample runs.")
+    layer_execution: Literal["gathered", "masked"] = option(
+        "gathered", "Run each block on the samples that chose it, or on all and multiply by 0 or 1."
+    )
+    layer_evaluate: Literal["decided", "sampled"] = option(
+        "decided", "Gates in evaluation: the higher scores run, as many as in training, or by chance as there."
+    )
+    layer_gate_rate: float = option(1e-3, "Learning rate of the gates.")
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {},
+        "published": {"layer_control": "penalty", "layer_execution": "masked", "layer_evaluate": "sampled"},
+        "fast": {},
+    }
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer_share", check_share("layer_share", self.layer_share))
+        object.__setattr__(self, "layer_blocks", patterns_from("layer_blocks", self.layer_blocks))
+        for name, allowed in (
+            ("layer_control", ("price", "penalty")),
+            ("layer_execution", ("gathered", "masked")),
+            ("layer_evaluate", ("decided", "sampled")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
+        for name in ("layer_penalty", "layer_gate_rate"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise InputError(f"{name} is {value!r}", needed="a number above 0")
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+        *,
+        example_inputs: Any = None,
+        total_steps: int | None = None,
+        ledger: Ledger | None = None,
+        seed: int = 0,
+    ) -> LayerGates:
+        """Put gates before the residual blocks; from now on, samples that are not to run a block go around it.
+
+        Args:
+            model: The module that is trained, on the device where it will be. With ``layer_share=1`` it is left alone.
+            optimizer: Its ``step`` is the clock, and when the gates learn; of several, the first one's.
+            example_inputs: A batch that the model runs on; blocks are found and counted on one sample of it.
+            total_steps: Optimizer steps of the training: how often the history gets an entry.
+            ledger: Where to record; by default an own one, which `LayerGates.bill` reads.
+            seed: Of the gates' first weights and of their choices.
+
+        Returns:
+            The running method.
+
+        Raises:
+            InputError: The model has no residual blocks that keep their shape, those that do not take more than
+                ``layer_share`` already, or another method decides how blocks are run.
+        """
+        return LayerGates(self, model, optimizer, example_inputs, total_steps, ledger, seed)
+
+
+class LayerGates:
+    """Running layer skipping, made by `LayerSkipping.attach`; all its state is in `state_dict`.
+
+    Attributes:
+        settings: The hyper-parameters.
+        blocks: The residual blocks, in the order in which they run.
+        history: One entry every few steps: ``{'step', 'share', 'blocks'}``, the share of the blocks' MACs that was run
+            in training since the entry before, and the share of samples that ran each block.
+    """
+
+    def __init__(
+        self,
+        settings: LayerSkipping,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+        example_inputs: Any,
+        total_steps: int | None,
+        ledger: Ledger | None,
+        seed: int,
+    ) -> None:
+        check_count("total_steps", total_steps, "epochs * len(loader)")
+        self.settings = settings
+        self.history: list[dict[str, Any]] = []
+        self._model = model = unwrapped(model)
+        optimizers = as_optimizers(optimizer)
+        if not optimizers:
+            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        self._steps = 0
+        self._record_every = _RECORD_EVERY if total_steps is None else max(total_steps // _RECORDS, 1)
+        self._price = Price()
+        self._level: float | None = None  # score, a unit of cost, above which a decided gate lets samples run
+        self._executed: Tensor | None = None
+        self._next = 0  # block whose turn it is
+        self.blocks: list[Block] = []
+        self._gated: list[Block] = []
+        if settings.layer_share < 1:
+            self._find(example_inputs, seed)
+        self._begin_step()
+        self._begin_record()
+        self._own_ledger = ledger is None
+        self._ledger = ledger_of(model) if ledger is None else ledger
+        if self._own_ledger:
+            self._ledger.watch(model, optimizers, example_inputs)
+            self._ledger.enter("train")
+        self._ledgers: set[Ledger] = set()
+        self._handles: list[Any] = [optimizers[0].register_step_post_hook(Hook(self._after_step, self))]
+        for index, block in enumerate(self._gated):
+            call = lambda forward, x, index=index: self._run(index, forward, x)  # noqa: E731
+            self._handles.append(around(block.module, call, self))
+
+    def _find(self, example_inputs: Any, seed: int) -> None:
+        if example_inputs is None:
+            raise InputError("no inputs to find the blocks with", hint="pass example_inputs=x to attach")
+        self._sample = first_sample(example_inputs)
+        self.blocks = find_blocks(self._model, self._sample, self.settings.layer_blocks)
+        self._gated = [block for block in self.blocks if block.skippable]
+        check_free(self._gated)
+        check_norms(self._gated)
+        floor = self._count()
+        target = self.settings.layer_share
+        if target <= floor:
+            raise InputError(
+                f"layer_share is {target:g}, but {len(self.blocks) - len(self._gated)} of {len(self.blocks)} residual "
+                f"blocks change the shape and always run: {floor:.3g} of the blocks' MACs",
+                needed=f"a share above {floor:.3g}, and at most 1",
+            )
+        first = [math.log(self._target / (1 - self._target))]
+        device = next(self._model.parameters()).device
+        self._coins = Coins(seed)
+        self._gate = LearnedGate(
+            [block.channels for block in self._gated], _WIDTHS, first,
+            rate=self.settings.layer_gate_rate, seed=seed, device=device,
+        )  # fmt: skip
+
+    def _count(self) -> float:
+        """Count the blocks as they are now; return the share of their MACs that is always run."""
+        macs = forward_macs(self.blocks, count(self._model, self._sample))
+        self._macs = [m for m, block in zip(macs, self.blocks) if block.skippable]
+        mean = sum(self._macs) / len(self._macs)
+        self._costs = [m / mean for m in self._macs]
+        always = sum(macs) - sum(self._macs)
+        self._target = (self.settings.layer_share * sum(macs) - always) / sum(self._macs)
+        self._gated_share = sum(self._macs) / sum(macs)
+        return always / sum(macs)
+
+    # ---- what users ask ----
+
+    def bill(self) -> Any:
+        """Return what was spent so far, as a `Bill`."""
+        return self._ledger.bill()
+
+    def status(self) -> dict[str, float | str]:
+        """Return what a progress bar may show: the share of the blocks' MACs that was run lately."""
+        return {"layers": f"{self.history[-1]['share']:.0%}"} if self.history else {}
+
+    def executed_per_input(self) -> Tensor:
+        """Return how many of the residual blocks each input of the last evaluation batch ran, shape (N,), int64.
+
+        Raises:
+            InputError: There was none since the gates were set.
+        """
+        if self._executed is None:
+            raise InputError("no batch was evaluated yet", hint="call the model in eval mode first")
+        return self._executed.clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: steps, prices, gates and their optimizer, the history, and what the own ledger holds."""
+        return {
+            "steps": self._steps,
+            "price": self._price.value,
+            "level": self._level,
+            "gate": self._gate.state_dict() if self._gated else {},
+            "history": [dict(entry) for entry in self.history],
+            "record": [list(self._run_macs), list(self._ran), self._seen],
+            "ledger": self._ledger.state_dict() if self._own_ledger else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self._steps = int(state["steps"])
+        self._price.value, self._level = state["price"], state["level"]
+        if self._gated:
+            self._gate.load_state_dict(state["gate"])
+            self._coins.after_step(self._steps)
+        self.history = [dict(entry) for entry in state["history"]]
+        macs, ran, self._seen = state["record"]
+        self._run_macs, self._ran = list(macs), list(ran)
+        if state["ledger"] and self._own_ledger:
+            self._ledger.load_state_dict(state["ledger"])
+
+    def detach(self) -> None:
+        """Take gates and hooks off model and optimizer; every sample runs every block from here on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._own_ledger:
+            self._ledger.stop()
+
+    def follow(self, change: Change) -> None:
+        """Go on with a model that `earlybird.shrink` has just cut; it calls this."""
+        for index, block in enumerate(self._gated):
+            if block.reader in change.read:
+                self._gate.follow(index, change.read[block.reader])
+        floor = self._count()
+        if self._target < _LEAST:
+            warnings.warn(
+                f"after the cut, blocks that always run take {floor:.3g} of the blocks' MACs: "
+                f"layer_share = {self.settings.layer_share:g} cannot be met any more",
+                stacklevel=2,
+            )
+            self._target = _LEAST
+
+    # ---- what hooks call ----
+
+    def _begin_step(self) -> None:
+        self._excess, self._possible = 0.0, 0.0  # MACs that were run above the target, and could have been run
+        self._scores: list[tuple[int, Tensor]] = []  # block and its samples' scores, a unit of cost
+
+    def _begin_record(self) -> None:
+        self._ran, self._seen = [0.0] * len(self._gated), 0.0  # samples, by block, and of all
+        self._run_macs = [0.0, 0.0]  # MACs of the gated blocks, and what they would have been
+
+    def _begin_pass(self, count: int, *, training: bool, device: torch.device) -> None:
+        self._coins.begin(training=training)
+        self._ledgers = {self._ledger, *hook_owners(self._model, Ledger)}
+        if not training:
+            self._executed = torch.full((count,), len(self.blocks) - len(self._gated), device=device)
+
+    def _run(self, index: int, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        block, settings = self._gated[index], self.settings
+        training = block.module.training
+        learns = training and torch.is_grad_enabled()
+        if index == 0:
+            self._begin_pass(len(x), training=training, device=x.device)
+        elif index != self._next:
+            raise InputError(
+                f"block '{block.name}' was called out of its turn",
+                needed="blocks that run once in each pass, in the order in which they were found",
+                hint="gradient checkpointing, which runs them again, does not go together with layer skipping",
+            )
+        self._next = index + 1
+        if channels_of(x) != self._gate.channels(index):
+            raise InputError(
+                f"block '{block.name}' gets {channels_of(x)} channels, its gate expects {self._gate.channels(index)}",
+                hint="cut the model by earlybird.shrink, which tells the gates, or before they are attached",
+            )
+        masked = settings.layer_execution == "masked"
+        score = self._gate.scores(index, x, into_features=masked)[:, 0]
+        chance = torch.sigmoid(score - self._price.value * self._costs[index])
+        if training or settings.layer_evaluate == "sampled":
+            runs = self._coins.draw(len(x)).to(x.device) < chance.detach()
+        else:
+            level = self._price.value if self._level is None else self._level
+            runs = score > level * self._costs[index]
+        rows = runs.nonzero().flatten()
+        self._record(index, len(rows), runs, score.detach(), learns=learns)
+        if learns and settings.layer_control == "penalty":
+            # its sign is that of this step's batches, which are known when the gradient comes
+            chance.register_hook(
+                lambda gradient: gradient + settings.layer_penalty * (1.0 if self._excess > 0 else -1.0)
+            )
+        if not masked:
+            return run_on(block.module, forward, x, rows, chance if learns else None)
+        mask = runs.float()
+        if learns:  # straight through
+            mask = mask - chance.detach() + chance
+        return torch.lerp(x, forward(x).to(x.dtype), mask.to(x.dtype).view(-1, *[1] * (x.ndim - 1)))
+
+    def _record(self, index: int, ran: int, runs: Tensor, scores: Tensor, *, learns: bool) -> None:
+        """Count a batch of which ``ran`` samples run a block, those of ``runs``, shape (N,)."""
+        block, macs, count = self._gated[index], self._macs[index], len(runs)
+        gate = count * self._gate.macs(index) / macs  # in samples of the block
+        for ledger in self._ledgers if self.settings.layer_execution == "gathered" else ():
+            ledger.reroute(block.layers, count - ran, None, training=learns)
+        charge(self._ledgers, block.layers, gate, training=learns)
+        if not block.module.training:
+            assert self._executed is not None
+            self._executed += runs
+        elif learns:
+            self._excess += macs * (ran - self._target * count)
+            self._possible += macs * count
+            self._scores.append((index, scores / self._costs[index]))
+            self._ran[index] += ran
+            self._seen += count / len(self._gated)
+            self._run_macs[0] += macs * ran
+            self._run_macs[1] += macs * count
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._steps += 1
+        if not self._gated:
+            return
+        device = next(self._model.parameters()).device
+        excess, possible = summed([self._excess, self._possible], device)
+        if possible:
+            if self.settings.layer_control == "price":
+                self._price.move(excess / possible)
+            if self.settings.layer_evaluate == "decided":
+                self._follow_level(device)
+        self._begin_step()
+        self._gate.step()
+        self._coins.after_step(self._steps)
+        if self._steps % self._record_every == 0:
+            self._add_to_history(device)
+
+    def _follow_level(self, device: torch.device) -> None:
+        """Let the level follow that at which the target share of this step's blocks would have been decided to run."""
+        scores = torch.cat([scores for _, scores in self._scores])
+        costs = torch.cat([torch.full_like(scores, self._macs[index]) for index, scores in self._scores])
+        seen = summed([level_for(scores, costs, self._target)], device)[0] / processes()
+        self._level = seen if self._level is None else _MEMORY * self._level + (1 - _MEMORY) * seen
+
+    def _add_to_history(self, device: torch.device) -> None:
+        run, possible, seen, *ran = summed([*self._run_macs, self._seen, *self._ran], device)
+        self._begin_record()
+        if not seen:
+            return
+        by_block = iter(ran)
+        self.history.append(
+            {
+                "step": self._steps,
+                "share": 1 - self._gated_share * (1 - run / possible),
+                "blocks": [next(by_block) / seen if block.skippable else 1.0 for block in self.blocks],
+            }
+        )

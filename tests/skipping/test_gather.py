@@ -1,0 +1,168 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from earlybird.skipping.gather import FEW, run_on
+from tests.tickets.topologies import BasicBlock, PreActBlock
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def block(kind=BasicBlock, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = kind(4, 4, 1) if kind is BasicBlock else kind(4, 3)
+    return made
+
+
+def batch(count, layout=torch.contiguous_format, seed=1):
+    x = torch.rand(count, 4, 5, 5, generator=torch.Generator().manual_seed(seed))
+    return x.contiguous(memory_format=layout).requires_grad_()
+
+
+def through(x):
+    """A leaf cannot be watched on its way: a copy of it."""
+    return x * 1.0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=25, deadline=None)
+@given(runs=st.lists(st.booleans(), min_size=1, max_size=7), post_activation=st.booleans())
+def test_gathered_is_what_a_mask_computes_in_eval_mode_forward_and_backward(layout, runs, post_activation):
+    one = block(BasicBlock if post_activation else PreActBlock).eval()
+    mask = torch.tensor(runs)
+    results = []
+    for gathered in (True, False):
+        one.zero_grad()
+        x = batch(len(runs), layout)
+        inputs = through(x)
+        if gathered:
+            out = run_on(one, one, inputs, mask.nonzero().flatten())
+        else:
+            out = torch.where(mask.view(-1, 1, 1, 1), one(inputs), inputs)
+        (out * batch(len(runs), seed=2).detach()).sum().backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in one.parameters()]
+        results.append([out.detach(), x.grad, *gradients])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert all(parameter.grad is not None for parameter in one.parameters())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [[], [1], [0, 2, 3, 5], list(range(6))])
+def test_memory_format_and_type_stay(layout, rows):
+    one = block().to(memory_format=layout)
+    x = batch(6, layout)
+    out = run_on(one, one, through(x), torch.tensor(rows, dtype=torch.long))
+    assert out.is_contiguous(memory_format=layout)
+    out.sum().backward()
+    assert x.grad.is_contiguous(memory_format=layout)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert run_on(one, one, x.bfloat16(), torch.tensor(rows, dtype=torch.long)).dtype == torch.bfloat16
+
+
+def test_the_credit_of_a_choice_is_right_in_the_mean_over_all_choices():
+    """Two samples, all four choices: the mean of the gradients is that of the mean loss, which is linear in each."""
+    one = block().eval()
+    chance = torch.tensor([0.3, 0.8])
+    weights = batch(2, seed=3).detach()
+    x = batch(2).detach()
+
+    def loss(out):
+        return (out * weights).sum()
+
+    mean, exact = torch.zeros(2), torch.zeros(2)
+    for runs in itertools.product([False, True], repeat=2):
+        mask = torch.tensor(runs)
+        likelihood = torch.where(mask, chance, 1 - chance).prod()
+        p = chance.clone().requires_grad_()
+        out = run_on(one, one, x, mask.nonzero().flatten(), p)
+        loss(out).backward()
+        mean += likelihood * p.grad
+        # the derivative of the mean loss, sum over choices of P(choice) * loss: P' = P / p or -P / (1 - p)
+        with torch.no_grad():
+            value = loss(torch.where(mask.view(-1, 1, 1, 1), one(x), x))
+        exact += likelihood * value * torch.where(mask, 1 / chance, -1 / (1 - chance))
+    torch.testing.assert_close(mean, exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mean, ((one(x) - x) * weights).sum((1, 2, 3)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [[], [0, 2], [0, 1, 2, 3]])
+def test_the_credit_by_hand(rows):
+    one = nn.Linear(2, 2, bias=False)
+    nn.init.constant_(one.weight, 1.0)  # block(x) - x = (x2, x1)
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
+    chance = torch.tensor([0.5, 0.5, 0.25, 1.0]).requires_grad_()
+    out = run_on(one, one, x, torch.tensor(rows, dtype=torch.long), chance)
+    (out * torch.tensor([1.0, 10.0])).sum().backward()
+    worth = torch.tensor([2.0 + 10, 4.0 + 30, 6.0 + 50, 8.0 + 70])
+    expected = torch.zeros(4)
+    expected[rows] = worth[rows] / chance.detach()[rows]
+    torch.testing.assert_close(chance.grad, expected)
+
+
+def norms(module):
+    return [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+
+
+def test_batch_norms_see_the_samples_that_run_and_no_others():
+    gathered, plain = block().train(), block().train()
+    x = batch(FEW + 3)
+    rows = torch.arange(1, FEW + 1)
+    out = run_on(gathered, gathered, x, rows)
+    torch.testing.assert_close(out[1 : FEW + 1], plain(x[1 : FEW + 1]))
+    for ours, theirs in zip(norms(gathered), norms(plain), strict=True):
+        torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+        torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+@pytest.mark.parametrize("count", [1, FEW - 1])
+def test_batch_norms_of_few_samples_use_their_running_statistics_and_leave_them(count):
+    one = block().train()
+    x = batch(FEW + 3)
+    before = [norm.running_mean.clone() for norm in norms(one)]
+    out = run_on(one, one, x, torch.arange(count))
+    assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms(one), before, strict=True))
+    assert all(norm.training for norm in norms(one))
+    torch.testing.assert_close(out[:count], one.eval()(x[:count]))
+
+
+def test_a_small_batch_that_runs_whole_is_a_batch_like_any_other():
+    one, plain = block().train(), block().train()
+    x = batch(2)
+    assert torch.equal(run_on(one, one, x, torch.arange(2)), plain(x))
+    assert torch.equal(norms(one)[0].running_mean, norms(plain)[0].running_mean)
+
+
+def test_one_sample_of_one_pixel_runs():
+    one = block().train()
+    x = torch.rand(6, 4, 1, 1)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        one(x[:1])
+    assert run_on(one, one, x, torch.tensor([2])).shape == x.shape
+
+
+def test_a_block_that_no_sample_runs_is_not_called_and_its_weights_go_on_by_momentum():
+    one = block()
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9)
+    one(batch(6)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = one.conv1.weight.detach().clone()
+
+    def never(x):
+        raise AssertionError("called")
+
+    x = batch(6)
+    inputs = through(x)
+    out = run_on(one, never, inputs, torch.tensor([], dtype=torch.long))
+    assert torch.equal(out, inputs)
+    assert out.data_ptr() != inputs.data_ptr()  # whoever writes into it spoils nothing
+    out.sum().backward()
+    optimizer.step()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert not torch.equal(one.conv1.weight, before)
