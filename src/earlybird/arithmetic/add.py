@@ -64,14 +64,14 @@ def add_conv2d(
     """Return the negative sums of distances between patches and filters, with the gradients of AdderNet.
 
     Args:
-        x: Images (N, C, H, W).
-        filters: (O, C, kh, kw), on the same device.
+        x: Images (N, C, H, W), or rows (N, C).
+        filters: (O, C, kh, kw), or (O, C), on the same device.
         stride: Vertical and horizontal.
         padding: Rows and columns of zeros on either side; they count like any other input.
         dilation: Vertical and horizontal.
 
     Returns:
-        (N, O, H', W') in the order of memory of ``x``, of the type that the two promote to.
+        (N, O, H', W') in the order of memory of ``x``, or (N, O), of the type that the two promote to.
 
     Raises:
         InputError: The shapes do not fit.
@@ -85,19 +85,25 @@ def _window(filters: Tensor, *sizes: Sequence[int]) -> Window:
     return Window((height, width), *((size[0], size[-1]) for size in sizes))
 
 
-def _check(x: Tensor, filters: Tensor, window: Window) -> tuple[int, ...]:
-    """Return the shape of the output."""
-    if x.ndim != 4 or filters.ndim != 4 or x.shape[1] != filters.shape[1]:
+def _as_images(x: Tensor) -> Tensor:
+    return x[..., None, None] if x.ndim == 2 else x
+
+
+def _checked(x: Tensor, filters: Tensor, *sizes: Sequence[int]) -> tuple[Tensor, Tensor, Window, tuple[int, ...]]:
+    """Return images, filters (O, C, kh, kw), how they move, and the shape of the output."""
+    if x.ndim not in (2, 4) or x.ndim != filters.ndim or x.shape[1] != filters.shape[1]:
         raise InputError(
             f"an add layer with filters {tuple(filters.shape)} was given {tuple(x.shape)}",
-            needed="images (N, C, H, W) and filters (O, C, kh, kw)",
+            needed="images (N, C, H, W) and filters (O, C, kh, kw), or rows (N, C) and filters (O, C)",
         )
     if not (x.is_floating_point() and filters.is_floating_point()):
         raise InputError(f"an add layer was given {x.dtype} and {filters.dtype}", needed="floating point")
-    size = window.map_of((x.shape[2], x.shape[3]))
+    images, filters = _as_images(x), _as_images(filters)
+    window = _window(filters, *sizes)
+    size = window.map_of((images.shape[2], images.shape[3]))
     if min(size) < 1:
-        raise InputError(f"images of {tuple(x.shape[2:])} are smaller than the filters {tuple(filters.shape[2:])}")
-    return len(x), len(filters), *size
+        raise InputError(f"images of {tuple(x.shape[2:])} are smaller than filters of {tuple(filters.shape[2:])}")
+    return images, filters, window, (len(x), len(filters), *(size if x.ndim == 4 else ()))
 
 
 def _accumulator(x: Tensor, filters: Tensor) -> torch.dtype:
@@ -105,35 +111,35 @@ def _accumulator(x: Tensor, filters: Tensor) -> torch.dtype:
 
 
 @torch.library.impl(_OPERATOR, "default")
-def _forward(
-    x: Tensor, filters: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    window = _window(filters, stride, padding, dilation)
-    _check(x, filters, window)
+def _forward(x: Tensor, filters: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    images, own, window, shape = _checked(x, filters, stride, padding, dilation)
     dtype = _accumulator(x, filters)
-    found = add_kernel.distances(x.to(dtype), filters.to(dtype), window)
-    return found.to(torch.promote_types(x.dtype, filters.dtype))
+    found = add_kernel.distances(images.to(dtype), own.to(dtype), window)
+    return found.to(torch.promote_types(x.dtype, filters.dtype)).view(shape)
 
 
 @torch.library.impl(_GRADIENT, "default")
-def _input_gradient(
-    x: Tensor, filters: Tensor, gradient: Tensor, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:  # fmt: skip
-    dtype, window = _accumulator(x, filters), _window(filters, stride, padding, dilation)
-    return add_kernel.input_gradient(x.to(dtype), filters.to(dtype), gradient.to(dtype), window).to(x.dtype)
+def _input_gradient(x: Tensor, filters: Tensor, gradient: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    images, own, window, _ = _checked(x, filters, stride, padding, dilation)
+    dtype = _accumulator(x, filters)
+    found = add_kernel.input_gradient(images.to(dtype), own.to(dtype), _as_images(gradient).to(dtype), window)
+    return found.to(x.dtype).view(x.shape)
 
 
 @torch.library.register_fake(_OPERATOR)
 def _(x: Tensor, filters: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
-    size = _check(x, filters, _window(filters, stride, padding, dilation))
-    dtype, layout = torch.promote_types(x.dtype, filters.dtype), add_kernel.layout(x)
-    return torch.empty(size, dtype=dtype, device=x.device, memory_format=layout)
+    *_, shape = _checked(x, filters, stride, padding, dilation)
+    return _empty(x, shape, torch.promote_types(x.dtype, filters.dtype))
 
 
 @torch.library.register_fake(_GRADIENT)
 def _(x: Tensor, filters: Tensor, gradient: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=add_kernel.layout(x))
+    return _empty(x, x.shape, x.dtype)
+
+
+def _empty(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    layout = add_kernel.layout(x) if x.ndim == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -148,11 +154,12 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None,
         of_x = torch.ops.earlybird.add_conv2d_input_gradient(x, filters, gradient, *ctx.window)
     if ctx.needs_input_grad[1]:
         dtype = _accumulator(x, filters)
-        wide, image, own = gradient.to(dtype), x.to(dtype), filters.to(dtype)
-        of_filters = torch.ops.aten.convolution_backward(
-            wide, image, own, None, *ctx.window, False, (0, 0), 1, (False, True, False)
+        images, own, outputs = (_as_images(tensor).to(dtype) for tensor in (x, filters, gradient))
+        products = torch.ops.aten.convolution_backward(
+            outputs, images, own, None, *ctx.window, False, (0, 0), 1, (False, True, False)
         )[1]  # X^T g
-        of_filters = (of_filters - own * wide.sum((0, 2, 3)).view(-1, 1, 1, 1)).to(filters.dtype)
+        found = products - own * outputs.sum((0, 2, 3)).view(-1, 1, 1, 1)
+        of_filters = found.to(filters.dtype).view(filters.shape)
     return of_x, of_filters, None, None, None
 
 
@@ -182,6 +189,8 @@ class AddConv2d(nn.modules.conv._ConvNd):
     Raises:
         InputError: More than one group.
     """
+
+    constant: Tensor | None
 
     def __init__(
         self,
@@ -248,6 +257,8 @@ class AddLinear(nn.Linear):
         constant: As in `AddConv2d`.
     """
 
+    constant: Tensor | None
+
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, *, fraction_bits: int | None = None
     ) -> None:
@@ -262,8 +273,9 @@ class AddLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the negative distances."""
-        flat, filters = _on_grid(x.reshape(-1, x.shape[-1], 1, 1), self.weight[:, :, None, None], self.fraction_bits)
-        y = add_conv2d(flat, filters).view(*x.shape[:-1], -1)
+        rows, filters = _on_grid(x if x.ndim == 2 else x.flatten(0, -2), self.weight, self.fraction_bits)
+        y = add_conv2d(rows, filters)
+        y = y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
         for added in (self.bias, self.constant):
             y = y if added is None else y + added
         return y
@@ -294,7 +306,8 @@ def _on_grid(x: Tensor, filters: Tensor, fraction_bits: int | None) -> tuple[Ten
 
 @torch.no_grad()
 def _silence(layer: AddConv2d | AddLinear, gone: Tensor) -> None:
-    added = layer.weight.detach()[:, gone.to(layer.weight.device)].flatten(1).abs().sum(1).neg()
+    weight = layer.weight if layer.fraction_bits is None else floor_to(layer.weight, layer.fraction_bits)
+    added = weight[:, gone.to(weight.device)].flatten(1).abs().sum(1).neg()
     layer.constant = added if layer.constant is None else layer.constant + added
 
 
