@@ -35,7 +35,7 @@ from earlybird.calls import Around, as_call, first_sample, undisturbed, unwrappe
 from earlybird.errors import InputError, nearest
 from earlybird.tickets.layers import BatchNorm, Conv
 
-__all__ = ["Operation", "Replaced", "convert"]
+__all__ = ["Operation", "Replaced", "convert", "plan"]
 
 Operation = Literal["shift", "add", "shift_add"]
 
@@ -83,6 +83,28 @@ def convert(
     Raises:
         InputError: Some layer cannot be converted; the message names it, and nothing was changed.
     """
+    model = unwrapped(model)
+    kinds = plan(model, operation, example_inputs=example_inputs, leave=leave)
+    modules = dict(model.named_modules())
+    options: dict[str, Any] = {
+        "form": form, "bits": bits, "threshold": threshold, "frozen": frozen, "fraction_bits": fraction_bits
+    }  # fmt: skip
+    replaced = {
+        name: Replaced(modules[name], _new(modules[name], kind, options, generator))  # type: ignore[arg-type]
+        for name, kind in kinds.items()
+    }
+    news = {found.old: found.new for found in replaced.values()}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in news:
+                parent._modules[name] = news[child]  # type: ignore[index]
+    return replaced
+
+
+def plan(
+    model: nn.Module, operation: Operation, *, example_inputs: Any = None, leave: Sequence[str] = ()
+) -> dict[str, Operation]:  # fmt: skip
+    """Return what `convert` would make of each layer, by name, or raise what it would raise."""
     if operation not in get_args(Operation):
         raise InputError(f"operation is {operation!r}", needed=f"one of {', '.join(get_args(Operation))}")
     model = unwrapped(model)
@@ -97,19 +119,7 @@ def convert(
             )
     if adding:
         _check_norms(model, adding, example_inputs)
-    options: dict[str, Any] = {
-        "form": form, "bits": bits, "threshold": threshold, "frozen": frozen, "fraction_bits": fraction_bits
-    }  # fmt: skip
-    replaced = {
-        name: Replaced(modules[name], _new(modules[name], kind, options, generator))  # type: ignore[arg-type]
-        for name, kind in kinds.items()
-    }
-    news = {found.old: found.new for found in replaced.values()}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in news:
-                parent._modules[name] = news[child]  # type: ignore[index]
-    return replaced
+    return kinds
 
 
 def _kinds(model: nn.Module, operation: Operation, leave: Sequence[str]) -> dict[str, Operation]:

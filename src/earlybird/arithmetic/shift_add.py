@@ -21,13 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from earlybird.arithmetic.add import AddConv2d, AddLinear, adapt_gradients
-from earlybird.arithmetic.convert import Replaced, convert
+from earlybird.arithmetic.convert import Replaced, convert, plan
 from earlybird.arithmetic.shift import Form, ShiftConv2d, ShiftLinear, check_shift, weight_parameters
 from earlybird.calls import as_optimizers, hook_owners, unwrapped
 from earlybird.errors import InputError
@@ -150,5 +150,125 @@ class ShiftAdding:
             raise InputError("no optimizer was given", needed="the one that trains the model, or several")
         self._own_ledger = ledger is None
         self._ledger = ledger_of(model) if ledger is None else ledger
-        before = dict(model.named_modules())
-        ...
+        places = _places(optimizers)
+        if settings.operation != "conv":
+            _check(model, plan(model, settings.operation, example_inputs=example_inputs, leave=settings.leave_layers), places)
+        if self._own_ledger:
+            self._ledger.watch(model, optimizers)
+        if settings.operation != "conv" and example_inputs is not None:
+            self._ledger.count_whole(example_inputs)  # what dense training costs is the price of convolutions
+        replaced = settings.convert(model, example_inputs, seed=seed)
+        self.layers = tuple(replaced)
+        _exchange(replaced, places)
+        self._handles: list[Any] = [adapt_gradients(model, one, settings.add_eta) for one in optimizers]
+        if replaced:
+            _say_bits(model, self._ledger.bits)
+            for search in hook_owners(model, Search):
+                search.retrace()
+            for one in {self._ledger, *hook_owners(model, Ledger)}:
+                one.recount(model, example_inputs)
+        if self._own_ledger:
+            self._ledger.enter("train")
+
+    def bill(self) -> Any:
+        """Return what was spent so far, as a `Bill`."""
+        return self._ledger.bill()
+
+    def status(self) -> dict[str, float | str]:
+        """Return what a progress bar may show: nothing."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which layers were converted, and what the own ledger holds."""
+        return {"layers": list(self.layers), "ledger": self._ledger.state_dict() if self._own_ledger else {}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            InputError: The state belongs to a model of which other layers were converted.
+        """
+        if list(state["layers"]) != list(self.layers):
+            raise InputError(
+                f"in the saved model {len(state['layers'])} layers were converted, in this one {len(self.layers)}, or "
+                "others", needed="the same model and settings",
+            )  # fmt: skip
+        if state["ledger"] and self._own_ledger:
+            self._ledger.load_state_dict(state["ledger"])
+
+    def detach(self) -> None:
+        """Stop scaling gradients; the layers stay what they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._own_ledger:
+            self._ledger.stop()
+
+
+class _Place(NamedTuple):
+    """Where a parameter is held."""
+
+    optimizer: torch.optim.Optimizer
+    group: dict[str, Any]
+
+
+def _places(optimizers: Sequence[torch.optim.Optimizer]) -> dict[int, _Place]:
+    """Return where each parameter is held, by its id."""
+    return {
+        id(parameter): _Place(optimizer, group)
+        for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+    }  # fmt: skip
+
+
+def _check(model: nn.Module, layers: Iterable[str], places: Mapping[int, _Place]) -> None:
+    """Raise an `InputError` where the weight of one of ``layers`` cannot be exchanged."""
+    for name in layers:
+        weight = model.get_submodule(name).weight
+        place = places.get(id(weight))
+        if place is None:
+            raise InputError(
+                f"no given optimizer holds the weight of layer '{name}'", hint="pass all that train the model"
+            )
+        if place.optimizer.state.get(weight):  # type: ignore[call-overload]
+            raise InputError(
+                f"the optimizer has made steps with the weight of layer '{name}', which is drawn anew",
+                hint="attach before the first step",
+            )
+        if place.group.get("orthogonal"):
+            raise InputError(
+                f"Muon holds the norm of layer '{name}', of which neither shifts nor distances may depend",
+                hint="use optimizer 'sgd' or 'adamw'",
+            )
+        if "param_names" in place.group:
+            raise InputError(
+                "the optimizer was given names of parameters, some of which will go", hint="give it parameters only"
+            )
+
+
+def _exchange(replaced: Mapping[str, Replaced], places: Mapping[int, _Place]) -> None:
+    """Put the new weights where the optimizers held the old ones; P and S into groups of their own."""
+    undecayed: dict[int, tuple[_Place, list[nn.Parameter]]] = {}
+    for old, new in replaced.values():
+        place = places[id(old.weight)]
+        held = place.group["params"]
+        free = undecayed.setdefault(id(place.group), (place, []))[1]
+        instead: list[nn.Parameter] = []
+        for layer in new.modules():
+            if isinstance(layer, (AddConv2d, AddLinear)):
+                instead.append(layer.weight)
+            elif isinstance(layer, (ShiftConv2d, ShiftLinear)) and not layer.frozen:
+                own = [getattr(layer, name) for name in weight_parameters(layer)]
+                (free if layer.form == "ps" else instead).extend(own)
+        index = next(i for i, parameter in enumerate(held) if parameter is old.weight)
+        held[index : index + 1] = instead
+    for (optimizer, group), free in undecayed.values():
+        if free:
+            options = {key: value for key, value in group.items() if key != "params"}
+            optimizer.add_param_group(options | ({"weight_decay": 0.0} if "weight_decay" in group else {}) | {"params": free})
+
+
+def _say_bits(model: nn.Module, bits: int) -> None:
+    """Let shift layers in floating point say that they compute in the run's; add layers compute in float32."""
+    for layer in model.modules():
+        if isinstance(layer, (ShiftConv2d, ShiftLinear)) and layer.fraction_bits is None:
+            layer.arithmetic = replace(layer.arithmetic, activation=bits, gradient=bits)
