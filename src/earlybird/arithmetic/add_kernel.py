@@ -208,10 +208,10 @@ def _kernel() -> _Kernel | None:
     try:
         return _Kernel(_compiled())
     except (OSError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
-            f"add layers run without their compiled kernel, several times slower ({reason[0] if reason else error!r}); "
-            "it needs a C++ compiler and ninja",
+            f"add layers run without their compiled kernel, several times slower ({reason}); it needs a C++ compiler "
+            "and ninja",
             stacklevel=2,
         )
         return None

@@ -56,10 +56,9 @@ def convert(
     example_inputs: Any = None,
     generator: torch.Generator | None = None,
     leave: Sequence[str] = (),
-    form: Form = "ps",
+    form: Form = "q",
     bits: int = 5,
     threshold: float = 0.5,
-    frozen: bool = False,
     fraction_bits: int | None = None,
 ) -> dict[str, Replaced]:
     """Convert ``model``, in place.
@@ -74,7 +73,6 @@ def convert(
         form: As in `earlybird.arithmetic.shift.ShiftConv2d`; so are all that follow.
         bits: Of a shift weight.
         threshold: Of signs.
-        frozen: Shift weights are drawn once and not trained.
         fraction_bits: Inputs, and filters of add layers, are floored to this many bits after the point.
 
     Returns:
@@ -87,7 +85,7 @@ def convert(
     kinds = plan(model, operation, example_inputs=example_inputs, leave=leave)
     modules = dict(model.named_modules())
     options: dict[str, Any] = {
-        "form": form, "bits": bits, "threshold": threshold, "frozen": frozen, "fraction_bits": fraction_bits
+        "form": form, "bits": bits, "threshold": threshold, "fraction_bits": fraction_bits
     }  # fmt: skip
     replaced = {
         name: Replaced(modules[name], _new(modules[name], kind, options, generator))  # type: ignore[arg-type]

@@ -5,8 +5,8 @@ The code of a weight of ``b`` bits, 5 by default:
     highest bit       1 for a negative weight
     other b - 1 bits  e, the weight being +-2^-e
 
-Form 'ps' has exponents down to -(2^(b-1) - 2) and zeros: e = 2^(b-1) - 1 with the highest bit 0 is zero. Form 'q' has no
-zeros, and that e is its smallest exponent. Codes follow each other in the order of the flat weight, the lowest bit
+Forms 'ps' and 'frozen' have exponents down to -(2^(b-1) - 2) and zeros: e = 2^(b-1) - 1 with the highest bit 0 is zero.
+Form 'q' has no zeros, and that e is its smallest exponent. Codes follow each other in the order of the flat weight, the lowest bit
 first; eight codes of five bits are five bytes. What is written is read back exactly: the weights, not what they were
 rounded from, so that training goes on from the rounded ones.
 
@@ -36,7 +36,7 @@ def encode(weight: Tensor, bits: int = 5, *, zeros: bool = True) -> Tensor:
     Args:
         weight: Powers of two with a sign, or zero, of any shape.
         bits: Of a code.
-        zeros: Whether the last exponent stands for zero (form 'ps').
+        zeros: Whether the last exponent stands for zero (all forms but 'q').
 
     Returns:
         uint8 of the same shape.
@@ -103,7 +103,7 @@ def write_packed(model: nn.Module, path: str | Path) -> Path:
     for name, layer in layers.items():
         for own in weight_parameters(layer):
             del tensors[_inside(name, own)]
-        weight, zeros = layer.weight.detach(), layer.form == "ps"
+        weight, zeros = layer.weight.detach(), layer.form != "q"
         try:
             tensors[_inside(name, "weight")] = pack(encode(weight, layer.bits, zeros=zeros), layer.bits)
         except InputError as error:
@@ -124,7 +124,7 @@ def read_packed(model: nn.Module, path: str | Path) -> None:
     layers = _shift_layers(model)
     about = json.loads(metadata["shifts"])
     mine = {
-        name: {"shape": list(layer.weight.shape), "bits": layer.bits, "zeros": layer.form == "ps"}
+        name: {"shape": list(layer.weight.shape), "bits": layer.bits, "zeros": layer.form != "q"}
         for name, layer in layers.items()
     }
     if about != mine:
@@ -135,7 +135,7 @@ def read_packed(model: nn.Module, path: str | Path) -> None:
         )  # fmt: skip
     for name, layer in layers.items():
         data = tensors.pop(_inside(name, "weight"))
-        shape, bits, zeros = layer.weight.shape, layer.bits, layer.form == "ps"
+        shape, bits, zeros = layer.weight.shape, layer.bits, layer.form != "q"
         codes = unpack(data, shape.numel(), bits).view(shape)
         weight = decode(codes, bits, zeros=zeros)
         if zeros:

@@ -3,12 +3,12 @@
 Elhoushi et al., "DeepShift: Towards Multiplication-Less Neural Networks", 2019, https://arxiv.org/abs/1905.13298, in two
 forms; reference code github.com/mostafaelhoushi/DeepShift. With ``b`` bits and the gradient g of the weight W:
 
+    'q'    one real w is learned; W = sign(w) 2^round(log2 |w|), |w| clipped to [2^-(2^(b-1) - 1), 1];  dw = g
     'ps'   P in [-(2^(b-1) - 2), 0] and S are learned; W = S_t 2^round(P), S_t = sign(S) where |S| > 0.5, else 0
            dP = g W ln 2;  dS = g
-    'q'    one real w is learned; W = sign(w) 2^round(log2 |w|), |w| clipped to [2^-(2^(b-1) - 1), 1];  dw = g
 
-The frozen form is 'ps' with weights that are drawn once and never trained, so that what comes behind has to do with
-them (You et al., ShiftAddNet, NeurIPS 2020, https://arxiv.org/abs/2010.12785; reference code
+and in a third one, 'frozen', which is 'ps' with weights that are drawn once and never trained, so that what comes
+behind has to do with them (You et al., ShiftAddNet, NeurIPS 2020, https://arxiv.org/abs/2010.12785; reference code
 github.com/RICE-EIC/ShiftAddNet): P ~ N(-3.5, 1) clipped to [-7, 0], S ~ U(-1, 1), half of the weights zero; a higher
 threshold prunes more.
 
@@ -17,7 +17,8 @@ does *not* save time: here the weight is written out as floats and an ordinary c
 weight is a product like any other.
 
 P and S want no weight decay, as published; `earlybird.arithmetic.shift_add` sees to it. P is clipped to its range in
-place whenever the layer runs in training, as published.
+place whenever the layer runs in training, as published. ShiftAddNet uses 'ps', which learns slowly from random values:
+the gradient of P is as small as the weight. The default is 'q'.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ __all__ = [
     "signed_power_of_two", "weight_parameters",
 ]  # fmt: skip
 
-Form = Literal["ps", "q"]
+Form = Literal["q", "ps", "frozen"]
 
 _FROZEN_MEAN, _FROZEN_LEAST = -3.5, -7
 
@@ -93,8 +94,8 @@ def nearest_power_of_two(real: Tensor, *, bits: int = 5) -> Tensor:
 
 
 def _least(form: Form, bits: int) -> int:
-    """Return the smallest exponent: 'ps' gives one of its codes to zero."""
-    return -(2 ** (bits - 1) - (2 if form == "ps" else 1))
+    """Return the smallest exponent; the forms that have zeros give one code to them."""
+    return -(2 ** (bits - 1) - (1 if form == "q" else 2))
 
 
 class ShiftConv2d(nn.modules.conv._ConvNd):
@@ -112,25 +113,23 @@ class ShiftConv2d(nn.modules.conv._ConvNd):
         groups: As in `nn.Conv2d`.
         bias: As in `nn.Conv2d`; it is an ordinary number.
         padding_mode: As in `nn.Conv2d`.
-        form: 'ps' or 'q'.
+        form: 'q', 'ps' or 'frozen'.
         bits: Of a weight, 2 to 7; published: 5 in ShiftAddNet, 3 in DeepShift alone.
-        threshold: Of form 'ps': signs up to this are zero, in [0, 1); published for training: 0.5.
-        frozen: Of form 'ps': weights are drawn once and not trained.
+        threshold: Of 'ps' and 'frozen': signs up to this are zero, in [0, 1).
         fraction_bits: Inputs are floored to this many bits after the point (published: 16; frozen: 15); by default
             they are not.
 
     Raises:
-        InputError: A value is out of its range, or form 'q' was to be frozen.
+        InputError: A value is out of its range.
     """
 
     form: Form
     bits: int
     threshold: float
-    frozen: bool
     fraction_bits: int | None
-    shift: nn.Parameter  # of form 'ps'
-    sign: nn.Parameter
     real: nn.Parameter  # of form 'q'
+    shift: nn.Parameter  # of the others
+    sign: nn.Parameter
     arithmetic: Arithmetic
 
     def __init__(
@@ -145,10 +144,9 @@ class ShiftConv2d(nn.modules.conv._ConvNd):
         bias: bool = True,
         padding_mode: str = "zeros",
         *,
-        form: Form = "ps",
+        form: Form = "q",
         bits: int = 5,
         threshold: float = 0.5,
-        frozen: bool = False,
         fraction_bits: int | None = None,
     ) -> None:
         super().__init__(
@@ -156,7 +154,7 @@ class ShiftConv2d(nn.modules.conv._ConvNd):
             padding if isinstance(padding, str) else _pair(padding), _pair(dilation), False, (0, 0), groups, bias,
             padding_mode,  # type: ignore[arg-type]
         )  # fmt: skip
-        _begin(self, form, bits, threshold, frozen, fraction_bits)
+        _begin(self, form, bits, threshold, fraction_bits)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -190,18 +188,16 @@ class ShiftLinear(nn.Linear):
         form: As in `ShiftConv2d`; so are all that follow.
         bits: Of a weight.
         threshold: Of signs.
-        frozen: Not trained.
         fraction_bits: Of inputs.
     """
 
     form: Form
     bits: int
     threshold: float
-    frozen: bool
     fraction_bits: int | None
-    shift: nn.Parameter  # of form 'ps'
-    sign: nn.Parameter
     real: nn.Parameter  # of form 'q'
+    shift: nn.Parameter  # of the others
+    sign: nn.Parameter
     arithmetic: Arithmetic
 
     def __init__(
@@ -210,14 +206,13 @@ class ShiftLinear(nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        form: Form = "ps",
+        form: Form = "q",
         bits: int = 5,
         threshold: float = 0.5,
-        frozen: bool = False,
         fraction_bits: int | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias)
-        _begin(self, form, bits, threshold, frozen, fraction_bits)
+        _begin(self, form, bits, threshold, fraction_bits)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -241,10 +236,10 @@ ShiftLayer = ShiftConv2d | ShiftLinear
 
 def weight_parameters(layer: ShiftLayer) -> tuple[str, ...]:
     """Return the names of the parameters that ``weight`` is computed from; they have its shape."""
-    return ("shift", "sign") if layer.form == "ps" else ("real",)
+    return ("real",) if layer.form == "q" else ("shift", "sign")
 
 
-def check_shift(form: Any, bits: Any, threshold: Any, frozen: Any, fraction_bits: Any) -> None:
+def check_shift(form: Any, bits: Any, threshold: Any, fraction_bits: Any) -> None:
     """Raise an `InputError` where a shift layer cannot be made with these settings."""
     if form not in get_args(Form):
         raise InputError(f"shift layers of form {form!r}", needed=f"one of {', '.join(get_args(Form))}")
@@ -256,22 +251,17 @@ def check_shift(form: Any, bits: Any, threshold: Any, frozen: Any, fraction_bits
         raise InputError(
             f"shift layers with threshold {threshold!r}", needed="at least 0 and less than 1: signs are drawn below 1"
         )
-    if frozen and form != "ps":
-        raise InputError(f"frozen shift layers of form '{form}'", needed="form 'ps', of which zeros are a part")
 
 
-def _begin(
-    layer: ShiftLayer, form: Form, bits: int, threshold: float, frozen: bool, fraction_bits: int | None
-) -> None:  # fmt: skip
+def _begin(layer: ShiftLayer, form: Form, bits: int, threshold: float, fraction_bits: int | None) -> None:
     """Give the layer the parameters of its form in the place of its weight."""
-    check_shift(form, bits, threshold, frozen, fraction_bits)
+    check_shift(form, bits, threshold, fraction_bits)
     shape = layer._parameters["weight"]
     assert shape is not None
     del layer.weight
-    layer.form, layer.bits, layer.threshold, layer.frozen = form, bits, threshold, frozen
-    layer.fraction_bits = fraction_bits
+    layer.form, layer.bits, layer.threshold, layer.fraction_bits = form, bits, threshold, fraction_bits
     for name in weight_parameters(layer):
-        setattr(layer, name, nn.Parameter(torch.empty_like(shape), requires_grad=not frozen))
+        setattr(layer, name, nn.Parameter(torch.empty_like(shape), requires_grad=form != "frozen"))
     floating = fraction_bits is None
     layer.arithmetic = Arithmetic(
         kind="shift", activation=32 if floating else WHOLE_BITS + fraction_bits, weight=bits, floating=floating
@@ -286,7 +276,7 @@ def _weight(layer: ShiftLayer) -> Tensor:
 
 
 def _input(layer: ShiftLayer, x: Tensor) -> Tensor:
-    if layer.form == "ps" and layer.training and not layer.frozen:
+    if layer.form == "ps" and layer.training:
         with torch.no_grad():
             layer.shift.clamp_(_least("ps", layer.bits), 0)
     return x if layer.fraction_bits is None else floor_to(x, layer.fraction_bits)
@@ -301,7 +291,7 @@ def _draw(layer: ShiftLayer, generator: torch.Generator | None) -> None:
         layer.real.copy_(real)
     else:
         least, shape = _least("ps", layer.bits), layer.shift.shape
-        if layer.frozen:
+        if layer.form == "frozen":
             drawn = torch.empty(shape).normal_(_FROZEN_MEAN, 1, generator=generator).clamp_(_FROZEN_LEAST, 0).round_()
         else:
             low, high = (-10, -1) if isinstance(layer, ShiftConv2d) else (least, 0)
@@ -314,7 +304,7 @@ def _draw(layer: ShiftLayer, generator: torch.Generator | None) -> None:
 
 
 def _described(layer: ShiftLayer) -> str:
-    return f"form={layer.form}, bits={layer.bits}" + (", frozen" if layer.frozen else "")
+    return f"form={layer.form}, bits={layer.bits}"
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

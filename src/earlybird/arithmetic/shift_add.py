@@ -13,7 +13,8 @@ a MAC (a shift and an addition, two additions) in each pass, and that the gradie
 *not* save time: both kinds of layers take longer than a convolution, on every machine that multiplies as fast as it
 adds. A chain has about twice the weights of a convolution.
 
-Deviations: see `earlybird.arithmetic.convert`; learning rates are the run's own (published: SGD, 0.1, 160 epochs; of
+Deviations: see `earlybird.arithmetic.convert`; shift weights are rounded ones by default (published: a shift and a
+sign; ``ShiftAdd(**ShiftAdd.PRESETS['published'])``), and computed on in floating point (published: fixed point); learning rates are the run's own (published: SGD, 0.1, 160 epochs; of
 AdderNet alone 400 epochs); weights are not averaged (published for frozen shifts: SWA from epoch 100 on).
 """
 
@@ -49,26 +50,27 @@ class ShiftAdd:
     operation: Literal["shift_add", "shift", "add", "conv"] = option(
         "shift_add", "What convolutions become: a shift and an add layer, one of them, or 'conv': what they are."
     )
-    shift_form: Form = option("ps", "Shift weights are a shift and a sign ('ps'), or a real number rounded ('q').")
+    shift_form: Form = option(
+        "q", "Shift weights are a number rounded ('q'), a shift and a sign ('ps'), or drawn and never trained ('frozen')."
+    )
     shift_bits: int = option(5, "Bits of a shift weight, 2 to 7.")
-    shift_frozen: bool = option(False, "Shift weights are drawn once and never trained.")
-    shift_threshold: float = option(0.5, "Signs up to this are zero, in [0, 1): what prunes frozen shift weights.")
+    shift_threshold: float = option(
+        0.5, "Of 'ps' and 'frozen': signs up to this are zero, in [0, 1); more prunes what is frozen."
+    )
     add_eta: float = option(0.2, "Root mean square that an add layer's gradient is scaled to.")
     fixed_point: int | None = option(
         None, "Floor inputs of shift and add layers to this many bits after the point; 'none' computes in floats."
     )
     leave_layers: tuple[str, ...] = option((), "Layers that stay as they are: names or patterns such as 'blocks.0.*'.")
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "published": {"fixed_point": 16}, "fast": {}}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "published": {"shift_form": "ps", "fixed_point": 16}, "fast": {}}
 
     def __post_init__(self) -> None:
         if self.operation not in _OPERATIONS:
             raise InputError(f"operation is {self.operation!r}", needed=f"one of {', '.join(_OPERATIONS)}")
         if str(self.fixed_point) == "none":
             object.__setattr__(self, "fixed_point", None)
-        if not isinstance(self.shift_frozen, bool):
-            raise InputError(f"shift_frozen is {self.shift_frozen!r}", needed="true or false")
-        check_shift(self.shift_form, self.shift_bits, self.shift_threshold, self.shift_frozen, self.fixed_point)
+        check_shift(self.shift_form, self.shift_bits, self.shift_threshold, self.fixed_point)
         number = isinstance(self.add_eta, (int, float)) and not isinstance(self.add_eta, bool)
         if not number or not 0 < self.add_eta < float("inf"):
             raise InputError(f"add_eta is {self.add_eta!r}", needed="a number above 0, such as 0.2")
@@ -91,7 +93,7 @@ class ShiftAdd:
         return convert(
             model, self.operation, example_inputs=example_inputs, generator=torch.Generator().manual_seed(seed),
             leave=self.leave_layers, form=self.shift_form, bits=self.shift_bits, threshold=self.shift_threshold,
-            frozen=self.shift_frozen, fraction_bits=self.fixed_point,
+            fraction_bits=self.fixed_point,
         )  # fmt: skip
 
     def attach(
@@ -256,7 +258,7 @@ def _exchange(replaced: Mapping[str, Replaced], places: Mapping[int, _Place]) ->
         for layer in new.modules():
             if isinstance(layer, (AddConv2d, AddLinear)):
                 instead.append(layer.weight)
-            elif isinstance(layer, (ShiftConv2d, ShiftLinear)) and not layer.frozen:
+            elif isinstance(layer, (ShiftConv2d, ShiftLinear)) and layer.form != "frozen":
                 own = [getattr(layer, name) for name in weight_parameters(layer)]
                 (free if layer.form == "ps" else instead).extend(own)
         index = next(i for i, parameter in enumerate(held) if parameter is old.weight)
