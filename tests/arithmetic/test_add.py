@@ -177,7 +177,9 @@ class TestLayer:
         layer, x = AddConv2d(1, 1, 1, fraction_bits=2), torch.tensor([0.6, -0.1]).view(2, 1, 1, 1)
         nn.init.constant_(layer.weight, 0.3)  # 0.25
         assert layer(x).flatten().tolist() == [-0.25, -0.5]
-        assert layer.arithmetic.operations("forward") == {"add 32": 2}
+        assert layer.arithmetic.operations("forward") == {"add 18": 2}
+        with pytest.raises(InputError, match="fixed point of 17 bits after the point"):
+            AddLinear(1, 1, fraction_bits=17)
 
     @pytest.mark.parametrize("fraction_bits", [None, 3])
     def test_channels_that_are_always_zero_can_go(self, fraction_bits):

@@ -166,11 +166,11 @@ class TestLayers:
         ("settings", "message"),
         [
             ({"form": "pq"}, "form 'pq'"),
-            ({"bits": 1}, "bits = 1; a whole number from 2 to 7"),
-            ({"bits": 8}, "bits = 8"),
-            ({"bits": True}, "bits = True"),
+            ({"bits": 1}, "shift weights of 1 bits; a whole number from 2 to 7"),
+            ({"bits": 8}, "of 8 bits"),
+            ({"bits": True}, "of True bits"),
             ({"threshold": 1.0}, "threshold 1.0"),
-            ({"fraction_bits": 0}, "fraction_bits = 0"),
+            ({"fraction_bits": 0}, "0 bits after the point; a whole number from 1 to 16, or none"),
         ],
     )
     def test_bad_settings_are_named(self, settings, message):

@@ -36,7 +36,7 @@ from torch.utils.hooks import RemovableHandle
 
 from earlybird.arithmetic import add_kernel
 from earlybird.arithmetic.add_kernel import Window
-from earlybird.arithmetic.fixed_point import floor_to
+from earlybird.arithmetic.fixed_point import check_fraction_bits, floor_to
 from earlybird.calls import Hook
 from earlybird.cost.arithmetic import Arithmetic
 from earlybird.errors import InputError
@@ -126,14 +126,12 @@ def _input_gradient(x: Tensor, filters: Tensor, gradient: Tensor, stride: Any, p
     return found.to(x.dtype).view(x.shape)
 
 
-@torch.library.register_fake(_OPERATOR)
-def _(x: Tensor, filters: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+def _fake(x: Tensor, filters: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
     *_, shape = _checked(x, filters, stride, padding, dilation)
     return _empty(x, shape, torch.promote_types(x.dtype, filters.dtype))
 
 
-@torch.library.register_fake(_GRADIENT)
-def _(x: Tensor, filters: Tensor, gradient: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+def _fake_gradient(x: Tensor, filters: Tensor, gradient: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
     return _empty(x, x.shape, x.dtype)
 
 
@@ -163,6 +161,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None,
     return of_x, of_filters, None, None, None
 
 
+torch.library.register_fake(_OPERATOR, _fake)
+torch.library.register_fake(_GRADIENT, _fake_gradient)
 torch.library.register_autograd(_OPERATOR, _backward, setup_context=_setup)
 
 
@@ -187,7 +187,7 @@ class AddConv2d(nn.modules.conv._ConvNd):
         constant: What channels that were cut, and only ever were zero, had added to each output, (O,), or None.
 
     Raises:
-        InputError: More than one group.
+        InputError: More than one group, or ``fraction_bits`` outside 1 to 16.
     """
 
     constant: Tensor | None
@@ -290,7 +290,8 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _arithmetic(fraction_bits: int | None) -> Arithmetic:
-    return Arithmetic(kind="add", floating=fraction_bits is None)
+    bits = check_fraction_bits(fraction_bits)
+    return Arithmetic(kind="add", activation=bits, weight=bits, floating=fraction_bits is None)
 
 
 @torch.no_grad()

@@ -180,7 +180,7 @@ def _in_lanes(rows: Tensor, kernel: _Kernel) -> Tensor:
     """Turn (R, taps, columns) into (blocks, taps, columns, lanes): blocks of as many rows as a vector has lanes."""
     lanes = kernel.lanes[rows.dtype]
     padded = functional.pad(rows, (0, 0, 0, 0, 0, -len(rows) % lanes))
-    return padded.unflatten(0, (-1, lanes)).permute(0, 2, 3, 1).contiguous()
+    return padded.view(-1, lanes, *rows.shape[1:]).permute(0, 2, 3, 1).contiguous()
 
 
 class _Kernel:

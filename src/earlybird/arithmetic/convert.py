@@ -88,14 +88,13 @@ def convert(
         "form": form, "bits": bits, "threshold": threshold, "fraction_bits": fraction_bits
     }  # fmt: skip
     replaced = {
-        name: Replaced(modules[name], _new(modules[name], kind, options, generator))  # type: ignore[arg-type]
-        for name, kind in kinds.items()
+        name: Replaced(modules[name], _new(modules[name], kind, options, generator)) for name, kind in kinds.items()
     }
     news = {found.old: found.new for found in replaced.values()}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in news:
-                parent._modules[name] = news[child]  # type: ignore[index]
+                parent._modules[name] = news[child]
     return replaced
 
 
@@ -133,7 +132,7 @@ def _kinds(model: nn.Module, operation: Operation, leave: Sequence[str]) -> dict
             continue
         if isinstance(module, (ShiftConv2d, ShiftLinear, AddConv2d, AddLinear)):
             raise InputError(f"layer '{name}' is converted already")
-        if name in ends and operation == "add" or not all(p.requires_grad for p in module.parameters()):
+        if (name in ends and operation == "add") or not all(p.requires_grad for p in module.parameters()):
             continue
         if type(module) not in (nn.Conv2d, nn.Linear):
             raise InputError(
@@ -165,7 +164,7 @@ def _check_norms(model: nn.Module, adding: Sequence[str], example_inputs: Any) -
         raise InputError("add layers need batch norms behind them", hint="pass example_inputs, to follow the model")
     args, kwargs = as_call(first_sample(example_inputs))
     outputs: list[tuple[str, Tensor]] = []  # held, so that no other tensor takes their place
-    followed = set()
+    followed: set[str] = set()
 
     def note(name: str, output: Tensor) -> None:
         outputs.append((name, output))
@@ -206,7 +205,7 @@ def _new(
     last.bias = old.bias
     if old.weight.ndim == 4 and old.weight.is_contiguous(memory_format=torch.channels_last):
         for part in parts.values():
-            part.to(memory_format=torch.channels_last)
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return (last if len(parts) == 1 else nn.Sequential(OrderedDict(parts))).train(old.training)
 
 
@@ -228,6 +227,7 @@ def _parts(
     shift = ShiftConv2d(**shape, **options)
     if kind == "shift":
         return {"shift": shift}
-    odd = all(side % 2 for side in old.kernel_size)
-    same: Any = tuple(side // 2 for side in old.kernel_size) if odd else "same"
-    return {"shift": shift, "add": AddConv2d(old.out_channels, old.out_channels, old.kernel_size, padding=same, **bare)}
+    height, width = old.kernel_size
+    same = (height // 2, width // 2) if height % 2 and width % 2 else "same"
+    add = AddConv2d(old.out_channels, old.out_channels, (height, width), padding=same, **bare)
+    return {"shift": shift, "add": add}

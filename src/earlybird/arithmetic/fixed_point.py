@@ -13,10 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["WHOLE_BITS", "floor_to"]
+from earlybird.errors import InputError
+
+__all__ = ["WHOLE_BITS", "check_fraction_bits", "floor_to"]
 
 WHOLE_BITS = 16
 """Bits before the point, the sign included."""
+
+
+def check_fraction_bits(bits: int | None) -> int:
+    """Return how many bits a number has with so many after the point: 32 in floating point (None).
+
+    Raises:
+        InputError: Not a whole number from 1 to 16.
+    """
+    if bits is None:
+        return 32
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 16:
+        raise InputError(f"fixed point of {bits!r} bits after the point", needed="a whole number from 1 to 16, or none")
+    return WHOLE_BITS + bits
 
 
 class _Floor(torch.autograd.Function):

@@ -6,9 +6,9 @@ The code of a weight of ``b`` bits, 5 by default:
     other b - 1 bits  e, the weight being +-2^-e
 
 Forms 'ps' and 'frozen' have exponents down to -(2^(b-1) - 2) and zeros: e = 2^(b-1) - 1 with the highest bit 0 is zero.
-Form 'q' has no zeros, and that e is its smallest exponent. Codes follow each other in the order of the flat weight, the lowest bit
-first; eight codes of five bits are five bytes. What is written is read back exactly: the weights, not what they were
-rounded from, so that training goes on from the rounded ones.
+Form 'q' has no zeros, and that e is its smallest exponent. Codes follow each other in the order of the flat weight, the
+lowest bit first; eight codes of five bits are five bytes. What is written is read back exactly: the weights, not what
+they were rounded from, so that training goes on from the rounded ones.
 
 Elhoushi et al., DeepShift, https://arxiv.org/abs/1905.13298, state the bits; this code of them is ours.
 """
@@ -146,13 +146,12 @@ def read_packed(model: nn.Module, path: str | Path) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit {type(model).__name__} ({str(error).splitlines()[-1].strip()})") from error
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"{path} does not fit {type(model).__name__} ({reason})") from error
 
 
 def _shift_layers(model: nn.Module) -> dict[str, ShiftLayer]:
-    found = {
-        name: module for name, module in model.named_modules() if isinstance(module, (ShiftConv2d, ShiftLinear))
-    }
+    found = {name: module for name, module in model.named_modules() if isinstance(module, (ShiftConv2d, ShiftLinear))}
     if not found:
         raise InputError(f"{type(model).__name__} has no shift layer", hint="see earlybird.arithmetic.convert")
     return found

@@ -1,7 +1,7 @@
 """Shift layers: weights are powers of two with a sign, so that a product is a shift of the input's bits.
 
-Elhoushi et al., "DeepShift: Towards Multiplication-Less Neural Networks", 2019, https://arxiv.org/abs/1905.13298, in two
-forms; reference code github.com/mostafaelhoushi/DeepShift. With ``b`` bits and the gradient g of the weight W:
+Elhoushi et al., "DeepShift: Towards Multiplication-Less Neural Networks", 2019, https://arxiv.org/abs/1905.13298;
+reference code github.com/mostafaelhoushi/DeepShift. There in two forms; with ``b`` bits and the gradient g of W:
 
     'q'    one real w is learned; W = sign(w) 2^round(log2 |w|), |w| clipped to [2^-(2^(b-1) - 1), 1];  dw = g
     'ps'   P in [-(2^(b-1) - 2), 0] and S are learned; W = S_t 2^round(P), S_t = sign(S) where |S| > 0.5, else 0
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from earlybird.arithmetic.fixed_point import WHOLE_BITS, floor_to
+from earlybird.arithmetic.fixed_point import check_fraction_bits, floor_to
 from earlybird.cost.arithmetic import Arithmetic
 from earlybird.errors import InputError
 
@@ -95,7 +95,8 @@ def nearest_power_of_two(real: Tensor, *, bits: int = 5) -> Tensor:
 
 def _least(form: Form, bits: int) -> int:
     """Return the smallest exponent; the forms that have zeros give one code to them."""
-    return -(2 ** (bits - 1) - (1 if form == "q" else 2))
+    codes: int = 2 ** (bits - 1)
+    return (1 if form == "q" else 2) - codes
 
 
 class ShiftConv2d(nn.modules.conv._ConvNd):
@@ -171,7 +172,7 @@ class ShiftConv2d(nn.modules.conv._ConvNd):
         if self.padding_mode != "zeros":
             x, padding = functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
         return functional.conv2d(
-            _input(self, x), self.weight, self.bias, self.stride, padding, self.dilation, self.groups  # type: ignore[arg-type]
+            _input(self, x), self.weight, self.bias, self.stride, padding, self.dilation, self.groups
         )  # fmt: skip
 
     def extra_repr(self) -> str:  # noqa: D102
@@ -239,14 +240,12 @@ def weight_parameters(layer: ShiftLayer) -> tuple[str, ...]:
     return ("real",) if layer.form == "q" else ("shift", "sign")
 
 
-def check_shift(form: Any, bits: Any, threshold: Any, fraction_bits: Any) -> None:
+def check_shift(form: Any, bits: Any, threshold: Any) -> None:
     """Raise an `InputError` where a shift layer cannot be made with these settings."""
     if form not in get_args(Form):
         raise InputError(f"shift layers of form {form!r}", needed=f"one of {', '.join(get_args(Form))}")
-    for name, value, low, high in (("bits", bits, 2, 7), ("fraction_bits", fraction_bits, 1, 23)):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not (whole and low <= value <= high) and not (name == "fraction_bits" and value is None):
-            raise InputError(f"shift layers with {name} = {value!r}", needed=f"a whole number from {low} to {high}")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 7:
+        raise InputError(f"shift weights of {bits!r} bits", needed="a whole number from 2 to 7")
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
         raise InputError(
             f"shift layers with threshold {threshold!r}", needed="at least 0 and less than 1: signs are drawn below 1"
@@ -255,16 +254,15 @@ def check_shift(form: Any, bits: Any, threshold: Any, fraction_bits: Any) -> Non
 
 def _begin(layer: ShiftLayer, form: Form, bits: int, threshold: float, fraction_bits: int | None) -> None:
     """Give the layer the parameters of its form in the place of its weight."""
-    check_shift(form, bits, threshold, fraction_bits)
+    check_shift(form, bits, threshold)
     shape = layer._parameters["weight"]
     assert shape is not None
     del layer.weight
     layer.form, layer.bits, layer.threshold, layer.fraction_bits = form, bits, threshold, fraction_bits
     for name in weight_parameters(layer):
         setattr(layer, name, nn.Parameter(torch.empty_like(shape), requires_grad=form != "frozen"))
-    floating = fraction_bits is None
     layer.arithmetic = Arithmetic(
-        kind="shift", activation=32 if floating else WHOLE_BITS + fraction_bits, weight=bits, floating=floating
+        kind="shift", activation=check_fraction_bits(fraction_bits), weight=bits, floating=fraction_bits is None
     )
     layer.reset_parameters()
 

@@ -13,9 +13,10 @@ a MAC (a shift and an addition, two additions) in each pass, and that the gradie
 *not* save time: both kinds of layers take longer than a convolution, on every machine that multiplies as fast as it
 adds. A chain has about twice the weights of a convolution.
 
-Deviations: see `earlybird.arithmetic.convert`; shift weights are rounded ones by default (published: a shift and a
-sign; ``ShiftAdd(**ShiftAdd.PRESETS['published'])``), and computed on in floating point (published: fixed point); learning rates are the run's own (published: SGD, 0.1, 160 epochs; of
-AdderNet alone 400 epochs); weights are not averaged (published for frozen shifts: SWA from epoch 100 on).
+Deviations: see `earlybird.arithmetic.convert`; shift weights are rounded numbers by default, and all is computed in
+floating point (published: a shift and a sign, fixed point: ``ShiftAdd(**ShiftAdd.PRESETS['published'])``); learning
+rates are the run's own (published: SGD, 0.1, 160 epochs; of AdderNet alone 400 epochs); weights are not averaged
+(published for frozen shifts: SWA from epoch 100 on).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import nn
 
 from earlybird.arithmetic.add import AddConv2d, AddLinear, adapt_gradients
 from earlybird.arithmetic.convert import Replaced, convert, plan
+from earlybird.arithmetic.fixed_point import check_fraction_bits
 from earlybird.arithmetic.shift import Form, ShiftConv2d, ShiftLinear, check_shift, weight_parameters
 from earlybird.calls import as_optimizers, hook_owners, unwrapped
 from earlybird.errors import InputError
@@ -51,7 +53,7 @@ class ShiftAdd:
         "shift_add", "What convolutions become: a shift and an add layer, one of them, or 'conv': what they are."
     )
     shift_form: Form = option(
-        "q", "Shift weights are a number rounded ('q'), a shift and a sign ('ps'), or drawn and never trained ('frozen')."
+        "q", "Shift weights are a number rounded ('q'), a shift and a sign ('ps'), or drawn and not trained ('frozen')."
     )
     shift_bits: int = option(5, "Bits of a shift weight, 2 to 7.")
     shift_threshold: float = option(
@@ -63,19 +65,24 @@ class ShiftAdd:
     )
     leave_layers: tuple[str, ...] = option((), "Layers that stay as they are: names or patterns such as 'blocks.0.*'.")
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "published": {"shift_form": "ps", "fixed_point": 16}, "fast": {}}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {},
+        "published": {"shift_form": "ps", "fixed_point": 16},
+        "fast": {},
+    }
 
     def __post_init__(self) -> None:
         if self.operation not in _OPERATIONS:
             raise InputError(f"operation is {self.operation!r}", needed=f"one of {', '.join(_OPERATIONS)}")
         if str(self.fixed_point) == "none":
             object.__setattr__(self, "fixed_point", None)
-        check_shift(self.shift_form, self.shift_bits, self.shift_threshold, self.fixed_point)
+        check_shift(self.shift_form, self.shift_bits, self.shift_threshold)
+        check_fraction_bits(self.fixed_point)
         number = isinstance(self.add_eta, (int, float)) and not isinstance(self.add_eta, bool)
         if not number or not 0 < self.add_eta < float("inf"):
             raise InputError(f"add_eta is {self.add_eta!r}", needed="a number above 0, such as 0.2")
-        names = (self.leave_layers,) if isinstance(self.leave_layers, str) else tuple(self.leave_layers)
-        object.__setattr__(self, "leave_layers", names)
+        names: Any = self.leave_layers
+        object.__setattr__(self, "leave_layers", (names,) if isinstance(names, str) else tuple(names))
 
     def convert(self, model: nn.Module, example_inputs: Any = None, *, seed: int = 0) -> dict[str, Replaced]:
         """Convert ``model`` in place, without its optimizer; see `earlybird.arithmetic.convert.convert`.
@@ -154,7 +161,8 @@ class ShiftAdding:
         self._ledger = ledger_of(model) if ledger is None else ledger
         places = _places(optimizers)
         if settings.operation != "conv":
-            _check(model, plan(model, settings.operation, example_inputs=example_inputs, leave=settings.leave_layers), places)
+            planned = plan(model, settings.operation, example_inputs=example_inputs, leave=settings.leave_layers)
+            _check(model, planned, places)
         if self._own_ledger:
             self._ledger.watch(model, optimizers)
         if settings.operation != "conv" and example_inputs is not None:
@@ -225,13 +233,13 @@ def _places(optimizers: Sequence[torch.optim.Optimizer]) -> dict[int, _Place]:
 def _check(model: nn.Module, layers: Iterable[str], places: Mapping[int, _Place]) -> None:
     """Raise an `InputError` where the weight of one of ``layers`` cannot be exchanged."""
     for name in layers:
-        weight = model.get_submodule(name).weight
+        weight = model.get_submodule(name).get_parameter("weight")
         place = places.get(id(weight))
         if place is None:
             raise InputError(
                 f"no given optimizer holds the weight of layer '{name}'", hint="pass all that train the model"
             )
-        if place.optimizer.state.get(weight):  # type: ignore[call-overload]
+        if place.optimizer.state.get(weight):
             raise InputError(
                 f"the optimizer has made steps with the weight of layer '{name}', which is drawn anew",
                 hint="attach before the first step",
@@ -257,7 +265,7 @@ def _exchange(replaced: Mapping[str, Replaced], places: Mapping[int, _Place]) ->
         instead: list[nn.Parameter] = []
         for layer in new.modules():
             if isinstance(layer, (AddConv2d, AddLinear)):
-                instead.append(layer.weight)
+                instead.append(layer.get_parameter("weight"))
             elif isinstance(layer, (ShiftConv2d, ShiftLinear)) and layer.form != "frozen":
                 own = [getattr(layer, name) for name in weight_parameters(layer)]
                 (free if layer.form == "ps" else instead).extend(own)
@@ -265,8 +273,8 @@ def _exchange(replaced: Mapping[str, Replaced], places: Mapping[int, _Place]) ->
         held[index : index + 1] = instead
     for (optimizer, group), free in undecayed.values():
         if free:
-            options = {key: value for key, value in group.items() if key != "params"}
-            optimizer.add_param_group(options | ({"weight_decay": 0.0} if "weight_decay" in group else {}) | {"params": free})
+            changes = {"params": free} | ({"weight_decay": 0.0} if "weight_decay" in group else {})
+            optimizer.add_param_group({**group, **changes})
 
 
 def _say_bits(model: nn.Module, bits: int) -> None:
