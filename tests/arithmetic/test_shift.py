@@ -192,3 +192,12 @@ class TestFixedPoint:
         layer(x).sum().backward()
         assert torch.equal(layer(x), functional.conv2d(floor_to(x, 4), layer.weight, layer.bias))
         assert torch.allclose(x.grad, layer.weight.sum(0).view(1, 2, 1, 1).expand_as(x))
+
+    @pytest.mark.parametrize("make", [lambda **s: ShiftConv2d(2, 3, 1, **s), lambda **s: ShiftLinear(3, 3, **s)])
+    def test_autocast_leaves_it_its_bits(self, make):
+        layer, x = make(fraction_bits=16), seeded(2, 2, 3, 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer(x), layer(x).float())
+            assert make()(x).dtype == torch.bfloat16
+            found = layer(x.bfloat16())
+        assert torch.equal(found, layer(x.bfloat16().float()))

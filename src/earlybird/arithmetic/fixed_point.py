@@ -3,7 +3,7 @@
 Elhoushi et al., "DeepShift: Towards Multiplication-Less Neural Networks", 2019, https://arxiv.org/abs/1905.13298;
 reference code github.com/mostafaelhoushi/DeepShift (``utils.py``): 16 bits before the point, the sign among them, and
 16 after it. This is simulated on floats: a float32 has 24 bits, so that of numbers above 256 the last ones are gone
-already.
+already. Half types have fewer still, so that layers in fixed point compute in float32 under autocast, too.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Floor(torch.autograd.Function):
 def floor_to(x: Tensor, fraction_bits: int = 16) -> Tensor:
     """Return ``x`` floored to multiples of ``2 ** -fraction_bits``, and clipped to what `WHOLE_BITS` hold.
 
-    The gradient passes straight through.
+    The gradient passes straight through. Half types become float32.
     """
-    floored: Tensor = _Floor.apply(x, fraction_bits)
+    floored: Tensor = _Floor.apply(x.to(torch.promote_types(x.dtype, torch.float32)), fraction_bits)
     return floored

@@ -24,6 +24,7 @@ the gradient of P is as small as the weight. The default is 'q'.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -171,9 +172,10 @@ class ShiftConv2d(nn.modules.conv._ConvNd):
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
-        return functional.conv2d(
-            _input(self, x), self.weight, self.bias, self.stride, padding, self.dilation, self.groups
-        )  # fmt: skip
+        with _precision(self, x):
+            return functional.conv2d(
+                _input(self, x), self.weight, self.bias, self.stride, padding, self.dilation, self.groups
+            )
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{super().extra_repr()}, {_described(self)}"
@@ -226,7 +228,8 @@ class ShiftLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product."""
-        return functional.linear(_input(self, x), self.weight, self.bias)
+        with _precision(self, x):
+            return functional.linear(_input(self, x), self.weight, self.bias)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{super().extra_repr()}, {_described(self)}"
@@ -271,6 +274,11 @@ def _weight(layer: ShiftLayer) -> Tensor:
     if layer.form == "q":
         return nearest_power_of_two(layer.real, bits=layer.bits)
     return signed_power_of_two(layer.shift, layer.sign, bits=layer.bits, threshold=layer.threshold)
+
+
+def _precision(layer: ShiftLayer, x: Tensor) -> AbstractContextManager[Any]:
+    """Return in what to compute: autocast would take the bits of fixed point away again."""
+    return nullcontext() if layer.fraction_bits is None else torch.autocast(x.device.type, enabled=False)
 
 
 def _input(layer: ShiftLayer, x: Tensor) -> Tensor:

@@ -165,6 +165,7 @@ class ShiftAdding:
             _check(model, planned, places)
         if self._own_ledger:
             self._ledger.watch(model, optimizers)
+            self._ledger.enter("setup")
         if settings.operation != "conv" and example_inputs is not None:
             self._ledger.count_whole(example_inputs)  # what dense training costs is the price of convolutions
         replaced = settings.convert(model, example_inputs, seed=seed)
