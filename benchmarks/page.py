@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import alternatives
+import efficient_steps
 import networks
 import overheads
 import paper_figures
