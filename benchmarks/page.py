@@ -80,6 +80,7 @@ SECTIONS: dict[str, tuple[Any, Callable[[Path], str]]] = {
     "Whole runs: VGG-16 against what a user would pick instead": (vgg16_cifar10, vgg16_cifar10.section),
     "The fastest dense recipe, alone and with our methods": (speedrun_cifar10, speedrun_cifar10.section),
     "Other networks": (networks, networks.section),
+    "Less on every step: samples, layers, bits, operations": (efficient_steps, efficient_steps.section),
     "The figures of the Early-Bird paper": (paper_figures, paper_figures_section),
     "One step": (step_times, step_times_section),
     "What the machine could give": (roofline, roofline_section),
