@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import add_layer
 import alternatives
 import efficient_steps
+import int8_forward
 import networks
 import overheads
 import paper_figures
@@ -62,6 +64,14 @@ def alternatives_section(images: Path) -> str:
     return alternatives.tables(rows(alternatives.NAME))
 
 
+def add_layer_section(images: Path) -> str:
+    return add_layer.tables(rows(add_layer.NAME))
+
+
+def int8_forward_section(images: Path) -> str:
+    return int8_forward.tables(rows(int8_forward.NAME))
+
+
 def scaling_section(images: Path) -> str:
     return "\n\n".join([scaling.tables(rows(scaling.NAME)), pictures(images, scaling.draw(images))])
 
@@ -85,6 +95,8 @@ SECTIONS: dict[str, tuple[Any, Callable[[Path], str]]] = {
     "One step": (step_times, step_times_section),
     "What the machine could give": (roofline, roofline_section),
     "Other ways to compute a convolution": (alternatives, alternatives_section),
+    "The kernel of the add layer": (add_layer, add_layer_section),
+    "A forward pass in 8-bit integers": (int8_forward, int8_forward_section),
     "How costs grow": (scaling, scaling_section),
     "What the library itself costs": (overheads, overheads_section),
 }

@@ -16,6 +16,7 @@ class MethodInfo:
         link: Where the paper is.
         saves: What it saves, and in which column of the bill.
         limits: When it does not pay.
+        exported: What an exported network lacks of what was evaluated, in a whole sentence; or empty.
     """
 
     name: str
@@ -24,6 +25,7 @@ class MethodInfo:
     link: str
     saves: str
     limits: str
+    exported: str = ""
 
 
 PRESET_METHODS: dict[str, tuple[str, ...]] = {"fast": ("early_bird", "progressive_resizing")}
@@ -66,6 +68,7 @@ METHODS: dict[str, MethodInfo] = {
             link="https://arxiv.org/abs/1910.13349",
             saves="measured seconds, counted MACs and modelled joules of samples that go around a residual block",
             limits="shallow networks, blocks so cheap that copying samples takes as long, and GPUs that wait for gates",
+            exported="The gates are not exported: the network runs every block, and was evaluated with gates.",
         ),
         MethodInfo(
             name="stochastic_depth",
@@ -83,6 +86,7 @@ METHODS: dict[str, MethodInfo] = {
             link="https://arxiv.org/abs/2012.13113",
             saves="counted bit-MACs and modelled joules; with rungs in floating point, measured seconds",
             limits="time, where bits are simulated: rounding takes longer than it saves",
+            exported="The network is exported in full precision; it was evaluated with rounded operands.",
         ),
         MethodInfo(
             name="fractional_precision",
@@ -92,6 +96,7 @@ METHODS: dict[str, MethodInfo] = {
             link="https://arxiv.org/abs/2012.13113",
             saves="counted bit-MACs and modelled joules of hardware that changes its bits from sample to sample",
             limits="time: bits are simulated, and the gates' choices have to be computed",
+            exported="The network is exported in full precision; it was evaluated with rounded operands.",
         ),
         MethodInfo(
             name="predictive_sign",
@@ -99,7 +104,8 @@ METHODS: dict[str, MethodInfo] = {
             citation="Wang et al., E2-Train: Training State-of-the-art CNNs with Over 80% Energy Savings, NeurIPS 2019",
             link="https://arxiv.org/abs/1910.13349",
             saves="counted bit-MACs and modelled joules of hardware that multiplies most significant bits first",
-            limits="time: both gradients are computed in simulation; and training that momentum of real gradients suits",
+            limits="time: both gradients are computed in simulation; and training that real gradients suit better",
+            exported="The network is exported in full precision; it was evaluated with rounded operands.",
         ),
         MethodInfo(
             name="block_float",
