@@ -22,7 +22,7 @@ rates are the run's own (published: SGD, 0.1, 160 epochs; of AdderNet alone 400 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -184,6 +184,11 @@ class ShiftAdding:
     def bill(self) -> Any:
         """Return what was spent so far, as a `Bill`."""
         return self._ledger.bill()
+
+    @property
+    def conversion(self) -> dict[str, Any]:
+        """What an `earlybird.models.blueprint.Blueprint` needs to build the converted model; empty if nothing was."""
+        return {**asdict(self.settings), "leave_layers": list(self.settings.leave_layers)} if self.layers else {}
 
     def status(self) -> dict[str, float | str]:
         """Return what a progress bar may show: nothing."""

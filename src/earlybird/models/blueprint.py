@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from earlybird.errors import InputError
@@ -29,6 +30,7 @@ class Blueprint:
         mean: What is subtracted from each channel of an image in 0 to 1; empty if that is not known.
         std: What each channel is then divided by.
         class_names: In the order of the logits.
+        conversion: Settings of `earlybird.arithmetic.shift_add.ShiftAdd`, where it has converted the layers; else empty.
     """
 
     model: str
@@ -39,6 +41,7 @@ class Blueprint:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     class_names: tuple[str, ...] = ()
+    conversion: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def in_zoo(self) -> bool:
@@ -46,8 +49,12 @@ class Blueprint:
         return self.model in MODELS
 
     def build(self, seed: int = 0) -> nn.Module:
-        """Return the dense model with fresh weights, as `earlybird.models.build` draws them from ``seed``."""
-        return build(
+        """Return the dense model with fresh weights, as `earlybird.models.build` draws them from ``seed``.
+
+        Raises:
+            InputError: It cannot be built, or not be converted.
+        """
+        model = build(
             self.model,
             classes=self.classes,
             in_channels=self.in_channels,
@@ -55,6 +62,15 @@ class Blueprint:
             width=self.width,
             seed=seed,
         )
+        if self.conversion:
+            from earlybird.arithmetic.shift_add import ShiftAdd
+
+            try:
+                settings = ShiftAdd(**self.conversion)
+            except TypeError as error:
+                raise InputError(f"not a conversion of layers: {dict(self.conversion)!r}") from error
+            settings.convert(model, self.example(2), seed=seed)
+        return model
 
     def example(self, batch: int = 1) -> Tensor:
         """Return images of noise, the same ones at each call, shape (batch, in_channels, image_size, image_size)."""
@@ -80,7 +96,11 @@ class Blueprint:
             }
             found = cls(**values)
             sizes = (found.classes, found.in_channels, found.image_size)
-            fits = isinstance(found.model, str) and all(type(size) is int and size > 0 for size in sizes)
+            fits = (
+                isinstance(found.model, str)
+                and isinstance(found.conversion, dict)
+                and all(type(size) is int and size > 0 for size in sizes)
+            )
             fits = fits and all(len(part) in (0, found.in_channels) for part in (found.mean, found.std))
             if not fits or not 0 < found.width < math.inf:
                 raise ValueError("a name, whole sizes and a width above 0 are needed")
