@@ -270,7 +270,7 @@ class TestExport:
         _, blueprint, _ = trained()
         with pytest.raises(InputError, match="operation is 'mul'"):
             replace(blueprint, conversion={"operation": "mul"}).build()
-        with pytest.raises(InputError, match="not a conversion of layers: {'speed': 2}"):
+        with pytest.raises(InputError, match=r"not a conversion of layers: .'speed': 2"):
             replace(blueprint, conversion={"speed": 2}).build()
         with pytest.raises(InputError, match="not a blueprint"):
             Blueprint.from_json(blueprint.to_json().replace('"conversion": {', '"conversion": 3, "other": {'))

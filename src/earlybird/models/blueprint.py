@@ -30,7 +30,7 @@ class Blueprint:
         mean: What is subtracted from each channel of an image in 0 to 1; empty if that is not known.
         std: What each channel is then divided by.
         class_names: In the order of the logits.
-        conversion: Settings of `earlybird.arithmetic.shift_add.ShiftAdd`, where it has converted the layers; else empty.
+        conversion: Settings of `earlybird.arithmetic.shift_add.ShiftAdd`, where it has converted layers; else empty.
     """
 
     model: str
