@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from earlybird.arithmetic import add_kernel
+from earlybird.arithmetic import add, add_kernel
 from earlybird.arithmetic.add import AddConv2d, AddLinear, adapt_gradients, add_conv2d, rescale_gradients
 from earlybird.arithmetic.add_kernel import Window
 from earlybird.cost.count import count
@@ -106,6 +106,13 @@ def test_pytorch_knows_the_operators():
     torch.library.opcheck(
         operators.add_conv2d.default, (seeded(5, 3), seeded(4, 3), [1, 1], [0, 0], [1, 1]), test_utils="test_faketensor"
     )
+
+
+@pytest.mark.parametrize(("shape", "window"), [((2, 3, 7, 6), Window((3, 2), (2, 3), (2, 1), (2, 1))), ((5, 3), None)])
+def test_for_other_runtimes_it_can_be_written_out(shape, window):
+    x, filters = seeded(*shape), seeded(4, 3, *(window.kernel if window else ()))
+    sizes = window[1:] if window else ((1, 1), (0, 0), (1, 1))
+    torch.testing.assert_close(add._written_out(x, filters, *sizes), add_conv2d(x, filters, *sizes))
 
 
 def test_a_distance_counts_as_one_mac():

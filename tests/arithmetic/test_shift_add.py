@@ -1,16 +1,21 @@
 import copy
+import json
 import warnings
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from torch import nn
 
 import earlybird as eb
+from earlybird import export
 from earlybird.arithmetic.add import AddConv2d
 from earlybird.arithmetic.shift import ShiftConv2d
 from earlybird.arithmetic.shift_add import ShiftAdd
 from earlybird.errors import InputError
+from earlybird.files import write_tensors
 from earlybird.ledger import Ledger
+from earlybird.models.blueprint import Blueprint
 from earlybird.optimizers.muon import Muon, by_role
 from tests.tickets.test_early_bird import sgd, train
 from tests.tickets.topologies import images, make
@@ -228,6 +233,52 @@ class TestBill:
         ShiftAdd().attach(model, optimizer, ledger=ledger, **ADDING)
         assert model[3].shift.arithmetic.operations("forward") == {"shift 16": 1, "add fp16": 1}
         assert model[3].add.arithmetic.operations("forward") == {"add fp32": 2}
+
+
+class TestExport:
+    @pytest.fixture
+    def trained(self, tmp_path):
+        """Return a function that writes what a run of these settings would, and the blueprint and model of it."""
+
+        def made(**settings):
+            plain = Blueprint("small_cnn", 10, 1, 8, 0.125, (0.5,), (0.5,), tuple("0123456789"))
+            model = plain.build()
+            method = ShiftAdd(**settings)
+            method.attach(model, sgd(model), example_inputs=plain.example(2), seed=5)
+            model(plain.example(8))  # running statistics
+            blueprint = replace(plain, conversions=(("shift_add", json.dumps(asdict(method))),))
+            metadata = {"format": export.FORMAT, "blueprint": blueprint.to_json(), "order": "[]", "provenance": "{}"}
+            return write_tensors(tmp_path / "model.safetensors", model.state_dict(), metadata), blueprint, model.eval()
+
+        return made
+
+    @pytest.mark.parametrize(
+        "settings", [{}, {"operation": "add"}, {"operation": "conv"}, {"shift_form": "ps", "leave_layers": ("*.3",)}]
+    )
+    def test_a_file_is_read_back_as_the_same_network(self, trained, settings):
+        path, blueprint, model = trained(**settings)
+        images = blueprint.example(3)
+        assert Blueprint.from_json(blueprint.to_json()) == blueprint
+        assert torch.equal(export.load(path)(images), model(images))
+
+    def test_onnxruntime_agrees(self, trained, tmp_path):
+        pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
+        pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
+        path, *_ = trained(shift_form="ps")
+        assert export.export_onnx(path, tmp_path / "model.onnx")[1] < 1e-5
+
+    def test_conversions_that_make_no_sense_are_named(self, trained):
+        _, blueprint, _ = trained()
+        for name, settings, words in (
+            ("shift_add", '{"operation": "mul"}', "operation is 'mul'"),
+            ("shift_add", '{"speed": 2}', "not settings of shift_add"),
+        ):
+            with pytest.raises(InputError, match=words):
+                replace(blueprint, conversions=((name, settings),)).build()
+        with pytest.raises(InputError, match="not a blueprint"):
+            Blueprint.from_json(blueprint.to_json().replace('"shift_add"', '"os.system"'))
+        with pytest.raises(InputError, match="not a blueprint"):
+            Blueprint.from_json(json.dumps({**json.loads(blueprint.to_json()), "conversions": 3}))
 
 
 class TestWithTheEarlyTicket:

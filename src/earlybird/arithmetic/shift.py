@@ -47,6 +47,8 @@ _FROZEN_MEAN, _FROZEN_LEAST = -3.5, -7
 
 def power_of_two(exponent: Tensor) -> Tensor:
     """Return ``2 ** exponent`` exactly, as float32; exponents are whole numbers from -126 to 127."""
+    if torch.compiler.is_exporting():  # ONNX cannot look into a number's bits
+        return torch.pow(2.0, exponent.float())
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
 
 

@@ -22,7 +22,7 @@ rates are the run's own (published: SGD, 0.1, 160 epochs; of AdderNet alone 400 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch

@@ -50,7 +50,11 @@ class Blueprint:
         return self.model in MODELS
 
     def build(self, seed: int = 0) -> nn.Module:
-        """Return the dense model with fresh weights, as `earlybird.models.build` draws them from ``seed``."""
+        """Return the dense model with fresh weights, as `earlybird.models.build` draws them from ``seed``.
+
+        Raises:
+            InputError: It cannot be built, or not be converted.
+        """
         model = build(
             self.model,
             classes=self.classes,
@@ -61,7 +65,10 @@ class Blueprint:
         )
         for name, settings in self.conversions:
             module, _, kind = METHODS[name].path.partition(":")
-            method = getattr(importlib.import_module(module), kind)(**json.loads(settings))
+            try:
+                method = getattr(importlib.import_module(module), kind)(**json.loads(settings))
+            except TypeError as error:
+                raise InputError(f"not settings of {name}: {settings[:80]}") from error
             method.convert(model, self.example(2), seed=seed)
         return model
 
