@@ -46,6 +46,7 @@ class Task:
         flags: Keys of the recipe that differ.
         seeds: How many a full contest has.
         budget_s: A run that takes longer is stopped.
+        contestants: Who takes part; all of the script's where none is named.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Task:
     flags: Mapping[str, Any]
     seeds: int = 3
     budget_s: float = 3600.0
+    contestants: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -186,6 +188,7 @@ def _costs(row: Mapping[str, Any]) -> dict[str, Any]:
     joules = total["modelled_joules"]
     return {
         "macs": total["macs"]["value"] if total["macs"] else None,
+        "bit_macs": total["bit_macs"]["value"] if total["bit_macs"] else None,
         "joules": (joules["low"] + joules["high"]) / 2 if joules else None,
         "peak_bytes": total["peak_bytes"]["value"] if total["peak_bytes"] else None,
         "macs_per_image": train["macs"]["value"] / train["images"]["value"] if train and train["macs"] else None,
@@ -214,6 +217,7 @@ class Queue:
             for task in options.tasks
             for seed in range(options.seeds or tasks[task].seeds)
             for contestant in order(contestants, options.contestants, seed)
+            if contestant in (tasks[task].contestants or contestants)
         ]
         self._running: set[Job] = set()
         self._changed = threading.Condition()

@@ -12,7 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import add_layer
 import alternatives
+import efficient_steps
+import int8_forward
 import networks
 import overheads
 import paper_figures
@@ -61,6 +64,14 @@ def alternatives_section(images: Path) -> str:
     return alternatives.tables(rows(alternatives.NAME))
 
 
+def add_layer_section(images: Path) -> str:
+    return add_layer.tables(rows(add_layer.NAME))
+
+
+def int8_forward_section(images: Path) -> str:
+    return int8_forward.tables(rows(int8_forward.NAME))
+
+
 def scaling_section(images: Path) -> str:
     return "\n\n".join([scaling.tables(rows(scaling.NAME)), pictures(images, scaling.draw(images))])
 
@@ -79,10 +90,13 @@ SECTIONS: dict[str, tuple[Any, Callable[[Path], str]]] = {
     "Whole runs: VGG-16 against what a user would pick instead": (vgg16_cifar10, vgg16_cifar10.section),
     "The fastest dense recipe, alone and with our methods": (speedrun_cifar10, speedrun_cifar10.section),
     "Other networks": (networks, networks.section),
+    "Less on every step: samples, layers, bits, operations": (efficient_steps, efficient_steps.section),
     "The figures of the Early-Bird paper": (paper_figures, paper_figures_section),
     "One step": (step_times, step_times_section),
     "What the machine could give": (roofline, roofline_section),
     "Other ways to compute a convolution": (alternatives, alternatives_section),
+    "The kernel of the add layer": (add_layer, add_layer_section),
+    "A forward pass in 8-bit integers": (int8_forward, int8_forward_section),
     "How costs grow": (scaling, scaling_section),
     "What the library itself costs": (overheads, overheads_section),
 }

@@ -28,7 +28,7 @@ RUNS = HERE.parent / "runs"
 Job = tuple[str, list[str]]
 """Script and its words."""
 
-BUDGETED = ("vgg16_cifar10", "speedrun_cifar10", "networks", "paper_figures")
+BUDGETED = ("vgg16_cifar10", "speedrun_cifar10", "networks", "efficient_steps", "paper_figures")
 """Scripts that take ``--budget MINUTES`` and go on where they stopped."""
 
 # one rival of each kind: all of them would take six minutes more
@@ -45,10 +45,13 @@ def quick(work: Path) -> list[Job]:
         ("overheads", ["--quick"]),
         ("roofline", ["--quick"]),
         ("alternatives", ["--quick"]),
+        ("add_layer", ["--quick"]),
+        ("int8_forward", ["--quick"]),
         ("scaling", ["--quick"]),
         ("vgg16_cifar10", ["--tasks", "quick", "--contestants", ",".join(_CONTESTANTS)]),
         ("networks", ["--tasks", "quick", "--contestants", "dense,ticket"]),
         ("speedrun_cifar10", ["--tasks", "quick", "--contestants", "dense,resized-ticket"]),
+        ("efficient_steps", ["--tasks", "quick"]),
         ("paper_figures", ["--quick", "--work", str(work / "paper")]),
     ]
 
@@ -65,12 +68,15 @@ def full(work: Path) -> list[Job]:
         ("overheads", []),
         ("roofline", []),
         ("alternatives", []),
+        ("add_layer", []),
+        ("int8_forward", []),
         ("scaling", []),
         ("vgg16_cifar10", ["--tasks", "half"]),
         ("vgg16_cifar10", ["--tasks", "quarter", *together]),
         ("vgg16_cifar10", ["--tasks", "full"]),
         ("speedrun_cifar10", ["--tasks", "speedrun"]),
         ("networks", ["--tasks", "resnet20,resnet18,preact_resnet29,mobilenet_v2", *together]),
+        ("efficient_steps", together),
         ("paper_figures", ["--work", str(work / "paper"), *together]),
     ]
 

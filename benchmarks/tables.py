@@ -63,23 +63,26 @@ def contest_table(task: Task, newest: Newest, contestants: Mapping[str, Contesta
         contestants: In the order of the table.
     """
     done = _done(newest)
+    ratios = dict(_RATIOS)
+    if not any(_counts_bits(row) for row in done.values()):
+        del ratios["bit-MACs, dense / this"]
+    columns = ["network", "seeds", "test accuracy", "points against dense", "seconds", *ratios, "modelled J", "weights"]
     lines = [
         f"### {task.title}",
         "",
         origin(list(newest.values())),
         "",
-        "| network | seeds | test accuracy | points against dense | seconds | plain / this | dense / this "
-        "| MACs of the run, dense / this | modelled J | weights |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(columns)} |",
+        "| --- " * len(columns) + "|",
     ]
     marks: set[str] = set()
     for contestant_name, contestant in contestants.items():
         mine = [row for (who, _), row in done.items() if who == contestant_name]
         if mine:
             older = any(row.get("definition") != definition(task, contestant) for row in mine)
-            lines.append(_line(contestant_name, contestant, mine, done, older, marks))
+            lines.append(_line(contestant_name, contestant, mine, done, older, marks, ratios))
     lines += [
-        f"| {contestants[who].label} | seed {seed} | {row['status']} | | | | | | | |"
+        f"| {contestants[who].label} | seed {seed} | {row['status']} |" + " |" * (len(columns) - 3)
         for (who, seed), row in newest.items()
         if row["status"] != "done" and who in contestants
     ]
@@ -99,18 +102,36 @@ _MARKS = {
 }
 
 
-def _line(name: str, contestant: Contestant, mine: list[Row], done: Newest, older: bool, marks: set[str]) -> str:
+# column to the contestant that is divided by this one, and by what
+_RATIOS = {
+    "plain / this": ("plain", "seconds"),
+    "dense / this": ("dense", "seconds"),
+    "MACs of the run, dense / this": ("dense", "macs"),
+    "bit-MACs, dense / this": ("dense", "bit_macs"),
+}
+
+
+def _counts_bits(row: Row) -> bool:
+    """Tell whether a run computed in other widths than those of its floating point."""
+    operations = ((row.get("bill") or {}).get("total") or {}).get("operations") or {}
+    return any(amount and "fp" not in name for name, amount in operations.items())
+
+
+def _line(
+    name: str, contestant: Contestant, mine: list[Row], done: Newest, older: bool, marks: set[str],
+    ratios: Mapping[str, tuple[str, str]],
+) -> str:  # fmt: skip
     accuracies = [100 * row["accuracy"] for row in mine if row["accuracy"] is not None]
     points = [100 * (row["accuracy"] - dense["accuracy"]) for row, dense in paired(mine, done, "dense", "accuracy")]
     cells = []
-    for other, key in (("plain", "seconds"), ("dense", "seconds"), ("dense", "macs")):
+    for other, key in ratios.values():
         pairs = paired(mine, done, other, key) if name not in ("plain", other) else []
         signs = "*" if key == "seconds" and any(_apart(row, partner) for row, partner in pairs) else ""
         signs += "‡" if key == "seconds" and any(_extrapolated(partner) for _, partner in pairs) else ""
         marks |= set(signs)
-        ratios = [partner[key] / row[key] for row, partner in pairs]
-        fewer = f" (n = {len(ratios)})" if len(ratios) < len(mine) else ""
-        cells.append(f"{spread(ratios)}x{signs}{fewer}" if ratios else "")
+        times = [partner[key] / row[key] for row, partner in pairs]
+        fewer = f" (n = {len(times)})" if len(times) < len(mine) else ""
+        cells.append(f"{spread(times)}x{signs}{fewer}" if times else "")
     extrapolated = "‡" if any(map(_extrapolated, mine)) else ""
     marks |= {"†" if older else "", extrapolated} - {""}
     joules = [row["joules"] for row in mine if row.get("joules")]

@@ -24,6 +24,16 @@ SETTINGS = {
         {"keep": 0.5, "look_every": "2it", "skip": "2it", "deadline": "8it", "window": 2, "round_to": 1},
     ),
     "batch_dropping": ({"drop": 0.0}, {"drop": 0.5}),
+    "layer_skipping": ({"layer_share": 1.0}, {"layer_share": 0.6}),
+    "stochastic_depth": ({"depth_survival": 1.0}, {"depth_survival": 0.5}),
+    "progressive_precision": ({"forward_ladder": "fp32"}, {"forward_ladder": "3,8", "rungs_at": ("5it",)}),
+    "fractional_precision": (
+        {"fractional_target": 1.0},
+        {"fractional_target": (0.03, 0.04), "fractional_at": ("6it",)},
+    ),
+    "predictive_sign": ({"sign_from": "100it"}, {}),
+    "block_float": ({"block_until": "0it"}, {}),
+    "shift_add": ({"operation": "conv"}, {"operation": "shift_add"}),
     "progressive_resizing": ({"initial_scale": 1.0}, {"grow_from": "4it", "whole_from": "10it", "size_step": 1}),
 }
 STEPS = 14
@@ -139,8 +149,28 @@ class TestContract:
             method_class(name)(no_such_setting=1)
 
 
-# every pair both ways round, and all of them together, which is as far as the product of all orders can be walked
-ORDERS = [*itertools.permutations(METHODS, 2), tuple(METHODS), tuple(reversed(METHODS))]
+# of each of these, one at most: they decide how layers compute, or which samples run a block
+ALTERNATIVES = (
+    {"progressive_precision", "fractional_precision", "predictive_sign", "block_float", "shift_add"},
+    {"layer_skipping", "stochastic_depth", "fractional_precision"},
+)
+PAIRS = list(itertools.permutations(METHODS, 2))
+REFUSED = [pair for pair in PAIRS if any(set(pair) <= those for those in ALTERNATIVES)]
+MANY = (
+    ("early_bird", "progressive_resizing", "batch_dropping", "layer_skipping", "progressive_precision"),
+    ("early_bird", "batch_dropping", "stochastic_depth", "block_float"),
+)
+ORDERS = [*(pair for pair in PAIRS if pair not in REFUSED), *MANY, *(tuple(reversed(names)) for names in MANY)]
+
+
+@pytest.mark.parametrize("pair", REFUSED, ids=["-".join(pair) for pair in REFUSED])
+def test_what_cannot_work_together_is_refused_before_the_first_step_and_leaves_the_first_one_alone(pair):
+    model = make("residual")
+    optimizer = sgd(model)
+    attach(pair[0], model, optimizer, acting=True)
+    with pytest.raises(InputError, match=r"leave one|before other methods|layer '0'"):
+        attach(pair[1], model, optimizer, acting=True)
+    train(model, optimizer, STEPS)
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=["-".join(order) for order in ORDERS])

@@ -335,6 +335,8 @@ def export(
 
     if onnx is None and weights is None:
         raise InputError("nothing to export", hint="add --onnx model.onnx or --weights model.safetensors")
+    for sentence in exporting.caveats(run):
+        print(f"note: {sentence}")
     if weights is not None:
         print(f"weights: {exporting.export_weights(run, weights, model=model, force=force)}")
     if onnx is not None:

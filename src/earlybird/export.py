@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import tomllib
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from earlybird.errors import EarlybirdError, InputError
 from earlybird.files import read_tensors, write_atomically, write_tensors
+from earlybird.methods import METHODS
 from earlybird.models.blueprint import Blueprint
 from earlybird.tickets.shrink import shrink
 from earlybird.tickets.ticket import Ticket
@@ -129,6 +131,17 @@ def export_onnx(
             )
 
     return write_atomically(path, write), difference
+
+
+def caveats(run: str | Path) -> list[str]:
+    """Return what the exported network of a run folder lacks of what was evaluated, in whole sentences."""
+    recipe = Path(run) / "recipe.toml"
+    if not recipe.is_file():
+        return []
+    values = tomllib.loads(recipe.read_text(encoding="utf-8"))
+    named = [] if values.get("dense") else values.get("method", [])
+    names = [named] if isinstance(named, str) else named
+    return [METHODS[name].exported for name in names if name in METHODS and METHODS[name].exported]
 
 
 def _to_onnx(model: nn.Module, blueprint: Blueprint, path: Path) -> None:

@@ -16,6 +16,7 @@ class MethodInfo:
         link: Where the paper is.
         saves: What it saves, and in which column of the bill.
         limits: When it does not pay.
+        exported: What an exported network lacks of what was evaluated, in a whole sentence; or empty.
     """
 
     name: str
@@ -24,6 +25,7 @@ class MethodInfo:
     link: str
     saves: str
     limits: str
+    exported: str = ""
 
 
 PRESET_METHODS: dict[str, tuple[str, ...]] = {"fast": ("early_bird", "progressive_resizing")}
@@ -58,6 +60,68 @@ METHODS: dict[str, MethodInfo] = {
             link="https://arxiv.org/abs/1910.13349",
             saves="steps, and with them measured seconds, counted MACs and modelled joules in proportion",
             limits="runs for which fewer epochs are as accurate: compare with as many steps, not with the whole run",
+        ),
+        MethodInfo(
+            name="layer_skipping",
+            path="earlybird.skipping.layers:LayerSkipping",
+            citation="Wang et al., E2-Train: Training State-of-the-art CNNs with Over 80% Energy Savings, NeurIPS 2019",
+            link="https://arxiv.org/abs/1910.13349",
+            saves="measured seconds, counted MACs and modelled joules of samples that go around a residual block",
+            limits="shallow networks, blocks so cheap that copying samples takes as long, and GPUs that wait for gates",
+            exported="The gates are not exported: the network runs every block, and was evaluated with gates.",
+        ),
+        MethodInfo(
+            name="stochastic_depth",
+            path="earlybird.skipping.stochastic_depth:StochasticDepth",
+            citation="Huang et al., Deep Networks with Stochastic Depth, ECCV 2016",
+            link="https://arxiv.org/abs/1603.09382",
+            saves="measured seconds, counted MACs and modelled joules of training steps that leave blocks out",
+            limits="shallow networks and short runs; inference is the whole network's",
+        ),
+        MethodInfo(
+            name="progressive_precision",
+            path="earlybird.precision.progressive:ProgressivePrecision",
+            citation="Fu et al., FracTrain: Fractionally Squeezing Bit Savings Both Temporally and Spatially for "
+            "Efficient DNN Training, NeurIPS 2020",
+            link="https://arxiv.org/abs/2012.13113",
+            saves="counted bit-MACs and modelled joules; with rungs in floating point, measured seconds",
+            limits="time, where bits are simulated: rounding takes longer than it saves",
+            exported="The network is exported in full precision; it was evaluated with rounded operands.",
+        ),
+        MethodInfo(
+            name="fractional_precision",
+            path="earlybird.precision.fractional:FractionalPrecision",
+            citation="Fu et al., FracTrain: Fractionally Squeezing Bit Savings Both Temporally and Spatially for "
+            "Efficient DNN Training, NeurIPS 2020",
+            link="https://arxiv.org/abs/2012.13113",
+            saves="counted bit-MACs and modelled joules of hardware that changes its bits from sample to sample",
+            limits="time: bits are simulated, and the gates' choices have to be computed",
+            exported="The network is exported in full precision; it was evaluated with rounded operands.",
+        ),
+        MethodInfo(
+            name="predictive_sign",
+            path="earlybird.precision.predictive_sign:PredictiveSign",
+            citation="Wang et al., E2-Train: Training State-of-the-art CNNs with Over 80% Energy Savings, NeurIPS 2019",
+            link="https://arxiv.org/abs/1910.13349",
+            saves="counted bit-MACs and modelled joules of hardware that multiplies most significant bits first",
+            limits="time: both gradients are computed in simulation; and training that real gradients suit better",
+            exported="The network is exported in full precision; it was evaluated with rounded operands.",
+        ),
+        MethodInfo(
+            name="block_float",
+            path="earlybird.precision.block_float:BlockFloat",
+            citation="Yang et al., SWALP: Stochastic Weight Averaging in Low-Precision Training, ICML 2019",
+            link="https://arxiv.org/abs/1904.11943",
+            saves="counted bit-MACs and modelled joules of the search for a ticket, in 8-bit block floating point",
+            limits="time: it is simulated; and runs in which the search is a small part",
+        ),
+        MethodInfo(
+            name="shift_add",
+            path="earlybird.arithmetic.shift_add:ShiftAdd",
+            citation="You et al., ShiftAddNet: A Hardware-Inspired Deep Network, NeurIPS 2020",
+            link="https://arxiv.org/abs/2010.12785",
+            saves="modelled joules of hardware that has shifters and adders in fixed point, and bits of stored weights",
+            limits="time: both kinds of layers take longer than a convolution on machines that multiply",
         ),
     )
 }

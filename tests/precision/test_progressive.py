@@ -71,7 +71,8 @@ def test_rungs_and_their_usual_gradients():
         ({"turning_window": 1}, "turning_window is 1"),
         ({"turning_threshold": -0.1}, "turning_threshold is -0.1"),
         ({"turning_decay": 0}, "turning_decay is 0"),
-        ({"turning_every": "0it"}, "turning_every is zero"),
+        ({"turning_every": "0it"}, "turning_every is 0it"),
+        ({"turning_from": "none"}, "turning_from None"),
         ({"ladder_range_memory": 1.0}, "ladder_range_memory is 1.0"),
         ({"ladder_may_fall": 1}, "ladder_may_fall is 1"),
     ],
@@ -92,7 +93,7 @@ def test_a_falling_ladder_is_a_control_experiment():
 
 def test_turning_points_of_a_made_up_loss_raise_the_bits():
     model, optimizer, running = begin(
-        turning_every="1it", turning_window=2, turning_threshold=0.05, last_rung_by="none"
+        turning_every="1it", turning_from="0it", turning_window=2, turning_threshold=0.05, last_rung_by="none"
     )
     # looks are at the mean since the last: every step. equal neighbours at 2, 4 and 6
     losses = [3.0, 2.0, 2.0, 1.5, 1.5, 1.2, 1.2, 1.0]
@@ -101,6 +102,13 @@ def test_turning_points_of_a_made_up_loss_raise_the_bits():
         (0, "3/6", "start"), (3, "4/6", "turning point"), (5, "6/8", "turning point"), (7, "8/8", "turning point"),
     ]  # fmt: skip
     assert running.status() == {"bits": "8/8"}
+
+
+def test_a_loss_that_stands_still_in_the_warm_up_has_not_begun_to_fall():
+    model, optimizer, running = begin(turning_every="1it", turning_from="4it", turning_window=2)
+    steps(model, optimizer, running, 7, told=lambda step: [2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0][step])
+    assert moves(running) == [(0, "3/6", "start"), (7, "4/6", "turning point")]
+    assert running.turning.early == [2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0]
 
 
 def test_the_deadline_forces_the_last_rung():
@@ -236,7 +244,13 @@ def test_detached_it_leaves_the_plain_model():
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
 def test_stopped_and_resumed_ends_in_the_same_bits(stop):
-    settings = {"turning_every": "2it", "turning_window": 2, "turning_threshold": 0.5, "last_rung_by": "80%"}
+    settings = {
+        "turning_every": "2it",
+        "turning_from": "1it",
+        "turning_window": 2,
+        "turning_threshold": 0.5,
+        "last_rung_by": "80%",
+    }
     whole, optimizer, running = begin(total=10, **settings)
     steps(whole, optimizer, running, 10)
     assert len(running.history) > 2
@@ -260,6 +274,7 @@ def test_the_state_of_another_model_is_refused():
         other.load_state_dict(running.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:no agreement")
 def test_the_ticket_may_be_drawn_while_bits_are_few():
     model = make("residual")
     optimizer = sgd(model)

@@ -22,6 +22,7 @@ from earlybird.precision.quantize import (
     quantisable,
     quantise,
     range_of,
+    round_,
     seed_of_step,
     straight_through,
 )
@@ -167,6 +168,22 @@ def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average(value, bi
     assert (encoded.values() - x).abs().max() < step * (1 + 1e-5)
     # the deviation of the mean is at most half a step over the root of the count; five of them never happen
     assert abs(float(encoded.values().double().mean()) - value) < 5 * 0.5 * step / math.sqrt(count) + 1e-6
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_noise_is_even_and_independent_in_every_layout(layout):
+    x = torch.zeros(50, 7, 9, 11).contiguous(memory_format=layout) + 0.25
+    up = round_(x.clone(), seeded())
+    assert up.stride() == x.stride()
+    assert set(up.unique().tolist()) == {0.0, 1.0}
+    flat = up.flatten().double()
+    deviation = math.sqrt(0.25 * 0.75 / len(flat))
+    assert abs(float(flat.mean()) - 0.25) < 5 * deviation
+    for lag in (1, 2, 3, 4, 7):  # four numbers share a draw
+        pairs = float((flat[:-lag] * flat[lag:]).mean())
+        assert abs(pairs - 0.25**2) < 5 * math.sqrt(0.25**2 * (1 - 0.25**2) / len(flat))
+    ends = round_(torch.tensor([0.0, 1.0, -3.0] * 1000), seeded())
+    assert torch.equal(ends, torch.tensor([0.0, 1.0, -3.0] * 1000))
 
 
 def test_stochastic_rounding_leaves_codes_alone_and_follows_its_generator():

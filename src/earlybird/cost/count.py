@@ -277,6 +277,11 @@ def _attention(args: Sequence[Any], output: Tensor) -> tuple[int, Tensor, Tensor
     return pairs * (query.shape[-1] + value.shape[-1]), query, key
 
 
+def _distances(args: Sequence[Any], output: Tensor) -> tuple[int, Tensor, Tensor]:
+    image, filters = args[0], args[1]  # one |x - f| stands for one MAC
+    return output.shape[0] * math.prod(output.shape[2:]) * filters.numel(), image, filters
+
+
 def _recurrent(args: Sequence[Any], output: Tensor) -> tuple[int, Tensor, Tensor]:
     # one layer, one direction; its two matrices (4H, I) and (4H, H) are charged as one operand
     sequence, weight_input, weight_hidden = args[:3]
@@ -302,6 +307,7 @@ _FORMULAS: dict[str, Callable[[Sequence[Any], Tensor], tuple[int, Tensor, Tensor
     "aten::_scaled_dot_product_efficient_attention": _attention,
     "aten::_scaled_dot_product_cudnn_attention": _attention,
     "aten::_scaled_dot_product_fused_attention_overrideable": _attention,
+    "earlybird::add_conv2d": _distances,
     "aten::mkldnn_rnn_layer": _recurrent,
     "aten::_cudnn_rnn": _cudnn_recurrent,
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from earlybird.errors import InputError
+from earlybird.methods import METHODS
 from earlybird.models import MODELS, build
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ class Blueprint:
         mean: What is subtracted from each channel of an image in 0 to 1; empty if that is not known.
         std: What each channel is then divided by.
         class_names: In the order of the logits.
+        conversions: Methods that replace layers of the model as built, in order: name, and settings as JSON.
     """
 
     model: str
@@ -39,6 +42,7 @@ class Blueprint:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     class_names: tuple[str, ...] = ()
+    conversions: tuple[tuple[str, str], ...] = ()
 
     @property
     def in_zoo(self) -> bool:
@@ -46,8 +50,12 @@ class Blueprint:
         return self.model in MODELS
 
     def build(self, seed: int = 0) -> nn.Module:
-        """Return the dense model with fresh weights, as `earlybird.models.build` draws them from ``seed``."""
-        return build(
+        """Return the dense model with fresh weights, as `earlybird.models.build` draws them from ``seed``.
+
+        Raises:
+            InputError: It cannot be built, or not be converted.
+        """
+        model = build(
             self.model,
             classes=self.classes,
             in_channels=self.in_channels,
@@ -55,6 +63,14 @@ class Blueprint:
             width=self.width,
             seed=seed,
         )
+        for name, settings in self.conversions:
+            module, _, kind = METHODS[name].path.partition(":")
+            try:
+                method = getattr(importlib.import_module(module), kind)(**json.loads(settings))
+            except TypeError as error:
+                raise InputError(f"not settings of {name}: {settings[:80]}") from error
+            method.convert(model, self.example(2), seed=seed)
+        return model
 
     def example(self, batch: int = 1) -> Tensor:
         """Return images of noise, the same ones at each call, shape (batch, in_channels, image_size, image_size)."""
@@ -80,6 +96,9 @@ class Blueprint:
             }
             found = cls(**values)
             sizes = (found.classes, found.in_channels, found.image_size)
+            object.__setattr__(found, "conversions", tuple((name, text) for name, text in found.conversions))
+            if not all(name in METHODS and isinstance(json.loads(text), dict) for name, text in found.conversions):
+                raise ValueError("a conversion that is no method of ours")
             fits = isinstance(found.model, str) and all(type(size) is int and size > 0 for size in sizes)
             fits = fits and all(len(part) in (0, found.in_channels) for part in (found.mean, found.std))
             if not fits or not 0 < found.width < math.inf:

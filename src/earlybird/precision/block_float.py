@@ -38,6 +38,7 @@ from earlybird.precision.quantize import (
     forward_with,
     gradient_through,
     quantisable,
+    round_,
     seed_of_step,
     straight_through,
 )
@@ -133,11 +134,7 @@ def block_float(x: Tensor, bits: int, *, per: int | None = None, generator: torc
     exponent = (torch.frexp(largest.float()).exponent - 1).clamp_(-_EXPONENTS, _EXPONENTS)
     step = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - (bits - 2))
     step = torch.where(largest.isfinite(), step, largest)  # what has overflowed must not become a number again
-    codes = x.detach().float() / step
-    if generator is None:
-        codes.round_()
-    else:
-        codes.add_(torch.empty_like(codes).uniform_(generator=generator)).floor_()
+    codes = round_(x.detach().float() / step, generator)
     return codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).mul_(step).to(x.dtype)
 
 

@@ -151,7 +151,7 @@ class _SignedConvolution(torch.autograd.Function):
         weights = encode(weight, settings.sign_bits, range_of(weight, 0), symmetric=True).values().to(weight.dtype)
         ctx.save_for_backward(inputs.codes, inputs.step, inputs.zero, weights)
         ctx.layer, ctx.bias_shape, ctx.input_type = layer, None if bias is None else bias.shape, x.dtype
-        ctx.shape = (module.stride, layer.padding, module.dilation, False, (0,) * len(module.stride), module.groups)
+        ctx.shape = (module.stride, layer.padding, module.dilation, False, (0,) * (weight.ndim - 2), module.groups)
         convolve = _CONVOLVE[type(module)]
         return convolve(
             inputs.values().to(x.dtype), weights, bias, module.stride, layer.padding, module.dilation, module.groups

@@ -19,7 +19,8 @@ The loss is a matter of the loop. It tells it by ``observe(loss)``, before each 
 does so. A ladder with points of its own (``rungs_at``) needs none.
 
 Deviations of the default, each with the published behaviour under ``PRESETS['published']``: looks and deadline are
-shares of the run instead of 400 steps and none, since turning points that never come would end the run in 3 bits.
+shares of the run instead of 400 steps and none, since turning points that never come would end the run in 3 bits; and a
+loss that has not yet begun to fall, as when the rate is still warming up, is no turning point.
 Depthwise convolutions keep at least 8 bits of values and 16 of gradients, as published for MobileNetV2.
 """
 
@@ -95,6 +96,9 @@ class ProgressivePrecision:
         None, "When each rung but the first begins, such as '25%,50%,75%', instead of at turning points."
     )
     turning_every: Step = option(Step.parse("2.5%"), "How often the mean loss is looked at.")
+    turning_from: Step = option(
+        Step.parse("10%"), "Warm-up: a loss that stands still before this point has not begun to fall."
+    )
     turning_window: int = option(5, "Looks that are compared, the newest included.")
     turning_threshold: float = option(0.05, "Largest difference of losses that is a standstill, of the early loss.")
     turning_decay: float = option(0.3, "What each turning point multiplies the threshold by, in (0, 1].")
@@ -108,16 +112,19 @@ class ProgressivePrecision:
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
-        "published": {"turning_every": Step.parse("400it"), "last_rung_by": None},
+        "published": {"turning_every": Step.parse("400it"), "turning_from": Step(), "last_rung_by": None},
         "fast": {"forward_ladder": "bf16,fp32", "rungs_at": (Step.parse("80%"),)},
     }
 
     def __post_init__(self) -> None:
-        for name in ("turning_every", "last_rung_by"):
+        for name in ("turning_every", "turning_from", "last_rung_by"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value in (None, "none") else Step.parse(value))
-        if self.turning_every in (None, Step()):
-            raise InputError("turning_every is zero", needed="a positive step such as '0.5ep' or '400it'")
+        if self.turning_every in (None, Step()) or self.turning_from is None:
+            raise InputError(
+                f"turning_every is {self.turning_every} and turning_from {self.turning_from}",
+                needed="a positive step such as '0.5ep' or '400it', and one such as '10%' or '0it'",
+            )
         if self.rungs_at is not None:
             object.__setattr__(self, "rungs_at", tuple(Step.parse(point) for point in self.rungs_at))
             if len(self.rungs_at) != len(self.rungs) - 1:
@@ -216,6 +223,7 @@ class PrecisionLadder:
         self._points = None if at is None else [point.in_iterations(steps_per_epoch, total_steps) for point in at]
         timed = several and at is None
         self._look_every = max(settings.turning_every.in_iterations(steps_per_epoch, total_steps), 1) if timed else 0
+        self._warm_from = settings.turning_from.in_iterations(steps_per_epoch, total_steps) if timed else 0
         self._deadline = by.in_iterations(steps_per_epoch, total_steps) if timed and by is not None else None
         _check_points(self._points or [], total_steps)
         self._model = model = unwrapped(model)
@@ -337,7 +345,7 @@ class PrecisionLadder:
                 self._climb_to(due, "schedule")
         elif self._deadline is not None and self._steps >= self._deadline:
             self._climb_to(last, "deadline")
-        elif self._steps % self._look_every == 0 and self.turning.look():
+        elif self._steps % self._look_every == 0 and self.turning.look(warm=self._steps > self._warm_from):
             self._climb_to(self.rung + 1, "turning point")
 
 

@@ -39,8 +39,8 @@ from earlybird.tickets.layers import Conv, TransposedConv
 
 __all__ = [
     "Bits", "Encoded", "QuantisedLayer", "Range", "averaged", "check_bits", "encode", "forward_with",
-    "gradient_through", "most_significant", "over_batch", "quantisable", "quantise", "range_of", "seed_of_step",
-    "straight_through",
+    "gradient_through", "most_significant", "over_batch", "quantisable", "quantise", "range_of", "round_",
+    "seed_of_step", "straight_through",
 ]  # fmt: skip
 
 MOST_BITS = 16
@@ -71,7 +71,7 @@ class Encoded(NamedTuple):
 
     def values(self) -> Tensor:
         """Return the numbers for which the codes stand, float32."""
-        return torch.addcmul(self.zero, self.codes, self.step)
+        return self.codes.mul(self.step).add_(self.zero)
 
 
 def check_bits(name: str, value: Any, least: int = 1) -> int:
@@ -97,7 +97,7 @@ def range_of(x: Tensor, per: int | None = None) -> Range:
     """
     x = x.detach()
     if per is None:
-        low, high = torch.aminmax(x)
+        low, high = x.amin(), x.amax()  # aminmax copies what is not contiguous
     else:
         others = [dim for dim in range(x.ndim) if dim != per % x.ndim]
         low, high = (x.amin(others, keepdim=True), x.amax(others, keepdim=True)) if others else (x, x)
@@ -126,6 +126,23 @@ def averaged(running: Range | None, seen: Range, memory: float) -> Range:
 # ---- codes ----
 
 
+def round_(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Round in place to whole numbers: the nearest, or stochastically, up with the fractional part as probability.
+
+    The noise has 16 bits, four of them from one draw, which on a CPU takes a third of the time of a draw for each.
+
+    Args:
+        x: float32, dense in memory (as what has just been computed is), any shape.
+        generator: Of the noise, on the device of ``x``; None rounds to the nearest.
+    """
+    if generator is None:
+        return x.round_()
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    noise = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
+    # -2**15 .. 2**15 - 1 becomes the middles of 2**16 equal parts of 0 .. 1
+    return x.add_(noise.as_strided(x.shape, x.stride()), alpha=2**-16).add_(0.5 + 2**-17).floor_()
+
+
 def encode(
     x: Tensor, bits: int, bounds: Range, *, symmetric: bool = False, generator: torch.Generator | None = None
 ) -> Encoded:
@@ -143,11 +160,11 @@ def encode(
     """
     check_bits("bits", bits, 2 if symmetric else 1)
     low, high = bounds
-    top: int | Tensor = 2**bits - 1
-    bottom: int | Tensor = 0
+    top: Any = 2**bits - 1
+    bottom: Any = 0
     with torch.no_grad():
         if symmetric:
-            signed = (low < 0).any()
+            signed = (low < 0).any()  # stays on its device: nobody waits for it
             top = torch.where(signed, 2 ** (bits - 1) - 1, top)
             bottom = torch.where(signed, -top, 0)
             zero = torch.zeros_like(low)
@@ -156,12 +173,8 @@ def encode(
             zero = low
             step = (high - low) / top
         step = step.clamp_min(_TINY)
-        codes = torch.sub(x.float(), zero).div_(step)
-        if generator is None:
-            codes.round_()
-        else:
-            codes.add_(torch.empty_like(codes).uniform_(generator=generator)).floor_()
-        return Encoded(codes.clamp_(bottom, top), step, zero, bits)  # type: ignore[call-overload]
+        codes = round_(torch.sub(x.float(), zero).div_(step), generator)
+        return Encoded(codes.clamp_min_(bottom).clamp_max_(top), step, zero, bits)
 
 
 def most_significant(encoded: Encoded, bits: int) -> Encoded:
@@ -236,8 +249,8 @@ def quantise(
     if bits == 32 or not x.numel():
         return x
     bounds = range_of(x) if bounds is None else bounds
-    encoded = encode(x.detach(), bits, bounds, symmetric=symmetric, generator=generator)
-    return straight_through(x, encoded.values().to(x.dtype))
+    codes, step, zero, _ = encode(x.detach(), bits, bounds, symmetric=symmetric, generator=generator)
+    return straight_through(x, codes.mul_(step).add_(zero).to(x.dtype))
 
 
 def seed_of_step(seed: int, step: int, stream: int = 0) -> int:
@@ -291,7 +304,7 @@ def quantisable(model: nn.Module) -> dict[str, nn.Module]:
     """
     attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     inside = {id(part) for module in attentions for part in module.modules()}
-    found = {
+    found: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (Conv, nn.Linear)) and id(module) not in inside
@@ -385,7 +398,7 @@ class QuantisedLayer:
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         if bits.weight != 32:
             weight = quantise(weight, bits.weight, range_of(weight, self._per))
-        output = forward_with(self.module, weight, forward, x)
+        output: Tensor = forward_with(self.module, weight, forward, x)
         if bits.gradient == 32:
             return output
         return gradient_through(output, lambda gradient: quantise(gradient, bits.gradient, generator=self._generator))

@@ -55,8 +55,12 @@ class TurningPoints:
         self._sum = self._sum + (loss.detach().float() if isinstance(loss, Tensor) else loss)
         self._count += 1
 
-    def look(self) -> bool:
+    def look(self, *, warm: bool = True) -> bool:
         """Tell whether this is a turning point, by the mean of what was observed since the last look.
+
+        Args:
+            warm: Whether training has warmed up; before that a loss that stands still has not begun to fall, and counts
+                for the early loss only.
 
         Raises:
             InputError: Nothing was.
@@ -73,7 +77,7 @@ class TurningPoints:
             mean /= processes()
         self._sum, self._count = 0.0, 0
         newest = float(mean)
-        self.losses = [*self.losses, newest][-self._window :]
+        self.losses = [*self.losses, newest][-self._window :] if warm else []
         self.early = [*self.early, newest][:_EARLY]
         turned = len(self.losses) == self._window and turns(
             self.losses, sum(self.early) / len(self.early), self._threshold

@@ -6,11 +6,14 @@ depthwise convolution reads in a channel it writes in the same one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
+
+from earlybird.arithmetic.add import AddConv2d, AddLinear
+from earlybird.arithmetic.shift import ShiftConv2d, ShiftLinear, weight_parameters
 
 Side = Literal["out", "in", "both"]
 Conv = nn.modules.conv._ConvNd
@@ -59,6 +62,20 @@ _EMBEDDING = Layer((("weight", 1),), (), ("embedding_dim",), channel_dim=-1)
 
 def layer_of(module: nn.Module | None) -> Layer | None:
     """Return where ``module`` holds its channels, or None for a type that cannot be cut."""
+    layer = _like(module)
+    if layer is not None and isinstance(module, (ShiftConv2d, ShiftLinear)):
+        names = weight_parameters(module)  # its weight is computed from these, which have the weight's shape
+        return replace(layer, writes=_instead(names, layer.writes), reads=_instead(names, layer.reads))
+    if layer is not None and isinstance(module, (AddConv2d, AddLinear)):
+        return replace(layer, buffers=("constant",))
+    return layer
+
+
+def _instead(names: tuple[str, ...], places: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+    return tuple((own, at) for name, at in places for own in (names if name == "weight" else (name,)))
+
+
+def _like(module: nn.Module | None) -> Layer | None:
     if isinstance(module, Conv):
         if is_depthwise(module):
             return _DEPTHWISE

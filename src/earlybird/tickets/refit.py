@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from earlybird.arithmetic.add import AddLinear
+from earlybird.arithmetic.shift import ShiftLinear
 from earlybird.calls import as_call, evaluating, hooks_idle
 from earlybird.tickets.layers import BatchNorm
 
@@ -144,7 +146,8 @@ def _solve(module: nn.Module, value: Tensor, target: Tensor) -> None:
 
 
 def _solvable(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (
+    # shift and add layers have no weights that a linear system could be solved for
+    return (isinstance(module, nn.Linear) and not isinstance(module, (ShiftLinear, AddLinear))) or (
         isinstance(module, nn.Conv2d)
         and module.groups == 1
         and module.padding_mode == "zeros"

@@ -145,6 +145,17 @@ class Search:
         if self._own_ledger:
             self._ledger.stop()
 
+    def retrace(self) -> None:
+        """Follow the model's graph anew before the next look: some of its layers were replaced.
+
+        Raises:
+            InputError: A look was made, whose masks are of other layers.
+        """
+        if self._looked_at:
+            raise InputError("the search has begun", hint="replace layers before the first step")
+        self._groups = self._ranked = None
+        self._sizes = {name: value.numel() for name, value in self._scores_now().items()}
+
     def __repr__(self) -> str:
         state = f"drawn at step {self.drawn_at}: {self.ticket}" if self.drawn else f"searching, step {self._steps}"
         return f"Search({state}, {len(self.history)} looks)"

@@ -5,7 +5,8 @@ reads it*. A removed unit is silent when its scale and shift (or its filter) are
 alone feeds with it, unless the ticket names that norm itself. Where a removed channel cannot be cut (a residual sum
 whose other branch still writes it, a grouped convolution that would become lopsided), it is silenced instead. So in
 eval mode the shrunk model computes what the masked one computes, for every ticket. Group and layer norms are the
-exception that has no way out: their statistics are taken over the channels that remain.
+exception that has no way out: their statistics are taken over the channels that remain. An add layer, which a zero does
+not leave alone, keeps what its cut channels added as a constant.
 
 Groups of coupled channels come from torch-pruning's dependency graph. Which of them read only zeros is found by running
 the model with every layer's output replaced: zeros where it is silent, random numbers elsewhere. The cut is then made,
@@ -27,6 +28,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from earlybird.arithmetic.add import AddConv2d, AddLinear
 from earlybird.calls import arounds, as_call, as_optimizers, unwrapped
 from earlybird.errors import InputError, ShrinkError
 from earlybird.tickets.coupling import Group, find_groups
@@ -206,6 +208,11 @@ def _check_ticket(ticket: Ticket, model: nn.Module) -> dict[str, Tensor]:
 def _cut(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) -> dict[str, dict[str, tuple[int, int]]]:
     """Cut weights, buffers and sizes; what would take each step back is appended to ``undo``."""
     modules = dict(model.named_modules())
+    for (name, side, _), cut in plan.cuts.items():
+        module = modules.get(name)
+        if side == "in" and isinstance(module, (AddConv2d, AddLinear)):  # the distance to a zero is not zero
+            undo.append(partial(setattr, module, "constant", module.constant))
+            module.silence(cut)
     for name, parameter in model.named_parameters():
         if name in plan.slices:
             undo.append(partial(setattr, parameter, "data", parameter.data))
@@ -225,7 +232,7 @@ def _cut(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) -> dict[s
         for attribute in layer.read_sizes if side == "in" else layer.write_sizes:
             undo.append(partial(setattr, module, attribute, getattr(module, attribute)))
         set_width(module, side, after)  # type: ignore[arg-type]
-        for buffer in layer.buffers:
+        for buffer in layer.buffers if side != "in" else ():
             value = getattr(module, buffer)
             if value is not None:
                 undo.append(partial(setattr, module, buffer, value))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -86,6 +87,13 @@ class Observing(Attached, Protocol):
     """What the run asks of a method that goes by the training loss, beside that."""
 
     def observe(self, loss: Tensor) -> None: ...  # noqa: D102
+
+
+@runtime_checkable
+class Converting(Protocol):
+    """What the run asks of a method that replaces layers of the model, before others hang on them."""
+
+    def convert(self, model: nn.Module, example_inputs: Any = None, *, seed: int = 0) -> Any: ...  # noqa: D102
 
 
 @runtime_checkable
@@ -236,7 +244,7 @@ class Run:
             require_board()
         data = load_data(recipe, fabric, self.display)
         self.loader, self.test = make_loaders(recipe, data, fabric)
-        methods = recipe.build_methods()
+        methods = dict(sorted(recipe.build_methods().items(), key=lambda item: not isinstance(item[1], Converting)))
         for method in methods.values():
             if isinstance(method, Selecting):
                 self.loader.selection = self._selection = method.selection(recipe.seed)
@@ -290,6 +298,16 @@ class Run:
             name: method.attach(self.model, self.optimizer, **accepted(method.attach, context))
             for name, method in methods.items()
         }
+        self.methods = {name: self.methods[name] for name in recipe.build_methods()}  # in the order of the recipe again
+        # what is built from here on is built as the model is by now
+        self.blueprint = dataclasses.replace(
+            self.blueprint,
+            conversions=tuple(
+                (name, json.dumps(dataclasses.asdict(method)))  # type: ignore[call-overload]
+                for name, method in methods.items()
+                if isinstance(method, Converting)
+            ),
+        )
         self.search = next((method for method in self.methods.values() if isinstance(method, Drawing)), None)
         self.observers = [method for method in self.methods.values() if isinstance(method, Observing)]
         self._shape_drawn = False

@@ -1,0 +1,146 @@
+"""Question: what do methods that spend less on every step save and lose, against controls of equal cost?
+
+Each task is one claim, its contestants the method, what it is measured against, and dense:
+
+- ``dropping``: half of the batches against half of the epochs, which make as many steps;
+- ``skipping``: gates against stochastic depth that runs the same share of the blocks, and a network of fewer blocks;
+- ``ladder``: bits that rise at turning points against 8 bits throughout, against the ladder turned round, and against
+  bits chosen by gates or by chance (FracTrain), all simulated: bit-MACs are what is saved, seconds are not;
+- ``signs``: predicted signs against the signs of full gradients;
+- ``operations``: shift, add and both against convolutions;
+- ``search``: a ticket searched for in 8-bit block floating point against one searched for in bf16;
+- ``together``: methods on top of the early ticket.
+
+    EARLYBIRD_DATA=... python benchmarks/efficient_steps.py --side-by-side 2         # hours, resumable
+    EARLYBIRD_DATA=... python benchmarks/efficient_steps.py --tasks dropping --seeds 1
+    python benchmarks/efficient_steps.py --table
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from contest import Contestant, Task, main
+from tables import contest_section, contest_tables
+
+NAME = "efficient_steps"
+
+TASKS = {
+    "dropping": Task(
+        "Batch dropping: VGG-11, quarter width, CIFAR-10, 12 epochs", "vgg16-cifar10",
+        {"model": "vgg11", "width": 0.25, "epochs": 12},
+        contestants=("dense", "half-the-epochs", "dropping", "dropping-bernoulli"),
+    ),
+    "skipping": Task(
+        "Layer skipping: ResNet-38, half width, CIFAR-10, 6 epochs", "resnet20-cifar10",
+        {"model": "resnet38", "width": 0.5, "epochs": 6},
+        contestants=("dense", "skipping", "stochastic-depth", "shallower"),
+    ),
+    "ladder": Task(
+        "Bits: ResNet-20, half width, CIFAR-10, 6 epochs", "resnet20-cifar10", {"width": 0.5, "epochs": 6},
+        contestants=("dense", "eight", "ladder", "reversed", "fractional", "random-bits"),
+    ),
+    "signs": Task(
+        "Signs: ResNet-20, half width, CIFAR-10, 6 epochs", "resnet20-cifar10", {"width": 0.5, "epochs": 6},
+        contestants=("dense", "sign-sgd", "signs"),
+    ),
+    "operations": Task(
+        "Operations: small CNN, half width, Fashion-MNIST, 4 epochs", "digits",
+        {"data": "fashion-mnist", "model": "small_cnn", "width": 0.5, "batch_size": 128, "epochs": 4},
+        contestants=("dense", "shift", "add", "shift-add", "frozen-shift"),
+    ),
+    "search": Task(
+        "Search in few bits: VGG-11, quarter width, CIFAR-10, 8 epochs", "vgg16-cifar10",
+        {"model": "vgg11", "width": 0.25, "epochs": 8},
+        contestants=("dense", "ticket", "ticket-8-bit"),
+    ),
+    "together": Task(
+        "Together: ResNet-38, half width, CIFAR-10, 6 epochs", "resnet20-cifar10",
+        {"model": "resnet38", "width": 0.5, "epochs": 6},
+        contestants=("dense", "wide-ticket", "ticket-dropping", "all"),
+    ),
+    "quick": Task(
+        "Small CNN, digits, 2 epochs (shows that it runs, proves nothing)", "digits", {"epochs": 2, "width": 0.25},
+        seeds=1, budget_s=300,
+        contestants=("dense", "dropping", "ladder", "shift"),
+    ),
+}  # fmt: skip
+
+_SHARE = 0.6
+_EIGHT = {"method": "progressive_precision", "forward_ladder": "8", "gradient_ladder": "8"}
+_SIGNS = {"method": "predictive_sign", "lr": 0.03}
+
+CONTESTANTS = {
+    "dense": Contestant("dense, tuned", "dense", {"dense": True}),
+    "half-the-epochs": Contestant("dense, half of the epochs", "dense", {"dense": True}, longer=0.5),
+    "dropping": Contestant("**batch dropping**, half of the batches", "ours", {"method": "batch_dropping=0.5"}),
+    "dropping-bernoulli": Contestant(
+        "**batch dropping**, each batch by itself", "ours",
+        {"method": "batch_dropping=0.5", "drop_rule": "bernoulli"},
+    ),
+    "skipping": Contestant(
+        "**layer skipping**, 60 % of the blocks", "ours", {"method": "layer_skipping", "layer_share": _SHARE}
+    ),
+    "stochastic-depth": Contestant(
+        "stochastic depth, 60 % of the blocks", "speed-up", {"method": "stochastic_depth", "depth_share": _SHARE}
+    ),
+    "shallower": Contestant("ResNet-20: fewer blocks", "dense", {"dense": True, "model": "resnet20"}),
+    "eight": Contestant("8 bits throughout", "speed-up", _EIGHT),
+    "ladder": Contestant("**progressive precision**", "ours", {"method": "progressive_precision"}),
+    "reversed": Contestant(
+        "the ladder turned round", "speed-up",
+        {
+            "method": "progressive_precision", "forward_ladder": "8,6,4,3", "gradient_ladder": "8,8,6,6",
+            "ladder_may_fall": "true",
+        },
+    ),
+    "fractional": Contestant(
+        "**fractional precision** (FracTrain)", "ours",
+        {"method": "fractional_precision", "fractional_target": "0.02,0.025,0.03"},
+    ),
+    "random-bits": Contestant(
+        "random bits of the same mean", "speed-up",
+        {
+            "method": "fractional_precision", "fractional_target": "0.02,0.025,0.03",
+            "fractional_choice": "random",
+        },
+    ),
+    "sign-sgd": Contestant("SignSGD, full precision", "speed-up", {**_SIGNS, "sign_of": "full"}),
+    "signs": Contestant("**predicted signs**", "ours", _SIGNS),
+    "shift": Contestant("shift layers", "speed-up", {"method": "shift_add", "operation": "shift"}),
+    "add": Contestant("add layers", "speed-up", {"method": "shift_add", "operation": "add"}),
+    "shift-add": Contestant("**shift and add layers**", "ours", {"method": "shift_add"}),
+    "frozen-shift": Contestant(
+        "**frozen shifts and add layers**", "ours", {"method": "shift_add", "shift_form": "frozen"}
+    ),
+    "ticket": Contestant("**early ticket**", "ours", {"keep": 0.5}),
+    "ticket-8-bit": Contestant(
+        "**early ticket**, searched for in 8-bit block floating point", "ours",
+        {"keep": 0.5, "method": "early_bird,block_float"},
+    ),
+    "wide-ticket": Contestant("**early ticket**, 70 % of the channels", "ours", {"keep": 0.7}),
+    "ticket-dropping": Contestant(
+        "**early ticket, batch dropping**", "ours", {"keep": 0.7, "method": "early_bird,batch_dropping", "drop": 0.33}
+    ),
+    "all": Contestant(
+        "**early ticket, batch dropping, layer skipping, resizing**", "ours",
+        {
+            "keep": 0.7, "drop": 0.33, "layer_share": _SHARE,
+            "method": "early_bird,batch_dropping,layer_skipping,progressive_resizing",
+        },
+    ),
+}  # fmt: skip
+
+
+def table() -> str:
+    """Return the results as Markdown, one table a task."""
+    return contest_tables(NAME, TASKS, CONTESTANTS)
+
+
+def section(images: Path) -> str:
+    """Return tables and plots for the page of all results."""
+    return contest_section(NAME, TASKS, CONTESTANTS, images)
+
+
+if __name__ == "__main__":
+    main(NAME, __doc__, TASKS, CONTESTANTS, table, default=[name for name in TASKS if name != "quick"])

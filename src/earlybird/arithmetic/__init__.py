@@ -1,0 +1,1 @@
+"""Which operation? Shifts and additions where a network multiplies."""

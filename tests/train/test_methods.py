@@ -1,0 +1,107 @@
+"""Every method by its name on real data, in the shipped loop: runs, resumes to the bit, reports, exports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from earlybird import export
+from earlybird.forecast import forecast
+from earlybird.methods import METHODS
+from earlybird.report import write
+from earlybird.train.recipe import Recipe
+from earlybird.train.run import resume, train
+
+# what a run of a few seconds needs to see the method act
+SETTINGS: dict[str, dict[str, Any]] = {
+    "early_bird": {"look_every": "4it", "skip": "4it", "deadline": "12it"},
+    "progressive_resizing": {"size_step": 1},
+    "batch_dropping": {},
+    "layer_skipping": {"layer_share": 0.7},
+    "stochastic_depth": {"depth_share": 0.7},
+    "progressive_precision": {"forward_ladder": "4,8", "rungs_at": "50%"},
+    "fractional_precision": {"fractional_target": "0.03,0.04", "fractional_at": "50%"},
+    "predictive_sign": {},
+    "block_float": {},
+    "shift_add": {},
+}
+
+
+def recipe(*methods: str, **more: Any) -> Recipe:
+    own = {key: value for name in methods for key, value in SETTINGS[name].items()}
+    base = {"data": "digits", "model": "resnet20", "width": 0.25, "epochs": 2, "batch_size": 64, "lr": 0.02}
+    return Recipe.from_values({**base, "exact": True, "method": ",".join(methods), **own, **more})
+
+
+class Cut(Exception):
+    """Stands for a kill."""
+
+
+def cut_at(step: int) -> Any:
+    def on_event(kind: str, fields: Any) -> None:
+        if kind == "step" and fields["step"] == step:
+            raise Cut
+
+    return on_event
+
+
+def test_every_method_is_here() -> None:
+    assert set(SETTINGS) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_by_its_name(name: str, tmp_path: Path) -> None:
+    whole = train(recipe(name, checkpoint_every="10it"), tmp_path / "whole", quiet=True)
+    with pytest.raises(Cut):
+        train(recipe(name, checkpoint_every="10it"), tmp_path / "cut", quiet=True, on_event=cut_at(14))
+    again = resume(tmp_path / "cut", quiet=True)
+    assert again.resumed
+    one, two = (tmp_path / folder / "model.safetensors" for folder in ("whole", "cut"))
+    assert one.read_bytes() == two.read_bytes()
+    assert again.accuracy == whole.accuracy
+    for counted in ("macs", "bit_macs"):
+        spent = [getattr(result.bill.total, counted).value for result in (whole, again)]
+        assert spent[0] == pytest.approx(spent[1])
+    assert whole.bill.dense is not None
+    html = write([tmp_path / "whole"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "The bill" in html
+    assert "on paper" in str(forecast(recipe(name)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_trained_network_is_taken_out_of_the_run(name: str, tmp_path: Path) -> None:
+    train(recipe(name, epochs=1), tmp_path / "run", quiet=True)
+    network = export.load(tmp_path / "run")
+    export.export_weights(tmp_path / "run", tmp_path / "out.safetensors")
+    again = export.load(tmp_path / "out.safetensors")
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(network(images), again(images))
+    assert all(sentence.endswith(".") for sentence in export.caveats(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("early_bird", "batch_dropping", "progressive_precision"),
+        ("layer_skipping", "shift_add", "early_bird"),
+        ("stochastic_depth", "block_float", "early_bird", "progressive_resizing"),
+    ],
+    ids="-".join,
+)
+def test_several_compose_in_any_order(names: tuple[str, ...], tmp_path: Path) -> None:
+    ends = []
+    for order in (names, tuple(reversed(names))):
+        out = tmp_path / "-".join(order)
+        result = train(
+            recipe(*order, size_step=1) if "progressive_resizing" in order else recipe(*order), out, quiet=True
+        )
+        assert result.drawn_at == 12
+        ends.append((out / "model.safetensors").read_bytes())
+        told = json.loads((out / "traces.json").read_text()) if (out / "traces.json").exists() else {}
+        assert set(told) <= set(order)
+    assert ends[0] == ends[1]
