@@ -625,7 +625,7 @@ class FractionalBits:
         choice = _Chosen(computing, weights, self._bits[computing], self._gradient_bits[computing])
         left_out, probes = None, runs[:0].nonzero().flatten()
         if gated and block.skippable and 0 in settings.fractional_bits:
-            probes = ((self._passes.draw(len(x)).to(x.device) < _PROBE) & ~runs).nonzero().flatten()
+            probes = self._passes.choose(_PROBE * (~runs).float()).nonzero().flatten().to(x.device)
             left_out = Choice(chances[:, self._bits > 0].sum(1), probes, _PROBE)
         self._note(index, chosen, computing[probes], learns=learns)
 

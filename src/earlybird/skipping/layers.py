@@ -344,7 +344,7 @@ class LayerGates:
         self._ran, self._seen = [0.0] * len(self._gated), 0.0  # samples, by block, and of all
         self._run_macs = [0.0, 0.0]  # MACs of the gated blocks, and what they would have been
 
-    def _begin_pass(self, count: int, *, training: bool, device: torch.device) -> None:
+    def _begin_pass(self, count: int, *, training: bool) -> None:
         self._passes.begin(training=training)
         # batch norms that train while all else evaluates have their statistics estimated: nobody looks at the outputs
         self._tells = not any(module.training for module in self._gated[0].module.modules())
@@ -353,14 +353,14 @@ class LayerGates:
         elif self._tells:
             if self._evaluated:
                 self._executed, self._evaluated = [], False
-            self._executed.append(torch.full((count,), len(self.blocks) - len(self._gated), device=device))
+            self._executed.append(torch.full((count,), len(self.blocks) - len(self._gated)))
 
     def _run(self, index: int, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         block, settings = self._gated[index], self.settings
         training = block.module.training
         learns = training and torch.is_grad_enabled()
         if index == 0:
-            self._begin_pass(len(x), training=training, device=x.device)
+            self._begin_pass(len(x), training=training)
         elif index != self._next:
             raise InputError(
                 f"block '{block.name}' was called out of its turn",
@@ -378,13 +378,13 @@ class LayerGates:
         cost = self._costs[index]
         chance = torch.sigmoid((self._offset or 0.0) + score - self._price.value * cost)
         if training or settings.layer_evaluate == "sampled":
-            runs = self._passes.draw(len(x)).to(x.device) < chance.detach()
+            runs = self._passes.choose(chance)
         else:
-            runs = chance > 0.5 if self._level is None else score > self._level * cost
-        rows, probes = runs.nonzero().flatten(), runs[:0].nonzero().flatten()
+            runs = (chance > 0.5 if self._level is None else score > self._level * cost).cpu()
+        probed = torch.zeros_like(runs)
         if learns and not masked and settings.layer_probe:
-            probed = self._passes.draw(len(x)).to(x.device) < settings.layer_probe
-            probes = (probed & ~runs).nonzero().flatten()
+            probed = self._passes.choose(settings.layer_probe * (~runs).float())
+        rows, probes = (which.nonzero().flatten().to(x.device) for which in (runs, probed))
         self._record(index, rows, probes, runs, score.detach(), learns=learns)
         if learns:
             undecided = (chance * (1 - chance)).detach().sum()
@@ -394,7 +394,7 @@ class LayerGates:
         if not masked:
             choice = Choice(chance, probes, settings.layer_probe) if learns else None
             return run_on(block.module, lambda inputs, _: forward(inputs), x, rows, choice)
-        mask = runs.float()
+        mask = runs.to(x.device, torch.float32)
         if learns:  # straight through
             mask = mask - chance.detach() + chance
         return torch.lerp(x, forward(x).to(x.dtype), mask.to(x.dtype).view(-1, *[1] * (x.ndim - 1)))

@@ -53,6 +53,21 @@ class Passes:
         """Return the next numbers of this pass, from 0 to below 1, shape (count,), on the CPU."""
         return torch.rand(count, generator=self._generator)
 
+    def choose(self, chances: Tensor) -> Tensor:
+        """Choose each sample with its own probability, so that as many are chosen as the sum of them, but for rounding.
+
+        One random number decides for all (systematic sampling): every sample's probability is exactly its own, and the
+        number of samples hardly changes from batch to batch, as kernels that are made for one number like it.
+
+        Args:
+            chances: Shape (N,), 0 to 1.
+
+        Returns:
+            Boolean, shape (N,), on the CPU.
+        """
+        reached = chances.detach().double().cpu().cumsum(0) + self.draw(1).double()
+        return reached.floor().diff(prepend=torch.zeros(1, dtype=torch.float64)) > 0
+
     def after_step(self, steps: int) -> None:
         """Say that ``steps`` optimizer steps are done."""
         self._step = steps
