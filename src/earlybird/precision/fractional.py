@@ -52,7 +52,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from earlybird.blocks import Block, channels_of, check_free, counted, find_blocks, patterns_from
+from earlybird.blocks import Block, check_free, counted, find_blocks, patterns_from
 from earlybird.calls import Hook, around, as_optimizers, first_sample, unwrapped
 from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
@@ -281,7 +281,7 @@ class _Choose(torch.autograd.Function):
         return rounded(x, bits, bounds)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         if not ctx.needs_input_grad[1]:
             return gradient, None, None, None, None
@@ -469,8 +469,7 @@ class FractionalBits:
                     needed="targets between them, or 1, which leaves the model alone",
                 )
         self._gate = LearnedGate(
-            [block.channels for block in self.blocks], _WIDTHS, len(self._bits),
-            rate=settings.fractional_gate_rate, seed=seed, device=device,
+            self.blocks, _WIDTHS, len(self._bits), rate=settings.fractional_gate_rate, seed=seed, device=device,
         )  # fmt: skip
         self._layers = [[_Layer(name, found[name], self) for name in names] for names in inside]
 
@@ -602,20 +601,7 @@ class FractionalBits:
         block, settings = self.blocks[index], self.settings
         training = block.module.training
         learns = training and torch.is_grad_enabled()
-        if index == 0:
-            self._passes.begin(training=training)
-        elif index != self._next:
-            raise InputError(
-                f"block '{block.name}' was called out of its turn",
-                needed="blocks that run once in each pass, in the order in which they were found",
-                hint="gradient checkpointing, which runs them again, does not go together with fractional precision",
-            )
-        self._next = index + 1
-        if channels_of(x) != self._gate.channels(index):
-            raise InputError(
-                f"block '{block.name}' gets {channels_of(x)} channels, its gate expects {self._gate.channels(index)}",
-                hint="cut the model by earlybird.shrink, which tells the gates, or before they are attached",
-            )
+        self._passes.enter(index, block, training=training)
         chances, chosen, computing = self._choose(index, x, training=training, learns=learns)
         runs = self._bits[chosen] > 0
         gated = learns and settings.fractional_choice != "random"

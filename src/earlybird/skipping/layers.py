@@ -46,7 +46,6 @@ from torch import Tensor, nn
 
 from earlybird.blocks import (
     Block,
-    channels_of,
     check_free,
     counted,
     find_blocks,
@@ -187,7 +186,6 @@ class LayerGates:
         self._executed: list[Tensor] = []  # blocks that each input ran, by batch of the last evaluation
         self._evaluated = False  # it is over: training has gone on
         self._tells = False  # the pass under way is one of an evaluation
-        self._next = 0  # block whose turn it is
         self.blocks: list[Block] = []
         self._gated: list[Block] = []
         if settings.layer_share < 1:
@@ -229,8 +227,7 @@ class LayerGates:
             )
         device = next(self._model.parameters()).device
         self._gate = LearnedGate(
-            [block.channels for block in self._gated], _WIDTHS, 1,
-            rate=self.settings.layer_gate_rate, seed=seed, device=device,
+            self._gated, _WIDTHS, 1, rate=self.settings.layer_gate_rate, seed=seed, device=device,
         )  # fmt: skip
 
     def _count(self) -> float:
@@ -345,7 +342,6 @@ class LayerGates:
         self._run_macs = [0.0, 0.0]  # MACs of the gated blocks, and what they would have been
 
     def _begin_pass(self, count: int, *, training: bool) -> None:
-        self._passes.begin(training=training)
         # batch norms that train while all else evaluates have their statistics estimated: nobody looks at the outputs
         self._tells = not any(module.training for module in self._gated[0].module.modules())
         if training:
@@ -359,20 +355,9 @@ class LayerGates:
         block, settings = self._gated[index], self.settings
         training = block.module.training
         learns = training and torch.is_grad_enabled()
+        self._passes.enter(index, block, training=training)
         if index == 0:
             self._begin_pass(len(x), training=training)
-        elif index != self._next:
-            raise InputError(
-                f"block '{block.name}' was called out of its turn",
-                needed="blocks that run once in each pass, in the order in which they were found",
-                hint="gradient checkpointing, which runs them again, does not go together with layer skipping",
-            )
-        self._next = index + 1
-        if channels_of(x) != self._gate.channels(index):
-            raise InputError(
-                f"block '{block.name}' gets {channels_of(x)} channels, its gate expects {self._gate.channels(index)}",
-                hint="cut the model by earlybird.shrink, which tells the gates, or before they are attached",
-            )
         masked = settings.layer_execution == "masked"
         score = self._gate.scores(index, x, into_features=masked)[:, 0]
         cost = self._costs[index]
