@@ -30,6 +30,7 @@ from earlybird.cost.count import ModelCost, count
 from earlybird.cost.energy import FPGA, joules
 from earlybird.errors import InputError
 from earlybird.ledger import PhaseRecord, Route, Work
+from earlybird.methods import METHODS
 from earlybird.models import build
 from earlybird.stretches import Forecasting, Plan, Stretch
 from earlybird.train.recipe import Recipe
@@ -223,7 +224,9 @@ def forecast(recipe: Recipe) -> Forecast:
     )
     dense = [Stretch(float(plan.total_steps), model, shape[1])]
     stretches, notes = list(dense), []
-    for name, method in recipe.build_methods().items():
+    # what replaces layers comes first, and what ends with the draw after it
+    first = [*(name for name in METHODS if name == "shift_add"), *METHODS]
+    for name, method in sorted(recipe.build_methods().items(), key=lambda item: first.index(item[0])):
         if isinstance(method, Forecasting):
             stretches = method.forecast(stretches, plan)
         else:

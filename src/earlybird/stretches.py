@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from earlybird.cost.arithmetic import Arithmetic
 
-__all__ = ["Forecasting", "Plan", "Stretch", "after"]
+__all__ = ["Forecasting", "Plan", "Stretch", "after", "computing"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +73,19 @@ def after(stretches: Sequence[Stretch], step: float, change: Callable[[Stretch],
         if before < stretch.steps:
             found.append(change(replace(stretch, steps=stretch.steps - before)))
     return found
+
+
+def computing(stretch: Stretch, arithmetic: Callable[[nn.Module], dict[nn.Module, Arithmetic | None]]) -> Stretch:
+    """Return the stretch with layers that compute otherwise; None: in the run's floating point.
+
+    Args:
+        stretch: Its model is left alone.
+        arithmetic: Returns how layers of a copy of the model compute.
+    """
+    model = copy.deepcopy(stretch.model)
+    for layer, how in arithmetic(model).items():
+        if how is None:
+            layer.__dict__.pop("arithmetic", None)
+        else:
+            layer.arithmetic = how  # type: ignore[assignment]
+    return replace(stretch, model=model)

@@ -24,6 +24,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -44,6 +46,7 @@ from earlybird.precision.quantize import (
 )
 from earlybird.settings import check_count, option
 from earlybird.step import Step
+from earlybird.stretches import Plan, Stretch, after, computing
 from earlybird.tickets.search import Search
 
 __all__ = ["BlockFloat", "BlockFloating", "block_float"]
@@ -80,6 +83,31 @@ class BlockFloat:
         object.__setattr__(self, "block_until", None if until is None or str(until) == "none" else Step.parse(until))
         if not isinstance(self.block_state, bool):
             raise InputError(f"block_state is {self.block_state!r}", needed="true or false")
+
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
+        """Return the stretches of a run in block floating point, for `earlybird.forecast`.
+
+        It ends with the first stretch of another network: when a ticket is drawn.
+        """
+        total = round(sum(stretch.steps for stretch in stretches))
+        until = float(total)
+        if self.block_until is not None:
+            until = self.block_until.in_iterations(round(plan.steps_per_epoch * total / plan.total_steps), total)
+        else:
+            whole = takewhile(lambda stretch: stretch.model is stretches[0].model, stretches)
+            until = sum(stretch.steps for stretch in whole)
+        bits = self.block_bits
+        own = Arithmetic(activation=bits, weight=bits, gradient=bits, floating=False)
+
+        def rounded(model: nn.Module) -> dict[nn.Module, Arithmetic | None]:
+            return dict.fromkeys(quantisable(model).values(), own)
+
+        def plain(model: nn.Module) -> dict[nn.Module, Arithmetic | None]:
+            return dict.fromkeys(model.modules())
+
+        return after(
+            after(stretches, 0, partial(computing, arithmetic=rounded)), until, partial(computing, arithmetic=plain)
+        )
 
     def attach(
         self,

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -51,6 +52,8 @@ from earlybird.precision.quantize import (
 )
 from earlybird.settings import check_count, option
 from earlybird.step import Step
+from earlybird.stretches import Plan, Stretch, after, computing
+from earlybird.traces import Trace
 
 __all__ = ["PredictiveSign", "SignPrediction", "mixed_gradient"]
 
@@ -98,6 +101,24 @@ class PredictiveSign:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not 0 <= value <= highest or (name == "sign_range_memory" and value == 1):
                 raise InputError(f"{name} is {value!r}", needed=f"a number from 0 to {highest:g}")
+
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
+        """Return the stretches of a run in these bits, for `earlybird.forecast`.
+
+        How many signs the predictor gives is not known before: all weight gradients are taken to be computed in full.
+        """
+        if self.sign_of == "full":
+            return stretches
+        total = round(sum(stretch.steps for stretch in stretches))
+        begin = self.sign_from.in_iterations(round(plan.steps_per_epoch * total / plan.total_steps), total)
+        own = Arithmetic(
+            activation=self.sign_bits, weight=self.sign_bits, gradient=self.sign_gradient_bits, floating=False
+        )
+        return after(
+            stretches,
+            begin,
+            partial(computing, arithmetic=lambda model: dict.fromkeys(_convolutions(model).values(), own)),
+        )
 
     def attach(
         self,
@@ -306,6 +327,21 @@ class SignPrediction:
             self.history[-1]["predicted"].values() if self.history else ()
         )
         return {"predicted": f"{sum(predicted) / len(predicted):.0%}"} if predicted else {}
+
+    def traces(self) -> list[Trace]:
+        """Return what the report shows: by layer, signs that were predicted, and of these the right ones."""
+
+        def share(key: str) -> dict[str, list[tuple[int, float]]]:
+            return {
+                name: [(entry["step"], entry[key][name]) for entry in self.history if name in entry[key]]
+                for name in self._layers
+            }
+
+        note = "Of the predicted signs, those that the full gradient has, too."
+        return [
+            Trace(title="signs that were predicted", unit="share", series=share("predicted")),
+            Trace(title="signs that were right", unit="share", series=share("right"), note=note),
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a nested dict of tensors, numbers, strings and lists."""

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -36,13 +37,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from earlybird.calls import Hook, around, arounds, as_optimizers, unwrapped
+from earlybird.cost.arithmetic import Arithmetic
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.precision.quantize import Bits, QuantisedLayer, check_bits, quantisable, seed_of_step
 from earlybird.precision.turning_points import TurningPoints
 from earlybird.settings import check_count, option
 from earlybird.step import Step
+from earlybird.stretches import Plan, Stretch, after, computing
 from earlybird.tickets.layers import is_depthwise
+from earlybird.traces import Trace
 
 __all__ = ["PrecisionLadder", "ProgressivePrecision", "Rung"]
 
@@ -161,6 +165,28 @@ class ProgressivePrecision:
             )
         return tuple(_rung(*pair) for pair in zip(forward, gradient))
 
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
+        """Return the stretches of a run with fewer bits, for `earlybird.forecast`.
+
+        Turning points are taken to lie evenly up to the last rung's deadline, or to the end where there is none.
+        """
+        total = round(sum(stretch.steps for stretch in stretches))
+        per_epoch = round(plan.steps_per_epoch * total / plan.total_steps)
+        rungs = self.rungs
+        if self.rungs_at is not None:
+            points = [0, *(point.in_iterations(per_epoch, total) for point in self.rungs_at)]
+        else:
+            last = total if self.last_rung_by is None else self.last_rung_by.in_iterations(per_epoch, total)
+            points = [round(number * last / max(len(rungs) - 1, 1)) for number in range(len(rungs))]
+        for rung, point in zip(rungs, points):
+
+            def bits(model: nn.Module, rung: Rung = rung) -> dict[nn.Module, Arithmetic | None]:
+                floats = Arithmetic.of_floats(FLOATING[rung.floating]) if rung.floating else None
+                return {layer: floats or rung.bits(layer).arithmetic() for layer in quantisable(model).values()}
+
+            stretches = after(stretches, point, partial(computing, arithmetic=bits))
+        return stretches
+
     def attach(
         self,
         model: nn.Module,
@@ -263,6 +289,18 @@ class PrecisionLadder:
     def status(self) -> dict[str, float | str]:
         """Return what a progress bar may show: the bits of values and of gradients."""
         return {"bits": str(self._rungs[self.rung])}
+
+    def traces(self) -> list[Trace]:
+        """Return what the report shows: the bits of each layer's values and gradients over the steps."""
+
+        def bits(operand: int) -> dict[str, list[tuple[int, float]]]:
+            return {
+                name: [(entry["step"], entry["layers"][name][operand]) for entry in self.history]
+                for name in self._layers
+            }
+
+        named = (("bits of activations and weights", 0), ("bits of gradients", 2))
+        return [Trace(title=title, unit="bits", series=bits(operand), steps_hold=True) for title, operand in named]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a nested dict of tensors, numbers, strings and lists."""
