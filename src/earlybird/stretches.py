@@ -76,16 +76,16 @@ def after(stretches: Sequence[Stretch], step: float, change: Callable[[Stretch],
 
 
 def computing(stretch: Stretch, arithmetic: Callable[[nn.Module], dict[nn.Module, Arithmetic | None]]) -> Stretch:
-    """Return the stretch with layers that compute otherwise; None: in the run's floating point.
+    """Return the stretch with layers that compute otherwise, and all others as they are made.
 
     Args:
         stretch: Its model is left alone.
-        arithmetic: Returns how layers of a copy of the model compute.
+        arithmetic: Returns how layers of a copy of the model compute; None: in the run's floating point.
     """
     model = copy.deepcopy(stretch.model)
+    for layer in model.modules():
+        layer.__dict__.pop("arithmetic", None)  # what an earlier stretch set
     for layer, how in arithmetic(model).items():
-        if how is None:
-            layer.__dict__.pop("arithmetic", None)
-        else:
+        if how is not None:
             layer.arithmetic = how  # type: ignore[assignment]
     return replace(stretch, model=model)

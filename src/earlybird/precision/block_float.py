@@ -102,12 +102,8 @@ class BlockFloat:
         def rounded(model: nn.Module) -> dict[nn.Module, Arithmetic | None]:
             return dict.fromkeys(quantisable(model).values(), own)
 
-        def plain(model: nn.Module) -> dict[nn.Module, Arithmetic | None]:
-            return dict.fromkeys(model.modules())
-
-        return after(
-            after(stretches, 0, partial(computing, arithmetic=rounded)), until, partial(computing, arithmetic=plain)
-        )
+        in_blocks = after(stretches, 0, partial(computing, arithmetic=rounded))
+        return after(in_blocks, until, partial(computing, arithmetic=lambda _: {}))
 
     def attach(
         self,
