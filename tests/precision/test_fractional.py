@@ -99,7 +99,7 @@ def quantise_conv(layer, x, bits):
 
 def test_samples_of_several_candidates_are_computed_once_each_as_if_alone_with_their_bits():
     """Ranges are the batch's; apart from that, a sample does not know what was chosen for the others."""
-    model, _, running = start(deep(1), fractional_bits=(2, 8), fractional_gradient_bits=(8, 8), fractional_target=0.03)
+    model, _, _ = start(deep(1), fractional_bits=(2, 8), fractional_gradient_bits=(8, 8), fractional_target=0.03)
     x = deep(1)[0](images(12))
     calls = []
     model[1].conv1.register_forward_hook(lambda module, args, out: calls.append((len(args[0]), out)))
@@ -141,11 +141,16 @@ def test_a_candidate_of_no_bits_leaves_the_block_out_where_it_can():
     prefer(running, 9.0, -9.0)
     ran = []
     for block in (3, 4):
-        model[block].conv1.register_forward_pre_hook(lambda module, args, block=block: ran.append((block, len(args[0]))))
-    train(model, optimizer, 1)
+        model[block].conv1.register_forward_pre_hook(
+            lambda module, args, block=block: ran.append((block, len(args[0])))
+        )
+    model.eval()(images(16))
     assert ran == [(4, 16)]  # the second block changes the shape
+    train(model, optimizer, 1)
     assert running._counts == [[16.0, 0.0], [0.0, 16.0]]
-    with pytest.raises(InputError, match=f"the cheapest candidates cost {0.0625 * STRIDED_MACS / (STRIDED_MACS + BLOCK_MACS):.3g}"):
+    with pytest.raises(
+        InputError, match=f"the cheapest candidates cost {0.0625 * STRIDED_MACS / (STRIDED_MACS + BLOCK_MACS):.3g}"
+    ):
         start(fractional_target=0.02, **settings)
 
 
@@ -187,6 +192,10 @@ def test_the_price_holds_the_cost_however_candidates_are_chosen(choice, target):
     late = [entry["cost"] for entry in running.history[30:]]
     assert sum(late) / len(late) == pytest.approx(target, rel=0.05)
     assert running.status() == {"cost": f"{running.history[-1]['cost']:.2%}"}
+    bits, cost = running.traces()
+    shares = running.history[-1]["blocks"][0]
+    assert bits.series["3"][-1] == (70, pytest.approx(sum(n * b for n, b in zip(shares, (3, 4, 4, 6, 6), strict=True))))
+    assert cost.series["target"][-1] == (70, target)
 
 
 def test_the_published_penalty_pulls_towards_the_target():
@@ -279,7 +288,7 @@ def test_stopped_and_resumed_ends_in_the_same_bits(stop, cut):
 
 
 def test_evaluation_takes_the_highest_score_and_the_running_range():
-    model, optimizer, running = start(deep(2))
+    model, optimizer, _ = start(deep(2))
     train(model, optimizer, 3)
     with torch.no_grad():
         model.eval()

@@ -5,13 +5,13 @@ from torch import nn
 from earlybird.skipping.gates import LearnedGate, Price, RecurrentGate, level_for
 
 
-def gate(channels=(3, 5), widths=(4,), bias=(0.5,), seed=0, rate=0.01):
-    return LearnedGate(channels, widths, bias, rate=rate, seed=seed, device=torch.device("cpu"))
+def gate(channels=(3, 5), widths=(4,), seed=0):
+    return LearnedGate(channels, widths, 1, rate=0.01, seed=seed, device=torch.device("cpu"))
 
 
 def test_scores_by_hand():
     """One channel, one hidden unit: sigmoid and tanh of the LSTM written out, over two blocks."""
-    one = gate((1, 1), (1,), (0.25,))
+    one = gate((1, 1), (1,))
     with torch.no_grad():
         for parameter in one.network.parameters():
             parameter.fill_(0.5)

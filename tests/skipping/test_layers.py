@@ -13,6 +13,7 @@ from earlybird.errors import InputError
 from earlybird.models import build
 from earlybird.skipping.layers import LayerSkipping
 from earlybird.skipping.stochastic_depth import StochasticDepth
+from earlybird.tickets.refit import estimate_batch_norms
 from tests.tickets.test_early_bird import QUICK, batch, sgd, train
 from tests.tickets.topologies import PreActBlock, conv, images, make, tail
 
@@ -61,7 +62,7 @@ def spread(running, size=30.0):
 def test_what_is_decided_in_evaluation_is_what_a_mask_computes():
     outputs = []
     for execution in ("gathered", "masked"):
-        model, _, running = start(deep(), layer_share=0.5, layer_execution=execution)
+        model, _, running = start(deep(), layer_share=0.5, layer_execution=execution, layer_evaluate="decided")
         spread(running)
         with torch.no_grad():
             outputs.append(model.eval()(images(9)))
@@ -78,7 +79,7 @@ def test_training_computes_the_same_gathered_and_masked_where_samples_are_apart(
     """The same coins, blocks and gradients of the weights; the gates' own gradients differ by design."""
     results = []
     for execution in ("gathered", "masked"):
-        model, _, running = start(deep(), layer_share=0.5, layer_execution=execution)
+        model, _, running = start(deep(), layer_share=0.5, layer_execution=execution, layer_probe=0)
         for projection in running._gate.network.projections:
             nn.init.zeros_(projection[0].weight)  # no gradient from the gate to the features
         out = model.train()(images(9))
@@ -123,14 +124,14 @@ def test_gates_learn_what_a_block_is_worth():
 
 
 def test_evaluation_by_chance_is_another_one_each_time_and_training_does_not_mind():
-    model, _, _ = start(deep(), layer_share=0.5, layer_evaluate="sampled")
+    model, _, _ = start(deep(), layer_share=0.5)
     model.eval()
     with torch.no_grad():
         first, second = model(images(32)), model(images(32))
     assert not torch.equal(first, second)
     ends = []
     for evaluations in (0, 3):
-        model, optimizer, _ = start(deep(), layer_share=0.5, layer_evaluate="sampled")
+        model, optimizer, _ = start(deep(), layer_share=0.5)
         for step in range(4):
             for _ in range(evaluations):
                 with torch.no_grad():
@@ -178,7 +179,7 @@ def test_the_sum_of_all_errors_is_what_the_price_has_moved_by():
 
 
 def test_decided_gates_run_as_much_in_evaluation_as_in_training():
-    model, optimizer, running = start(deep(), layer_share=0.5)
+    model, optimizer, running = start(deep(), layer_share=0.5, layer_evaluate="decided")
     spread(running, 3.0)
     train(model, optimizer, 60)
     with torch.no_grad():
@@ -217,16 +218,21 @@ def test_running_everything_needs_no_gates_and_no_blocks():
 # ---- the bill ----
 
 
-def test_the_bill_counts_what_ran_and_the_gates():
-    model, optimizer, running = start(total_steps=1)
+@pytest.mark.parametrize("probe", [0, 0.5])
+def test_the_bill_counts_what_ran_the_probes_and_the_gates(probe):
+    model, optimizer, running = start(total_steps=1, layer_probe=probe)
     cost = count(model, images(1))
+    sizes = []
+    model[3].conv1.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     train(model, optimizer, 1)
     ran = round(16 * running.history[-1]["blocks"][0])
     assert 0 < ran < 16
+    probes = sum(sizes) - ran
+    assert bool(probes) == bool(probe)
     stem = 3 * 8 * 9 * 64
     dense = 3 * cost.forward_macs - stem  # forward, error and weight pass; images need no gradient
     assert cost.training_macs == dense
-    expected = 16 * dense - (16 - ran) * 3 * BLOCK_MACS + 16 * 3 * GATE_MACS
+    expected = 16 * dense - (16 - ran) * 3 * BLOCK_MACS + 16 * 3 * GATE_MACS + probes * BLOCK_MACS
     assert running._ledger.phases["train"].macs == pytest.approx(expected, rel=1e-12)
     with torch.no_grad():
         model.eval()(images(8))
@@ -258,18 +264,31 @@ def test_history_has_an_entry_every_hundredth_of_the_run_and_status_its_last_sha
     always = 1 - BLOCK_MACS / sum((BLOCK_MACS, (8 * 12 * 9 + 12 * 12 * 9 + 8 * 12) * 16))
     assert entry["share"] == pytest.approx(always + (1 - always) * entry["blocks"][0])
     assert running.status() == {"layers": f"{entry['share']:.0%}"}
+    (trace,) = running.traces()
+    assert trace.series["3"] == [(entry["step"], entry["blocks"][0]) for entry in running.history]
+    assert trace.series["4"] == [(4, 1.0), (8, 1.0)]
 
 
-def test_executed_blocks_of_each_input_are_those_of_the_last_evaluation_batch():
-    model, _, running = start(deep())
-    with pytest.raises(InputError, match="no batch was evaluated yet"):
-        running.executed_per_input()
+def test_executed_blocks_of_each_input_are_those_of_the_last_evaluation():
+    model, _, running = start(deep(), layer_evaluate="decided")
+    assert running.executed_per_input() is None
     decide(running, 1.0)
     model.eval()(images(5))
-    assert running.executed_per_input().tolist() == [4] * 5
     decide(running, -1.0)
     model(images(3))
+    assert running.executed_per_input().tolist() == [4] * 5 + [0] * 3
+    model.train()(images(2))
+    assert running.executed_per_input().tolist() == [4] * 5 + [0] * 3
+    model.eval()(images(3))
     assert running.executed_per_input().tolist() == [0] * 3
+
+
+def test_estimating_batch_norms_is_no_evaluation():
+    model, _, running = start()
+    estimate_batch_norms(model.eval(), [images(4)])
+    assert running.executed_per_input() is None
+    model(images(2))
+    assert len(running.executed_per_input()) == 2
 
 
 # ---- resuming, cutting, composing ----
@@ -429,6 +448,7 @@ def test_blocks_out_of_their_turn_are_refused():
         ({"layer_execution": "skipped"}, "layer_execution is 'skipped'"),
         ({"layer_evaluate": "p"}, "layer_evaluate is 'p'"),
         ({"layer_penalty": 0}, "layer_penalty is 0"),
+        ({"layer_probe": 1}, "layer_probe is 1"),
         ({"layer_gate_rate": float("inf")}, "layer_gate_rate is inf"),
         ({"layer_blocks": ""}, "layer_blocks is ''"),
         ({"layer_blocks": ("a", 3)}, "layer_blocks is"),

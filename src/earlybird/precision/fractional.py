@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -73,16 +74,18 @@ from earlybird.precision.turning_points import TurningPoints
 from earlybird.settings import check_count, option
 from earlybird.skipping.coins import Coins
 from earlybird.skipping.gates import LearnedGate, Price, charge, summed
-from earlybird.skipping.gather import check_norms, run_on
+from earlybird.skipping.gather import Choice, check_norms, run_on
 from earlybird.step import Step
 from earlybird.tickets.layers import TransposedConv, is_depthwise
 from earlybird.tickets.shrink import Change
+from earlybird.traces import Trace
 
 __all__ = ["FractionalBits", "FractionalPrecision", "cost_of", "rounded"]
 
 _WIDTHS = (32, 16)  # of the gate: its projection, of which the last is the LSTM's, too, as published
 _DEPTHWISE = Bits(8, 8, 16)  # whatever the gate says
 _WINDOW, _DECAY = 5, 0.3  # of the turning points, as published
+_PROBE = 0.1  # share of the samples that skip a block which run it forward all the same, to tell its gate
 _RECORDS = 100  # entries of the history in a run whose length is known
 _RECORD_EVERY = 50  # steps, where it is not
 _TINY = torch.finfo(torch.float32).tiny
@@ -297,7 +300,7 @@ class _Choose(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Choice:
+class _Chosen:
     """What was chosen for the samples that are about to run a block.
 
     Attributes:
@@ -312,10 +315,10 @@ class _Choice:
     bits: Tensor
     gradient: Tensor
 
-    def of(self, rows: Tensor) -> _Choice:
+    def of(self, rows: Tensor) -> _Chosen:
         """Return the same for some of the samples."""
         weights = None if self.weights is None else self.weights[rows]
-        return _Choice(self.index[rows], weights, self.bits[rows], self.gradient[rows])
+        return _Chosen(self.index[rows], weights, self.bits[rows], self.gradient[rows])
 
 
 class _Layer:
@@ -328,7 +331,7 @@ class _Layer:
 
     def __init__(self, name: str, module: nn.Module, run: FractionalBits) -> None:
         self.module, self.name = module, name
-        self.choice: _Choice | None = None
+        self.choice: _Chosen | None = None
         self.running: Range | None = None
         self._settings, self._generator = run.settings, run.generator
         self._per = 1 if isinstance(module, TransposedConv) else 0  # dimension of the weight's output channels
@@ -465,7 +468,7 @@ class FractionalBits:
                 )
         self._coins = Coins(seed)
         self._gate = LearnedGate(
-            [block.channels for block in self.blocks], _WIDTHS, [0.0] * len(self._bits),
+            [block.channels for block in self.blocks], _WIDTHS, len(self._bits),
             rate=settings.fractional_gate_rate, seed=seed, device=device,
         )  # fmt: skip
         self._layers = [[_Layer(name, found[name], self) for name in names] for names in inside]
@@ -513,6 +516,23 @@ class FractionalBits:
         """Return what a progress bar may show: the cost of the blocks lately, of 32-bit computation."""
         costs = [entry["cost"] for entry in self.history if "cost" in entry]
         return {"cost": f"{costs[-1]:.2%}"} if costs else {}
+
+    def traces(self) -> list[Trace]:
+        """Return what the report shows: the mean bits of each block's inputs, and the cost, over the steps."""
+        entries = [entry for entry in self.history if "cost" in entry]
+        bits = {
+            block.name: [
+                (entry["step"], sum(map(operator.mul, entry["blocks"][index], self.settings.fractional_bits)))
+                for entry in entries
+            ]
+            for index, block in enumerate(self.blocks)
+        }
+        cost = {key: [(entry["step"], entry[key]) for entry in entries] for key in ("cost", "target")}
+        note = "The mean of the three passes of training, of computation in 32 bits."
+        return [
+            Trace(title="bits of a block's inputs", unit="bits", series=bits),
+            Trace(title="cost of the blocks", unit="share", series=cost, note=note),
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a nested dict of tensors, numbers, strings and lists."""
@@ -596,20 +616,27 @@ class FractionalBits:
                 f"block '{block.name}' gets {channels_of(x)} channels, its gate expects {self._gate.channels(index)}",
                 hint="cut the model by earlybird.shrink, which tells the gates, or before they are attached",
             )
-        chances, chosen = self._choose(index, x, training=training, learns=learns)
-        rows = self._bits[chosen].nonzero().flatten()
-        self._note(index, chosen, training=training, learns=learns)
+        chances, chosen, computing = self._choose(index, x, training=training, learns=learns)
+        runs = self._bits[chosen] > 0
+        gated = learns and settings.fractional_choice != "random"
         weights = None
-        if learns and settings.fractional_choice != "random":  # straight through
+        if gated:  # straight through
             weights = nn.functional.one_hot(chosen, len(self._bits)) - chances.detach() + chances
-        choice = _Choice(chosen, weights, self._bits[chosen], self._gradient_bits[chosen])
-        leaves_out = block.skippable and 0 in settings.fractional_bits
-        runs = chances[:, self._bits > 0].sum(1) if leaves_out and weights is not None else None
-        with self._chosen(index, choice if len(rows) == len(x) else choice.of(rows)):
-            return run_on(block.module, forward, x, rows, runs)
+        choice = _Chosen(computing, weights, self._bits[computing], self._gradient_bits[computing])
+        left_out, probes = None, runs[:0].nonzero().flatten()
+        if gated and block.skippable and 0 in settings.fractional_bits:
+            probes = ((self._coins.draw(len(x)).to(x.device) < _PROBE) & ~runs).nonzero().flatten()
+            left_out = Choice(chances[:, self._bits > 0].sum(1), probes, _PROBE)
+        self._note(index, chosen, computing[probes], learns=learns)
 
-    def _choose(self, index: int, x: Tensor, *, training: bool, learns: bool) -> tuple[Tensor, Tensor]:
-        """Return the chances of each candidate, shape (N, K), and what was chosen, shape (N,), int64."""
+        def compute(inputs: Tensor, rows: Tensor) -> Tensor:
+            with self._chosen(index, choice.of(rows)):
+                return forward(inputs)
+
+        return run_on(block.module, compute, x, runs.nonzero().flatten(), left_out)
+
+    def _choose(self, index: int, x: Tensor, *, training: bool, learns: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the chances of each candidate, (N, K), what was chosen, (N,), and what of those that compute, (N,)."""
         settings = self.settings
         gated = settings.fractional_choice != "random"
         scores = self._gate.scores(index, x) if gated else torch.zeros(len(x), len(self._bits), device=x.device)
@@ -627,10 +654,10 @@ class FractionalBits:
         if not gated or (settings.fractional_choice == "drawn" and training):
             coins = self._coins.draw(decides.numel()).view(decides.shape).to(x.device)
             decides = decides - (-coins.log()).log()  # Gumbel noise: its highest is a draw from the softmax
-        return chances, decides.argmax(1)
+        return chances, decides.argmax(1), decides.masked_fill(self._bits == 0, -math.inf).argmax(1)
 
     @contextlib.contextmanager
-    def _chosen(self, index: int, choice: _Choice) -> Iterator[None]:
+    def _chosen(self, index: int, choice: _Chosen) -> Iterator[None]:
         """Let the layers of a block know what was chosen for the samples that they are about to get."""
         for layer in self._layers[index]:
             layer.choice = choice
@@ -640,14 +667,17 @@ class FractionalBits:
             for layer in self._layers[index]:
                 layer.choice = None
 
-    def _note(self, index: int, chosen: Tensor, *, training: bool, learns: bool) -> None:
-        """Count what was chosen for a batch."""
+    def _note(self, index: int, chosen: Tensor, probes: Tensor, *, learns: bool) -> None:
+        """Count the candidates that were chosen for a batch, shape (N,), and those of probes, shape (k,)."""
         block = self.blocks[index]
-        counts = torch.bincount(chosen, minlength=len(self._bits)).tolist()
+        counts, probed = (torch.bincount(found, minlength=len(self._bits)).tolist() for found in (chosen, probes))
         for ledger in self._ledgers:
-            for number, bits in zip(counts, self.settings.candidates):
+            for number, extra, bits in zip(counts, probed, self.settings.candidates):
                 if number:
                     self._reroute(ledger, index, number, bits, training=learns)
+                if extra:  # forward passes more
+                    ledger.reroute(block.layers, -extra, None, training=False)
+                    self._reroute(ledger, index, extra, bits, training=False)
         gate = len(chosen) * self._gate.macs(index) / self._macs[index]  # in samples of the block
         if self.settings.fractional_choice != "random":
             charge(self._ledgers, block.layers, gate, training=learns)

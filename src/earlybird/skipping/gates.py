@@ -75,7 +75,7 @@ class LearnedGate:
     Args:
         channels: Of the input of each block that it decides on.
         widths: As of `RecurrentGate`.
-        bias: First scores of all samples; one for each choice.
+        choices: Scores a sample.
         rate: Learning rate of Adam.
         seed: Of the first weights.
         device: Where the model is.
@@ -85,7 +85,7 @@ class LearnedGate:
         self,
         channels: Sequence[int],
         widths: Sequence[int],
-        bias: Sequence[float],
+        choices: int,
         *,
         rate: float,
         seed: int,
@@ -93,9 +93,8 @@ class LearnedGate:
     ) -> None:
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
-            self.network = RecurrentGate(channels, widths, len(bias))
-        with torch.no_grad():
-            self.network.head.bias.copy_(torch.tensor(bias))
+            self.network = RecurrentGate(channels, widths, choices)
+        nn.init.zeros_(self.network.head.bias)
         self.network.to(device)
         self._adam = torch.optim.Adam(self.network.parameters(), lr=rate)
         self._state: tuple[Tensor, Tensor] | None = None

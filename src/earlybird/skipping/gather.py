@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,47 +26,88 @@ from earlybird.calls import processes
 from earlybird.errors import InputError
 from earlybird.tickets.layers import BatchNorm
 
-__all__ = ["FEW", "check_norms", "run_on"]
+__all__ = ["FEW", "Choice", "check_norms", "run_on"]
 
 FEW = 4
 """Samples, below which the batch norms of a block that leaves others out use their running statistics."""
 
 
+class Choice(NamedTuple):
+    """By what chances the samples that run were chosen, so that the chances can learn.
+
+    Attributes:
+        chance: Of each sample to run, p, shape (N,), float32.
+        probes: Indices of samples that do not run, and are run forward all the same to see what they miss, shape (k,).
+        rate: Probability with which a sample that does not run becomes a probe; 0 for no probes.
+    """
+
+    chance: Tensor
+    probes: Tensor
+    rate: float
+
+
 def run_on(
-    block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, rows: Tensor, chance: Tensor | None = None
+    block: nn.Module,
+    forward: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    rows: Tensor,
+    choice: Choice | None = None,
 ) -> Tensor:
     """Return what ``forward`` makes of some samples, and the others as they are.
 
-    Where the samples were chosen with probabilities ``chance``, p, these get the gradient
+    With a ``choice``, the chances p get an estimate of what running is worth, L(with) - L(without). With d = block(x) -
+    x, the inner product <dL/dout, d> is that to first order, of a sample that runs as seen from the output with d, of
+    one that does not as seen from the output without; the mean of both views is right to second order, too:
 
-        dL/dp_i = <dL/dout_i, block(x)_i - x_i> / p_i  for the samples that run        0  for all others
+        dL/dp_i = <dL/dout_i, d_i> / (2 p_i)               for the samples that run
+                  <dL/dout_i, d_i> / (2 (1 - p_i) rate)    for the probes, whose d is computed forward only
+                  0                                        for all others
 
-    Its mean over the choice is the inner product itself, for each sample: what it is worth to run it, to first order,
-    as seen from the output with it. Through p = sigmoid(s) it becomes (1 - p_i) times the inner product, so that the
-    division makes nothing large.
+    Its mean over the choice is the mean of both views, for each sample; through p = sigmoid(s), no weight is larger
+    than 1 / (2 rate). Without probes, ``rate = 0``, only the first view is there, with weight 1 / p.
 
     Args:
         block: Maps a tensor to one of the same shape.
-        forward: What runs it.
+        forward: What runs it, on the samples whose indices it is told, too.
         x: ``(N, ...)``.
         rows: Indices of the samples that run, ascending, shape (n,), 0 <= n <= N.
-        chance: Shape (N,), float32.
+        choice: How they were chosen.
 
     Returns:
         ``(N, ...)``, in the type and memory format of ``x`` where some samples do not run.
     """
+    share = 0.5 if choice is not None and choice.rate else 1.0
+    if len(rows) == len(x):
+        return _credited(forward(x, rows), x, choice, rows, share)
+    if choice is not None and len(choice.probes):
+        x = _probed(block, forward, x, choice)
     if not len(rows):
         parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
-        untouched: Tensor = _Untouched.apply(x, chance, *parameters)
+        untouched: Tensor = _Untouched.apply(x, None if choice is None else choice.chance, *parameters)
         return untouched
-    if len(rows) == len(x):
-        outputs = forward(x)
-        return outputs if chance is None else _Credit.apply(outputs, x.detach(), chance)  # type: ignore[no-any-return]
     rest, inputs = _Gather.apply(x, rows)
     with _running_statistics(block) if len(rows) < FEW else contextlib.nullcontext():
-        outputs = forward(inputs).to(x.dtype)
-    merged: Tensor = _Merge.apply(rest, outputs, inputs.detach(), rows, chance)
+        outputs = forward(inputs, rows).to(x.dtype)
+    merged: Tensor = _Merge.apply(rest, _credited(outputs, inputs, choice, rows, share), rows)
     return merged
+
+
+def _credited(outputs: Tensor, inputs: Tensor, choice: Choice | None, rows: Tensor, share: float) -> Tensor:
+    """Return ``outputs`` of the samples that ran; their chances get what it was worth."""
+    if choice is None:
+        return outputs
+    chance = choice.chance[rows]
+    return _Credit.apply(outputs, chance, None, outputs.detach(), inputs.detach(), share / chance.detach())  # type: ignore[no-any-return]
+
+
+def _probed(block: nn.Module, forward: Callable[[Tensor, Tensor], Tensor], x: Tensor, choice: Choice) -> Tensor:
+    """Return ``x``; the chances of the probes get what running them would have been worth."""
+    inputs = _taken(x.detach(), choice.probes)
+    with torch.no_grad(), _running_statistics(block):
+        outputs = forward(inputs, choice.probes).to(x.dtype)
+    chance = choice.chance[choice.probes]
+    weight = 0.5 / ((1 - chance.detach()) * choice.rate)
+    return _Credit.apply(x, chance, choice.probes, outputs, inputs, weight)  # type: ignore[no-any-return]
 
 
 def check_norms(blocks: Iterable[Block]) -> None:
@@ -102,12 +143,6 @@ def _put(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     return copy
 
 
-def _worth(gradient: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
-    """Return the inner product of gradient and difference for each sample, float32, shape (n,)."""
-    product = (outputs - inputs).mul_(gradient)
-    return product.sum(tuple(range(1, product.ndim)), dtype=torch.float32)
-
-
 class _Gather(torch.autograd.Function):
     """Rows of a batch, and the batch, whose gradient `_Merge` leaves to be completed here."""
 
@@ -127,37 +162,36 @@ class _Merge(torch.autograd.Function):
     """A batch with other values in some rows; the gradient of these rows is that of the values alone."""
 
     @staticmethod
-    def forward(ctx: Any, rest: Tensor, outputs: Tensor, inputs: Tensor, rows: Tensor, chance: Tensor | None) -> Tensor:
-        ctx.save_for_backward(outputs, inputs, rows, chance)
+    def forward(ctx: Any, rest: Tensor, outputs: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
         return _put(rest, rows, outputs)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        outputs, inputs, rows, chance = ctx.saved_tensors
-        taken = _taken(gradient, rows)
-        credit = None
-        if ctx.needs_input_grad[4]:
-            worth = _worth(taken, outputs, inputs) / chance[rows]
-            credit = torch.zeros_like(chance).index_copy_(0, rows, worth)
-        # the rows that ran are overwritten in _Gather: nobody else gets this gradient
-        return gradient, taken, None, None, credit
+        (rows,) = ctx.saved_tensors
+        # the rows that ran are overwritten in _Gather: nobody else gets the first one
+        return gradient, _taken(gradient, rows), None
 
 
 class _Credit(torch.autograd.Function):
-    """Outputs of samples that all ran; the chances that they had get what it was worth."""
+    """Values as they are; chances get the inner product of the values' gradient and what a block changed."""
 
     @staticmethod
-    def forward(ctx: Any, outputs: Tensor, inputs: Tensor, chance: Tensor) -> Tensor:
-        ctx.save_for_backward(outputs, inputs, chance)
-        return outputs.view_as(outputs)
+    def forward(
+        ctx: Any, values: Tensor, chance: Tensor, rows: Tensor | None, outputs: Tensor, inputs: Tensor, weight: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(rows, outputs, inputs, weight)
+        return values.view_as(values)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        outputs, inputs, chance = ctx.saved_tensors
-        credit = _worth(gradient, outputs, inputs) / chance if ctx.needs_input_grad[2] else None
-        return gradient, None, credit
+        rows, outputs, inputs, weight = ctx.saved_tensors
+        seen = gradient if rows is None else _taken(gradient, rows)
+        product = (outputs - inputs).mul_(seen)
+        worth = product.sum(tuple(range(1, product.ndim)), dtype=torch.float32)
+        return gradient, worth * weight, None, None, None, None
 
 
 class _Untouched(torch.autograd.Function):

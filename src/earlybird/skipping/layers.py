@@ -2,13 +2,13 @@
 
 The part of E2-Train called SLU, input-dependent selective layer update (Wang et al., E2-Train: Training
 State-of-the-art CNNs with Over 80% Energy Savings, NeurIPS 2019, https://arxiv.org/abs/1910.13349; reference code
-github.com/RICE-EIC/E2Train), with the recurrent gate of SkipNet (`earlybird.skipping.gates`). Sample i passes block l
-with probability
+github.com/RICE-EIC/E2Train), with the recurrent gate of SkipNet (`earlybird.skipping.gates`). Sample i runs block l with
+probability
 
     p = sigmoid(score_l(x_i) - price * cost_l)        else its input goes on in the place of the output
 
-where cost_l is the block's MACs, relative to the mean block's, and the price is moved after each step so that the
-share of the residual blocks' MACs that is run comes to ``layer_share``.
+where cost_l is the block's MACs, relative to the mean block's. Scores are relative to their mean, and the price is
+moved after each step so that the share of the residual blocks' MACs that is run comes to ``layer_share``.
 
 What it saves: measured seconds, counted MACs and modelled joules of the samples that pass by a block, in both passes of
 training and in inference, since samples are gathered (`earlybird.skipping.gather`). It does *not* pay in shallow
@@ -18,15 +18,18 @@ GPU, which has to wait for each gate's decision before it knows how much to comp
 Deviations of the default, each with the published behaviour under ``PRESETS['published']``:
 
 - ``layer_execution``: the published code computes every block for every sample and multiplies by 0 or 1. Then nothing
-  is saved, batch norms see all samples, and the gradient of a gate's choice is known for all samples, straight
-  through. Where samples are gathered, only those that run tell what running was worth; their word is divided by p,
-  which makes it right in the mean (`run_on`). The gate then also learns by itself, its gradient ends at its input;
-- ``layer_control``: published, a penalty in the loss whose sign flips with the share of the last batch;
-- ``layer_evaluate``: published, gates are sampled in evaluation as they are in training.
+  is saved, batch norms see all samples, and the gradient of a gate's choice is known for all of them, straight
+  through; it also flows into the features that the gate sees. Where samples are gathered, those that run show what
+  running is worth as seen with the block. That alone is no guide: once a block's scale is trained, it is near 0
+  however much the block is needed. So a few of those that do not run, ``layer_probe``, are run forward as well, and
+  show it as seen without; the mean of both views is right to second order (`run_on`);
+- ``layer_control``: published, a penalty in the loss whose sign flips with the share of the batch.
 
 And without an option: every block that keeps its shape has a gate, the first one, too, and those that change the shape
-have none (`earlybird.blocks`); the gates have an Adam of their own, since they live outside of the model. The gate is
-sampled by independent coins, as published, not straight from Gumbel noise.
+have none (`earlybird.blocks`); the gates have an Adam of their own, since they live outside of the model.
+
+``layer_evaluate='decided'`` lets those run, in evaluation, whose score is above a level at which the target share of
+the last steps' choices would have been. Published: chance, as in training.
 """
 
 from __future__ import annotations
@@ -48,8 +51,9 @@ from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count, check_share, option
 from earlybird.skipping.coins import Coins
 from earlybird.skipping.gates import LearnedGate, Price, charge, level_for, summed
-from earlybird.skipping.gather import check_norms, run_on
+from earlybird.skipping.gather import Choice, check_norms, run_on
 from earlybird.tickets.shrink import Change
+from earlybird.traces import Trace
 
 __all__ = ["LayerGates", "LayerSkipping"]
 
@@ -77,14 +81,17 @@ class LayerSkipping:
     layer_execution: Literal["gathered", "masked"] = option(
         "gathered", "Run each block on the samples that chose it, or on all and multiply by 0 or 1."
     )
-    layer_evaluate: Literal["decided", "sampled"] = option(
-        "decided", "Gates in evaluation: the higher scores run, as many as in training, or by chance as there."
+    layer_evaluate: Literal["sampled", "decided"] = option(
+        "sampled", "Gates in evaluation: by chance as in training, or the higher scores run, as many as there."
+    )
+    layer_probe: float = option(
+        0.1, "Share of the samples that skip a block which run it forward all the same, to tell its gate; in [0, 1)."
     )
     layer_gate_rate: float = option(1e-3, "Learning rate of the gates.")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
-        "published": {"layer_control": "penalty", "layer_execution": "masked", "layer_evaluate": "sampled"},
+        "published": {"layer_control": "penalty", "layer_execution": "masked"},
         "fast": {},
     }
 
@@ -94,7 +101,7 @@ class LayerSkipping:
         for name, allowed in (
             ("layer_control", ("price", "penalty")),
             ("layer_execution", ("gathered", "masked")),
-            ("layer_evaluate", ("decided", "sampled")),
+            ("layer_evaluate", ("sampled", "decided")),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
@@ -102,6 +109,9 @@ class LayerSkipping:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise InputError(f"{name} is {value!r}", needed="a number above 0")
+        probe = self.layer_probe
+        if isinstance(probe, bool) or not isinstance(probe, (int, float)) or not 0 <= probe < 1:
+            raise InputError(f"layer_probe is {probe!r}", needed="a share from 0 to below 1")
 
     def attach(
         self,
@@ -163,8 +173,11 @@ class LayerGates:
         self._steps = 0
         self._record_every = _RECORD_EVERY if total_steps is None else max(total_steps // _RECORDS, 1)
         self._price = Price()
+        self._center = 0.0  # mean score of the last step: a drift of all scores together is not for the price to follow
         self._level: float | None = None  # score, a unit of cost, above which a decided gate lets samples run
-        self._executed: Tensor | None = None
+        self._executed: list[Tensor] = []  # blocks that each input ran, by batch of the last evaluation
+        self._evaluated = False  # it is over: training has gone on
+        self._tells = False  # the pass under way is one of an evaluation
         self._next = 0  # block whose turn it is
         self.blocks: list[Block] = []
         self._gated: list[Block] = []
@@ -199,11 +212,11 @@ class LayerGates:
                 f"blocks change the shape and always run: {floor:.3g} of the blocks' MACs",
                 needed=f"a share above {floor:.3g}, and at most 1",
             )
-        first = [math.log(self._target / (1 - self._target))]
+        self._offset = math.log(self._target / (1 - self._target))  # what all begin with
         device = next(self._model.parameters()).device
         self._coins = Coins(seed)
         self._gate = LearnedGate(
-            [block.channels for block in self._gated], _WIDTHS, first,
+            [block.channels for block in self._gated], _WIDTHS, 1,
             rate=self.settings.layer_gate_rate, seed=seed, device=device,
         )  # fmt: skip
 
@@ -228,21 +241,28 @@ class LayerGates:
         """Return what a progress bar may show: the share of the blocks' MACs that was run lately."""
         return {"layers": f"{self.history[-1]['share']:.0%}"} if self.history else {}
 
-    def executed_per_input(self) -> Tensor:
-        """Return how many of the residual blocks each input of the last evaluation batch ran, shape (N,), int64.
+    def executed_per_input(self) -> Tensor | None:
+        """Return how many residual blocks each input of the last evaluation ran, in its order, shape (N,), int64.
 
-        Raises:
-            InputError: There was none since the gates were set.
+        An evaluation is the passes in eval mode between two in training; None where there was none.
         """
-        if self._executed is None:
-            raise InputError("no batch was evaluated yet", hint="call the model in eval mode first")
-        return self._executed.clone()
+        return torch.cat(self._executed) if self._executed else None
+
+    def traces(self) -> list[Trace]:
+        """Return what the report shows: the share of samples that ran each block, over the steps."""
+        by_block = {
+            block.name: [(entry["step"], entry["blocks"][index]) for entry in self.history]
+            for index, block in enumerate(self.blocks)
+        }
+        note = f"{self.settings.layer_share:.0%} of the blocks' MACs were to be run."
+        return [Trace(title="samples that ran a block", unit="share", series=by_block, note=note)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: steps, prices, gates and their optimizer, the history, and what the own ledger holds."""
         return {
             "steps": self._steps,
             "price": self._price.value,
+            "center": self._center,
             "level": self._level,
             "gate": self._gate.state_dict() if self._gated else {},
             "history": [dict(entry) for entry in self.history],
@@ -253,7 +273,7 @@ class LayerGates:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         self._steps = int(state["steps"])
-        self._price.value, self._level = state["price"], state["level"]
+        self._price.value, self._center, self._level = state["price"], state["center"], state["level"]
         if self._gated:
             self._gate.load_state_dict(state["gate"])
             self._coins.after_step(self._steps)
@@ -289,7 +309,7 @@ class LayerGates:
 
     def _begin_step(self) -> None:
         self._excess, self._possible = 0.0, 0.0  # MACs that were run above the target, and could have been run
-        self._scores: list[tuple[int, Tensor]] = []  # block and its samples' scores, a unit of cost
+        self._scores: list[tuple[int, Tensor]] = []  # block and its samples' scores
 
     def _begin_record(self) -> None:
         self._ran, self._seen = [0.0] * len(self._gated), 0.0  # samples, by block, and of all
@@ -298,8 +318,14 @@ class LayerGates:
     def _begin_pass(self, count: int, *, training: bool, device: torch.device) -> None:
         self._coins.begin(training=training)
         self._ledgers = {self._ledger, *hook_owners(self._model, Ledger)}
-        if not training:
-            self._executed = torch.full((count,), len(self.blocks) - len(self._gated), device=device)
+        # batch norms that train while all else evaluates have their statistics estimated: nobody looks at the outputs
+        self._tells = not any(module.training for module in self._gated[0].module.modules())
+        if training:
+            self._evaluated = True
+        elif self._tells:
+            if self._evaluated:
+                self._executed, self._evaluated = [], False
+            self._executed.append(torch.full((count,), len(self.blocks) - len(self._gated), device=device))
 
     def _run(self, index: int, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         block, settings = self._gated[index], self.settings
@@ -320,41 +346,45 @@ class LayerGates:
                 hint="cut the model by earlybird.shrink, which tells the gates, or before they are attached",
             )
         masked = settings.layer_execution == "masked"
-        score = self._gate.scores(index, x, into_features=masked)[:, 0]
-        chance = torch.sigmoid(score - self._price.value * self._costs[index])
+        score = self._gate.scores(index, x, into_features=masked)[:, 0] - self._center
+        cost = self._costs[index]
+        chance = torch.sigmoid(self._offset + score - self._price.value * cost)
         if training or settings.layer_evaluate == "sampled":
             runs = self._coins.draw(len(x)).to(x.device) < chance.detach()
         else:
-            level = self._price.value if self._level is None else self._level
-            runs = score > level * self._costs[index]
-        rows = runs.nonzero().flatten()
-        self._record(index, len(rows), runs, score.detach(), learns=learns)
+            runs = chance > 0.5 if self._level is None else score > self._level * cost
+        rows, probes = runs.nonzero().flatten(), runs[:0].nonzero().flatten()
+        if learns and not masked and settings.layer_probe:
+            probed = self._coins.draw(len(x)).to(x.device) < settings.layer_probe
+            probes = (probed & ~runs).nonzero().flatten()
+        self._record(index, rows, probes, runs, score.detach(), learns=learns)
         if learns and settings.layer_control == "penalty":
             # its sign is that of this step's batches, which are known when the gradient comes
             chance.register_hook(
                 lambda gradient: gradient + settings.layer_penalty * (1.0 if self._excess > 0 else -1.0)
             )
         if not masked:
-            return run_on(block.module, forward, x, rows, chance if learns else None)
+            choice = Choice(chance, probes, settings.layer_probe) if learns else None
+            return run_on(block.module, lambda inputs, _: forward(inputs), x, rows, choice)
         mask = runs.float()
         if learns:  # straight through
             mask = mask - chance.detach() + chance
         return torch.lerp(x, forward(x).to(x.dtype), mask.to(x.dtype).view(-1, *[1] * (x.ndim - 1)))
 
-    def _record(self, index: int, ran: int, runs: Tensor, scores: Tensor, *, learns: bool) -> None:
-        """Count a batch of which ``ran`` samples run a block, those of ``runs``, shape (N,)."""
-        block, macs, count = self._gated[index], self._macs[index], len(runs)
+    def _record(self, index: int, rows: Tensor, probes: Tensor, runs: Tensor, scores: Tensor, *, learns: bool) -> None:
+        """Count a batch: samples that run a block, ``rows`` (n,) or ``runs`` (N,), probes (k,), and all scores (N,)."""
+        block, macs, count, ran = self._gated[index], self._macs[index], len(runs), len(rows)
         gate = count * self._gate.macs(index) / macs  # in samples of the block
         for ledger in self._ledgers if self.settings.layer_execution == "gathered" else ():
             ledger.reroute(block.layers, count - ran, None, training=learns)
+            ledger.reroute(block.layers, -len(probes), None, training=False)  # forward passes more
         charge(self._ledgers, block.layers, gate, training=learns)
-        if not block.module.training:
-            assert self._executed is not None
-            self._executed += runs
-        elif learns:
+        if self._tells:
+            self._executed[-1] += runs
+        if learns:
             self._excess += macs * (ran - self._target * count)
             self._possible += macs * count
-            self._scores.append((index, scores / self._costs[index]))
+            self._scores.append((index, scores))
             self._ran[index] += ran
             self._seen += count / len(self._gated)
             self._run_macs[0] += macs * ran
@@ -367,10 +397,12 @@ class LayerGates:
         device = next(self._model.parameters()).device
         excess, possible = summed([self._excess, self._possible], device)
         if possible:
-            if self.settings.layer_control == "price":
-                self._price.move(excess / possible)
             if self.settings.layer_evaluate == "decided":
                 self._follow_level(device)
+            if self.settings.layer_control == "price":
+                self._price.move(excess / possible)
+                mean = sum(float(scores.mean()) for _, scores in self._scores) / len(self._scores)
+                self._center += summed([mean], device)[0] / processes()
         self._begin_step()
         self._gate.step()
         self._coins.after_step(self._steps)
@@ -379,7 +411,7 @@ class LayerGates:
 
     def _follow_level(self, device: torch.device) -> None:
         """Let the level follow that at which the target share of this step's blocks would have been decided to run."""
-        scores = torch.cat([scores for _, scores in self._scores])
+        scores = torch.cat([scores / self._costs[index] for index, scores in self._scores])
         costs = torch.cat([torch.full_like(scores, self._macs[index]) for index, scores in self._scores])
         seen = summed([level_for(scores, costs, self._target)], device)[0] / processes()
         self._level = seen if self._level is None else _MEMORY * self._level + (1 - _MEMORY) * seen

@@ -248,7 +248,7 @@ class RandomDepth:
         rows = runs.expand(len(x)).nonzero().flatten().to(x.device)
         for ledger in self._ledgers:
             ledger.reroute(block.layers, len(x) - len(rows), None, training=torch.is_grad_enabled())
-        return run_on(block.module, forward, x, rows)
+        return run_on(block.module, lambda inputs, _: forward(inputs), x, rows)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._steps += 1
