@@ -155,7 +155,9 @@ ALTERNATIVES = (
     {"layer_skipping", "stochastic_depth", "fractional_precision"},
 )
 PAIRS = list(itertools.permutations(METHODS, 2))
-REFUSED = [pair for pair in PAIRS if any(set(pair) <= those for those in ALTERNATIVES)]
+# layers are replaced before other methods hang on them or on their blocks; the shipped loop sees to that
+LATE = [(first, "shift_add") for first in ("layer_skipping", "stochastic_depth")]
+REFUSED = [pair for pair in PAIRS if pair in LATE or any(set(pair) <= those for those in ALTERNATIVES)]
 MANY = (
     ("early_bird", "progressive_resizing", "batch_dropping", "layer_skipping", "progressive_precision"),
     ("early_bird", "batch_dropping", "stochastic_depth", "block_float"),
@@ -177,7 +179,7 @@ def test_what_cannot_work_together_is_refused_before_the_first_step_and_leaves_t
 class TestComposition:
     def test_in_any_order_they_end_in_the_same_bits(self, order):
         ends = []
-        for names in (tuple(name for name in METHODS if name in order), order):
+        for names in (sorted(order, key=lambda name: name != "shift_add"), order):
             model = make("residual")
             optimizer = sgd(model)
             attach_all(names, model, optimizer)
@@ -197,7 +199,6 @@ class TestComposition:
         train(model, optimizer, STEPS)
         bills = [method.bill() for method in running.values()]
         assert {bill.parameters for bill in bills} == {sum(parameter.numel() for parameter in model.parameters())}
-        training = [
-            sum(bill.phases[name].macs.value for name in {"search", "train"} & set(bill.phases)) for bill in bills
-        ]
-        assert len(set(training)) == 1
+        for counted in ("macs", "bit_macs"):
+            spent = [getattr(bill.total, counted).value for bill in bills]
+            assert spent == pytest.approx([spent[0]] * len(spent), rel=1e-9), counted

@@ -15,6 +15,9 @@ from earlybird.cost.arithmetic import Arithmetic
 __all__ = ["Forecasting", "Plan", "Stretch", "after", "computing"]
 
 
+Routes = tuple[tuple[tuple[str, ...], float, Arithmetic | None], ...]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a method may need to know of the run.
@@ -46,12 +49,14 @@ class Stretch:
         model: What is trained; its layers may say how they compute (``arithmetic``).
         side: Height and width of its images, pixels.
         routes: Shares of the images that pass some layers otherwise: layers, share, arithmetic (None: not at all).
+        training_routes: The same, of training alone: in evaluation, all images pass those layers as they are.
     """
 
     steps: float
     model: nn.Module
     side: int
-    routes: tuple[tuple[tuple[str, ...], float, Arithmetic | None], ...] = ()
+    routes: Routes = ()
+    training_routes: Routes = ()
 
 
 @runtime_checkable

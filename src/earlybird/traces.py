@@ -1,7 +1,7 @@
 """What a method tells the report about its run: numbers over the steps, and inputs that stood out.
 
 A running method may have ``traces()``, a list of `Trace`, and ``executed_per_input()``, a number for each input of the
-last batch that was evaluated. The shipped loop writes both into the run folder.
+last evaluation, in its order. The shipped loop writes both into the run folder.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from earlybird.calls import Hook, around, as_optimizers, unwrapped
+from earlybird.calls import Hook, around, as_optimizers, hook_owners, unwrapped
 from earlybird.cost.arithmetic import Arithmetic
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
@@ -283,7 +283,7 @@ class SignPrediction:
         self.history: list[dict[str, Any]] = []
         self._begin = settings.sign_from.in_iterations(steps_per_epoch, total_steps)
         self._steps = 0
-        model = unwrapped(model)
+        self._model = model = unwrapped(model)
         optimizers = as_optimizers(optimizer)
         if not optimizers:
             raise InputError("no optimizer was given", needed="the one that trains the model, or several")
@@ -428,7 +428,8 @@ class SignPrediction:
         shares = torch.stack([shares for _, _, shares in self._seen]).tolist()
         for (layer, images, _), (predicted, both, right) in zip(self._seen, shares):
             layer.sums = [have + more for have, more in zip(layer.sums, (1.0, predicted, both, right))]
-            self._ledger.reroute((self._names[layer],), predicted * images, reduced, training=True)
+            for ledger in {self._ledger, *hook_owners(self._model, Ledger)}:
+                ledger.reroute((self._names[layer],), predicted * images, reduced, training=True)
         self._seen.clear()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

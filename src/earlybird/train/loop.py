@@ -172,7 +172,6 @@ def evaluate(run: Run) -> tuple[float, float]:
     """
     run.share_buffers()
     sums = torch.zeros(3, dtype=torch.float64, device=run.fabric.device)  # loss, right answers, images
-    executed: dict[str, list[Tensor]] = {name: [] for name in run.ranking}
     with run.ledger.during("evaluate"), run.averaged_weights(), torch.no_grad():
         run.model.eval()
         try:
@@ -181,9 +180,6 @@ def evaluate(run: Run) -> tuple[float, float]:
                     continue  # another rank has all of a short last batch
                 with run.autocast():
                     logits = mean_logits(run.model, images, run.test_time)
-                for name, method in run.ranking.items():
-                    amounts = method.executed_per_input()
-                    executed[name] += [] if amounts is None else [amounts]
                 sums[0] += functional.cross_entropy(logits, labels, reduction="sum").double()
                 sums[1] += (logits.argmax(1) == labels).sum()
                 sums[2] += len(labels)
@@ -191,6 +187,5 @@ def evaluate(run: Run) -> tuple[float, float]:
             run.model.train()
         if run.fabric.world_size > 1:
             torch.distributed.all_reduce(sums)
-    run.executed = {name: torch.cat(parts) for name, parts in executed.items() if parts}
     loss, right, images_seen = sums.tolist()
     return loss / images_seen, right / images_seen

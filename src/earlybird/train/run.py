@@ -222,8 +222,6 @@ class Run:
         methods: The attached methods by name, in the order of the recipe.
         search: The one of them that draws a ticket, or None.
         observers: Those of them that go by the training loss.
-        ranking: Those of them that spend more on some inputs than on others, by name.
-        executed: What they spent on each input of this process's last evaluation.
     """
 
     def __init__(
@@ -311,8 +309,6 @@ class Run:
             ),
         )
         self.search = next((method for method in self.methods.values() if isinstance(method, Drawing)), None)
-        self.ranking = {name: method for name, method in self.methods.items() if isinstance(method, Ranking)}
-        self.executed: dict[str, Tensor] = {}
         self.observers = [method for method in self.methods.values() if isinstance(method, Observing)]
         self._shape_drawn = False
         self.forward: Callable[[Tensor], Tensor] = self._wrap()
@@ -721,8 +717,10 @@ class Run:
             self.folder.write_json("traces.json", told)
         ranked = {
             name: rank_inputs(amounts.cpu(), self.test.images, self.test.labels, self.blueprint.class_names)
-            for name, amounts in self.executed.items()
-            if len(amounts) == len(self.test.images)
+            for name, method in self.methods.items()
+            if isinstance(method, Ranking)
+            and (amounts := method.executed_per_input()) is not None
+            and len(amounts) == len(self.test.images)  # not of several processes, nor of several views of an image
         }
         if ranked:
             self.folder.write_json("inputs.json", ranked)
