@@ -37,6 +37,7 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.precision.quantize import (
     check_bits,
+    declare,
     forward_with,
     gradient_through,
     quantisable,
@@ -277,13 +278,10 @@ class BlockFloating:
         if all(layer.active == self.active for layer in self._layers.values()):
             return
         bits = self.settings.block_bits
+        own = Arithmetic(activation=bits, weight=bits, gradient=bits, floating=False)
         for layer in self._layers.values():
             layer.active = self.active
-            if self.active:
-                arithmetic = Arithmetic(activation=bits, weight=bits, gradient=bits, floating=False)
-                layer.module.arithmetic = arithmetic  # type: ignore[assignment]
-            else:
-                del layer.module.arithmetic
+            declare(layer.module, own if self.active else None)
         self._ledger.reread_arithmetic()
 
     def _over(self) -> bool:

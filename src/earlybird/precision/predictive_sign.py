@@ -44,6 +44,7 @@ from earlybird.precision.quantize import (
     Range,
     averaged,
     check_bits,
+    declare,
     encode,
     most_significant,
     over_batch,
@@ -381,7 +382,7 @@ class SignPrediction:
         self._handles.clear()
         for layer in self._layers.values():
             layer.remove()
-            layer.module.__dict__.pop("arithmetic", None)
+            declare(layer.module, None)
         self._ledger.reread_arithmetic()
         if self._own_ledger:
             self._ledger.stop()
@@ -391,7 +392,7 @@ class SignPrediction:
             return
         for layer in self._layers.values():
             layer.active = True
-            layer.module.arithmetic = self._arithmetic(None)  # type: ignore[assignment]
+            declare(layer.module, self._arithmetic(None))
         self._ledger.reread_arithmetic()
 
     def _arithmetic(self, weight_pass: tuple[int, int] | None) -> Arithmetic:
