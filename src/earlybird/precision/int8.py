@@ -12,7 +12,8 @@ is kept from batch to batch; evaluation takes the range of each batch, as traini
 What it saves: seconds of forward passes of wide layers. An instruction multiplies twice as many int8 as bf16 numbers
 (AVX-512 VNNI), but codes of the input cost four passes over it, and those of the weight, which moves at each step, a
 packing. So layers with fewer than `LEAST` channels stay in bf16, and two thirds of a training step always do: VGG-16
-takes a step 1.12 times as fast at full width, 1.03 times at half (`benchmarks/int8_forward.py`, AMD EPYC, 2026-11). CPUs without VNNI add such products up in 16 bits, which overflow: they are refused.
+takes a step 1.12 times as fast at full width, 1.03 times at half (``benchmarks/int8_forward.py``; one thread of an
+AMD EPYC, 2026-11). CPUs without VNNI add such products up in 16 bits, which overflow: they are refused.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ __all__ = ["ARITHMETIC", "LEAST", "Int8Layer", "check_device", "convolve", "wide
 LEAST = 64
 """Input and output channels from which on int8 was found to be faster (AMD EPYC with AVX-512 VNNI, 2026-11)."""
 
-_HALF = torch.tensor(-128.0)
-
 ARITHMETIC = Arithmetic(activation=8, weight=8, gradient=16, floating=False, weight_pass=(16, 16))
+"""Of such a layer: the gradient of the weight is a product of the input as it came and the gradient, both in bf16."""
+
+_HALF = torch.tensor(-128.0)
 
 
 def check_device(device: torch.device) -> None:
