@@ -26,7 +26,9 @@ from earlybird.cost.count import ModelCost, count
 from earlybird.errors import InputError
 from earlybird.tickets.layers import layer_of
 
-__all__ = ["Block", "channels_of", "check_free", "find_blocks", "forward_macs", "patterns_from"]
+__all__ = [
+    "Block", "channels_of", "check_free", "counted", "find_blocks", "forward_macs", "found_again", "patterns_from",
+]  # fmt: skip
 
 # names of autograd's nodes: what may stand between a block's sum and its output
 _ACTIVATIONS = (
@@ -87,7 +89,7 @@ def find_blocks(model: nn.Module, example_inputs: Any, patterns: Sequence[str] =
         InputError: Nothing is found, no block can be left out, or a named one is not called once with one tensor.
     """
     model = unwrapped(model)
-    cost = count(model, example_inputs)
+    cost = counted(model, example_inputs)
     calls = _watch(model, example_inputs)
     names = _named(model, calls, patterns) if patterns else _residual(model, calls)
     modules = dict(model.named_modules())
@@ -108,6 +110,28 @@ def find_blocks(model: nn.Module, example_inputs: Any, patterns: Sequence[str] =
             hint="name the blocks by a pattern such as 'layers.*.blocks.*', or leave this method out",
         )
     return blocks
+
+
+def found_again(blocks: Sequence[Block], model: nn.Module, example_inputs: Any, patterns: Sequence[str]) -> list[Block]:
+    """Return the same blocks as they are now: other methods may have changed the layers inside since.
+
+    Raises:
+        InputError: They are others.
+    """
+    now = find_blocks(model, example_inputs, patterns)
+    if [(block.module, block.skippable) for block in now] != [(block.module, block.skippable) for block in blocks]:
+        raise InputError(
+            f"the residual blocks are {', '.join(block.name for block in now)}, and were "
+            f"{', '.join(block.name for block in blocks)}",
+            hint="attach what runs blocks after what changes the model",
+        )
+    return now
+
+
+def counted(model: nn.Module, example_inputs: Any) -> ModelCost:
+    """Count ``model`` on one sample, below everybody's hooks."""
+    with undisturbed(model):
+        return count(model, example_inputs)
 
 
 def forward_macs(blocks: Sequence[Block], cost: ModelCost) -> list[int]:

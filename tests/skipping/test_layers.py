@@ -359,7 +359,7 @@ def test_a_cut_that_leaves_too_little_to_skip_is_said():
     inner = torch.tensor([True] + [False] * 7)
     with pytest.warns(UserWarning, match="layer_share = 0.34 cannot be met any more"):
         eb.shrink(model, eb.Ticket({"3.norm1": inner}), images(2), optimizer=optimizer)
-    train(model, optimizer, 2)
+        train(model, optimizer, 2)
 
 
 def test_a_model_that_changed_behind_the_gates_is_refused_by_name():

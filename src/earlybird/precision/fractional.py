@@ -52,10 +52,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from earlybird.blocks import Block, channels_of, check_free, find_blocks, patterns_from
-from earlybird.calls import Hook, around, as_optimizers, first_sample, hook_owners, unwrapped
+from earlybird.blocks import Block, channels_of, check_free, counted, find_blocks, patterns_from
+from earlybird.calls import Hook, around, as_optimizers, first_sample, unwrapped
 from earlybird.cost.arithmetic import PASSES, Arithmetic
-from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.precision.quantize import (
@@ -72,9 +71,9 @@ from earlybird.precision.quantize import (
 )
 from earlybird.precision.turning_points import TurningPoints
 from earlybird.settings import check_count, option
-from earlybird.skipping.coins import Coins
 from earlybird.skipping.gates import LearnedGate, Price, charge, summed
 from earlybird.skipping.gather import Choice, check_norms, run_on
+from earlybird.skipping.passes import Passes
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch, after
 from earlybird.tickets.layers import TransposedConv, is_depthwise
@@ -462,8 +461,11 @@ class FractionalBits:
         if self._own_ledger:
             self._ledger.watch(model, optimizers, example_inputs)
             self._ledger.enter("train")
-        self._ledgers: set[Ledger] = set()
-        self._handles: list[Any] = [optimizers[0].register_step_post_hook(Hook(self._after_step, self))]
+        self._passes = Passes(model, self._ledger, seed)
+        # before the step, whose gradients have come: what runs the model in its course, such as the refit after a cut,
+        # shall find the same gates in whatever order methods were attached
+        before = optimizers[0].register_step_pre_hook(Hook(self._before_step, self))
+        self._handles: list[Any] = [before, self._passes]
         for index, block in enumerate(self.blocks):
             call = lambda forward, x, index=index: self._run(index, forward, x)  # noqa: E731
             self._handles.append(around(block.module, call, self))
@@ -504,7 +506,6 @@ class FractionalBits:
                     f"computation, the dearest {high:.3g}",
                     needed="targets between them, or 1, which leaves the model alone",
                 )
-        self._coins = Coins(seed)
         self._gate = LearnedGate(
             [block.channels for block in self.blocks], _WIDTHS, len(self._bits),
             rate=settings.fractional_gate_rate, seed=seed, device=device,
@@ -513,7 +514,7 @@ class FractionalBits:
 
     def _count(self, inside: Sequence[Sequence[str]]) -> None:
         """Count the blocks as they are now, and what each of them costs by candidate."""
-        cost = count(self._model, self._sample)
+        cost = counted(self._model, self._sample)
         modules = dict(self._model.named_modules())
         self._inside = inside
         self._macs: list[float] = []  # of each block
@@ -595,7 +596,7 @@ class FractionalBits:
         self._price.value = state["price"]
         if self.blocks:
             self._gate.load_state_dict(state["gate"])
-            self._coins.after_step(self._steps)
+        self._passes.after_step(self._steps)
         for layer in (layer for layers in self._layers for layer in layers):
             saved = state["ranges"][layer.name]
             layer.running = None if saved is None else Range(*saved.to(self.generator.device))
@@ -640,8 +641,7 @@ class FractionalBits:
         training = block.module.training
         learns = training and torch.is_grad_enabled()
         if index == 0:
-            self._coins.begin(training=training)
-            self._ledgers = {self._ledger, *hook_owners(self._model, Ledger)}
+            self._passes.begin(training=training)
         elif index != self._next:
             raise InputError(
                 f"block '{block.name}' was called out of its turn",
@@ -663,7 +663,7 @@ class FractionalBits:
         choice = _Chosen(computing, weights, self._bits[computing], self._gradient_bits[computing])
         left_out, probes = None, runs[:0].nonzero().flatten()
         if gated and block.skippable and 0 in settings.fractional_bits:
-            probes = ((self._coins.draw(len(x)).to(x.device) < _PROBE) & ~runs).nonzero().flatten()
+            probes = ((self._passes.draw(len(x)).to(x.device) < _PROBE) & ~runs).nonzero().flatten()
             left_out = Choice(chances[:, self._bits > 0].sum(1), probes, _PROBE)
         self._note(index, chosen, computing[probes], learns=learns)
 
@@ -690,7 +690,7 @@ class FractionalBits:
             chances.register_hook(lambda gradient: gradient + self._sign * rates)
         decides = scores.detach()
         if not gated or (settings.fractional_choice == "drawn" and training):
-            coins = self._coins.draw(decides.numel()).view(decides.shape).to(x.device)
+            coins = self._passes.draw(decides.numel()).view(decides.shape).to(x.device)
             decides = decides - (-coins.log()).log()  # Gumbel noise: its highest is a draw from the softmax
         return chances, decides.argmax(1), decides.masked_fill(self._bits == 0, -math.inf).argmax(1)
 
@@ -709,7 +709,7 @@ class FractionalBits:
         """Count the candidates that were chosen for a batch, shape (N,), and those of probes, shape (k,)."""
         block = self.blocks[index]
         counts, probed = (torch.bincount(found, minlength=len(self._bits)).tolist() for found in (chosen, probes))
-        for ledger in self._ledgers:
+        for ledger in self._passes.ledgers:
             for number, extra, bits in zip(counts, probed, self.settings.candidates):
                 if number:
                     self._reroute(ledger, index, number, bits, training=learns)
@@ -718,7 +718,7 @@ class FractionalBits:
                     self._reroute(ledger, index, extra, bits, training=False)
         gate = len(chosen) * self._gate.macs(index) / self._macs[index]  # in samples of the block
         if self.settings.fractional_choice != "random":
-            charge(self._ledgers, block.layers, gate, training=learns)
+            charge(self._passes.ledgers, block.layers, gate, training=learns)
         if learns:
             self._spent_now += sum(number * spent for number, spent in zip(counts, self._spent[index]))
             self._whole_now += len(chosen) * self._macs[index]
@@ -733,7 +733,7 @@ class FractionalBits:
             if names:
                 ledger.reroute(names, images, arithmetic, training=training)
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._steps += 1
         if not self.blocks:
             return
@@ -747,7 +747,7 @@ class FractionalBits:
                 self._price.move(excess)
         self._begin_step()
         self._gate.step()
-        self._coins.after_step(self._steps)
+        self._passes.after_step(self._steps)
         if self._steps % self._record_every == 0:
             self._add_to_history(device)
         self._climb()

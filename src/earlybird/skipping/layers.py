@@ -2,8 +2,8 @@
 
 The part of E2-Train called SLU, input-dependent selective layer update (Wang et al., E2-Train: Training
 State-of-the-art CNNs with Over 80% Energy Savings, NeurIPS 2019, https://arxiv.org/abs/1910.13349; reference code
-github.com/RICE-EIC/E2Train), with the recurrent gate of SkipNet (`earlybird.skipping.gates`). Sample i runs block l with
-probability
+github.com/RICE-EIC/E2Train), with the recurrent gate of SkipNet (`earlybird.skipping.gates`). Sample i runs block l
+with probability
 
     p = sigmoid(score_l(x_i) - price * cost_l)        else its input goes on in the place of the output
 
@@ -43,15 +43,23 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from earlybird.blocks import Block, channels_of, check_free, find_blocks, forward_macs, patterns_from
-from earlybird.calls import Hook, around, as_optimizers, first_sample, hook_owners, processes, unwrapped
-from earlybird.cost.count import count
+from earlybird.blocks import (
+    Block,
+    channels_of,
+    check_free,
+    counted,
+    find_blocks,
+    forward_macs,
+    found_again,
+    patterns_from,
+)
+from earlybird.calls import Hook, around, as_optimizers, first_sample, processes, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count, check_share, option
-from earlybird.skipping.coins import Coins
 from earlybird.skipping.gates import LearnedGate, Price, charge, level_for, summed
 from earlybird.skipping.gather import Choice, check_norms, run_on
+from earlybird.skipping.passes import Passes
 from earlybird.stretches import Plan, Stretch
 from earlybird.tickets.shrink import Change
 from earlybird.traces import Trace
@@ -188,6 +196,7 @@ class LayerGates:
         self._steps = 0
         self._record_every = _RECORD_EVERY if total_steps is None else max(total_steps // _RECORDS, 1)
         self._price = Price()
+        self._offset: float | None = None  # score with which all samples and blocks begin
         self._center = 0.0  # mean score of the last step: a drift of all scores together is not for the price to follow
         self._level: float | None = None  # score, a unit of cost, above which a decided gate lets samples run
         self._executed: list[Tensor] = []  # blocks that each input ran, by batch of the last evaluation
@@ -205,8 +214,14 @@ class LayerGates:
         if self._own_ledger:
             self._ledger.watch(model, optimizers, example_inputs)
             self._ledger.enter("train")
-        self._ledgers: set[Ledger] = set()
-        self._handles: list[Any] = [optimizers[0].register_step_post_hook(Hook(self._after_step, self))]
+        self._passes = Passes(model, self._ledger, seed)
+        # before the step, whose gradients have come: what runs the model in its course, such as the refit after a cut,
+        # shall find the same gates in whatever order methods were attached
+        before = optimizers[0].register_step_pre_hook(Hook(self._before_step, self))
+        self._handles: list[Any] = [before, self._passes]
+        if self._gated:
+            self._first = model.register_forward_pre_hook(Hook(self._on_first_call, self))
+            self._handles.append(self._first)
         for index, block in enumerate(self._gated):
             call = lambda forward, x, index=index: self._run(index, forward, x)  # noqa: E731
             self._handles.append(around(block.module, call, self))
@@ -227,9 +242,7 @@ class LayerGates:
                 f"blocks change the shape and always run: {floor:.3g} of the blocks' MACs",
                 needed=f"a share above {floor:.3g}, and at most 1",
             )
-        self._offset = math.log(self._target / (1 - self._target))  # what all begin with
         device = next(self._model.parameters()).device
-        self._coins = Coins(seed)
         self._gate = LearnedGate(
             [block.channels for block in self._gated], _WIDTHS, 1,
             rate=self.settings.layer_gate_rate, seed=seed, device=device,
@@ -237,7 +250,7 @@ class LayerGates:
 
     def _count(self) -> float:
         """Count the blocks as they are now; return the share of their MACs that is always run."""
-        macs = forward_macs(self.blocks, count(self._model, self._sample))
+        macs = forward_macs(self.blocks, counted(self._model, self._sample))
         self._macs = [m for m, block in zip(macs, self.blocks) if block.skippable]
         mean = sum(self._macs) / len(self._macs)
         self._costs = [m / mean for m in self._macs]
@@ -277,6 +290,7 @@ class LayerGates:
         return {
             "steps": self._steps,
             "price": self._price.value,
+            "offset": self._offset,
             "center": self._center,
             "level": self._level,
             "gate": self._gate.state_dict() if self._gated else {},
@@ -288,10 +302,11 @@ class LayerGates:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         self._steps = int(state["steps"])
-        self._price.value, self._center, self._level = state["price"], state["center"], state["level"]
+        self._price.value, self._offset = state["price"], state["offset"]
+        self._center, self._level = state["center"], state["level"]
         if self._gated:
             self._gate.load_state_dict(state["gate"])
-            self._coins.after_step(self._steps)
+        self._passes.after_step(self._steps)
         self.history = [dict(entry) for entry in state["history"]]
         macs, ran, self._seen = state["record"]
         self._run_macs, self._ran = list(macs), list(ran)
@@ -311,16 +326,29 @@ class LayerGates:
         for index, block in enumerate(self._gated):
             if block.reader in change.read:
                 self._gate.follow(index, change.read[block.reader])
-        floor = self._count()
+        self._look_again()
+
+    # ---- what hooks call ----
+
+    def _on_first_call(self, module: nn.Module, args: Any) -> None:
+        """Count the blocks when all methods are attached, so that their order does not matter."""
+        self._first.remove()
+        self._look_again()
+        if self._offset is None:
+            self._offset = math.log(self._target / (1 - self._target))
+
+    def _look_again(self) -> None:
+        """Find and count the blocks as they are now."""
+        self.blocks = found_again(self.blocks, self._model, self._sample, self.settings.layer_blocks)
+        self._gated = [block for block in self.blocks if block.skippable]
+        always = self._count()
         if self._target < _LEAST:
             warnings.warn(
-                f"after the cut, blocks that always run take {floor:.3g} of the blocks' MACs: "
+                f"blocks that always run take {always:.3g} of the blocks' MACs by now: "
                 f"layer_share = {self.settings.layer_share:g} cannot be met any more",
                 stacklevel=2,
             )
             self._target = _LEAST
-
-    # ---- what hooks call ----
 
     def _begin_step(self) -> None:
         self._excess, self._possible = 0.0, 0.0  # MACs that were run above the target, and could have been run
@@ -331,8 +359,7 @@ class LayerGates:
         self._run_macs = [0.0, 0.0]  # MACs of the gated blocks, and what they would have been
 
     def _begin_pass(self, count: int, *, training: bool, device: torch.device) -> None:
-        self._coins.begin(training=training)
-        self._ledgers = {self._ledger, *hook_owners(self._model, Ledger)}
+        self._passes.begin(training=training)
         # batch norms that train while all else evaluates have their statistics estimated: nobody looks at the outputs
         self._tells = not any(module.training for module in self._gated[0].module.modules())
         if training:
@@ -363,14 +390,14 @@ class LayerGates:
         masked = settings.layer_execution == "masked"
         score = self._gate.scores(index, x, into_features=masked)[:, 0] - self._center
         cost = self._costs[index]
-        chance = torch.sigmoid(self._offset + score - self._price.value * cost)
+        chance = torch.sigmoid((self._offset or 0.0) + score - self._price.value * cost)
         if training or settings.layer_evaluate == "sampled":
-            runs = self._coins.draw(len(x)).to(x.device) < chance.detach()
+            runs = self._passes.draw(len(x)).to(x.device) < chance.detach()
         else:
             runs = chance > 0.5 if self._level is None else score > self._level * cost
         rows, probes = runs.nonzero().flatten(), runs[:0].nonzero().flatten()
         if learns and not masked and settings.layer_probe:
-            probed = self._coins.draw(len(x)).to(x.device) < settings.layer_probe
+            probed = self._passes.draw(len(x)).to(x.device) < settings.layer_probe
             probes = (probed & ~runs).nonzero().flatten()
         self._record(index, rows, probes, runs, score.detach(), learns=learns)
         if learns and settings.layer_control == "penalty":
@@ -390,10 +417,10 @@ class LayerGates:
         """Count a batch: samples that run a block, ``rows`` (n,) or ``runs`` (N,), probes (k,), and all scores (N,)."""
         block, macs, count, ran = self._gated[index], self._macs[index], len(runs), len(rows)
         gate = count * self._gate.macs(index) / macs  # in samples of the block
-        for ledger in self._ledgers if self.settings.layer_execution == "gathered" else ():
+        for ledger in self._passes.ledgers if self.settings.layer_execution == "gathered" else ():
             ledger.reroute(block.layers, count - ran, None, training=learns)
             ledger.reroute(block.layers, -len(probes), None, training=False)  # forward passes more
-        charge(self._ledgers, block.layers, gate, training=learns)
+        charge(self._passes.ledgers, block.layers, gate, training=learns)
         if self._tells:
             self._executed[-1] += runs
         if learns:
@@ -405,7 +432,7 @@ class LayerGates:
             self._run_macs[0] += macs * ran
             self._run_macs[1] += macs * count
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._steps += 1
         if not self._gated:
             return
@@ -420,7 +447,7 @@ class LayerGates:
                 self._center += summed([mean], device)[0] / processes()
         self._begin_step()
         self._gate.step()
-        self._coins.after_step(self._steps)
+        self._passes.after_step(self._steps)
         if self._steps % self._record_every == 0:
             self._add_to_history(device)
 

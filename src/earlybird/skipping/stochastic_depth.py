@@ -31,14 +31,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from earlybird.blocks import Block, check_free, find_blocks, forward_macs, patterns_from
-from earlybird.calls import Hook, around, as_optimizers, first_sample, hook_owners, unwrapped
-from earlybird.cost.count import count
+from earlybird.blocks import Block, check_free, counted, find_blocks, forward_macs, found_again, patterns_from
+from earlybird.calls import Hook, around, as_optimizers, first_sample, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_share, option
-from earlybird.skipping.coins import Coins
 from earlybird.skipping.gather import check_norms, run_on
+from earlybird.skipping.passes import Passes
 from earlybird.stretches import Plan, Stretch
 
 __all__ = ["RandomDepth", "StochasticDepth", "survival_for", "survivals"]
@@ -179,21 +178,25 @@ class RandomDepth:
         self.share = 1.0
         if (settings.depth_survival if settings.depth_share is None else settings.depth_share) < 1:
             self._find(example_inputs)
-        by_batch = settings.depth_by == "batch"
         self._steps = 0
-        self._coins = Coins(seed, alike=by_batch)
-        dropped = [(block, chance) for block, chance in zip(self.blocks, self.survivals) if chance < 1]
-        self._first = dropped[0][0] if dropped else None
+        dropped = [index for index, chance in enumerate(self.survivals) if chance < 1]
+        self._first = dropped[0] if dropped else None
         self._own_ledger = ledger is None
         self._ledger = ledger_of(model) if ledger is None else ledger
         if self._own_ledger:
             self._ledger.watch(model, optimizers, example_inputs)
             self._ledger.enter("train")
-        self._ledgers: set[Ledger] = set()
-        self._handles: list[Any] = [optimizers[0].register_step_post_hook(Hook(self._after_step, self))]
+        self._passes = Passes(model, self._ledger, seed, alike=settings.depth_by == "batch")
+        after = optimizers[0].register_step_post_hook(Hook(self._after_step, self))
+        self._handles: list[Any] = [after, self._passes]
         modules = dict(model.named_modules())
-        for block, chance in dropped:
-            run = lambda forward, x, block=block, chance=chance: self._run(block, chance, forward, x)  # noqa: E731
+        if dropped:
+            self._first_call = model.register_forward_pre_hook(Hook(self._on_first_call, self))
+            self._handles.append(self._first_call)
+        for index, (block, chance) in enumerate(zip(self.blocks, self.survivals)):
+            if chance == 1:
+                continue
+            run = lambda forward, x, index=index: self._run(index, forward, x)  # noqa: E731
             self._handles.append(around(block.module, run, self))
             if settings.depth_scale == "training":
                 scale = lambda module, args, branch, block=block, chance=chance: _scaled(block, chance, branch)  # noqa: E731
@@ -202,8 +205,8 @@ class RandomDepth:
     def _find(self, example_inputs: Any) -> None:
         if example_inputs is None:
             raise InputError("no inputs to find the blocks with", hint="pass example_inputs=x to attach")
-        settings, sample = self.settings, first_sample(example_inputs)
-        self.blocks = find_blocks(self._model, sample, settings.depth_blocks)
+        settings, self._sample = self.settings, first_sample(example_inputs)
+        self.blocks = find_blocks(self._model, self._sample, settings.depth_blocks)
         dropped = [block for block in self.blocks if block.skippable]
         check_free(dropped)
         if settings.depth_by == "sample":
@@ -214,7 +217,7 @@ class RandomDepth:
                     f"what block '{block.name}' adds to its input is not the output of a module",
                     hint="use depth_scale='evaluation', which needs no look into the block",
                 )
-        macs = forward_macs(self.blocks, count(self._model, sample))
+        macs = forward_macs(self.blocks, counted(self._model, self._sample))
         last = settings.depth_survival
         if settings.depth_share is not None:
             last = survival_for(self.blocks, macs, settings.depth_share)
@@ -236,7 +239,7 @@ class RandomDepth:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         self._steps = int(state["steps"])
-        self._coins.after_step(self._steps)
+        self._passes.after_step(self._steps)
         if state["ledger"] and self._own_ledger:
             self._ledger.load_state_dict(state["ledger"])
 
@@ -248,24 +251,28 @@ class RandomDepth:
         if self._own_ledger:
             self._ledger.stop()
 
-    def _run(self, block: Block, chance: float, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        training = block.module.training
-        if not training:
+    def _on_first_call(self, module: nn.Module, args: Any) -> None:
+        """Ask for the layers of the blocks when all methods are attached, so that their order does not matter."""
+        self._first_call.remove()
+        self.blocks = found_again(self.blocks, self._model, self._sample, self.settings.depth_blocks)
+
+    def _run(self, index: int, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        block, chance = self.blocks[index], self.survivals[index]
+        if not block.module.training:
             if self.settings.depth_scale == "training":
                 return forward(x)
             return torch.lerp(x, forward(x).to(x.dtype), chance)
-        if block is self._first:
-            self._coins.begin(training=True)
-            self._ledgers = {self._ledger, *hook_owners(self._model, Ledger)}
-        runs = self._coins.draw(1 if self.settings.depth_by == "batch" else len(x)) < chance
+        if index == self._first:
+            self._passes.begin(training=True)
+        runs = self._passes.draw(1 if self.settings.depth_by == "batch" else len(x)) < chance
         rows = runs.expand(len(x)).nonzero().flatten().to(x.device)
-        for ledger in self._ledgers:
+        for ledger in self._passes.ledgers:
             ledger.reroute(block.layers, len(x) - len(rows), None, training=torch.is_grad_enabled())
         return run_on(block.module, lambda inputs, _: forward(inputs), x, rows)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._steps += 1
-        self._coins.after_step(self._steps)
+        self._passes.after_step(self._steps)
 
 
 def _scaled(block: Block, chance: float, branch: Tensor) -> Tensor:
