@@ -54,6 +54,7 @@ from earlybird.blocks import (
     patterns_from,
 )
 from earlybird.calls import Hook, around, as_optimizers, first_sample, processes, unwrapped
+from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count, check_share, option

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from earlybird.blocks import Block, check_free, counted, find_blocks, forward_macs, found_again, patterns_from
 from earlybird.calls import Hook, around, as_optimizers, first_sample, unwrapped
+from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_share, option
