@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from earlybird.blocks import Block, channels_of, check_free, counted, find_blocks, patterns_from
-from earlybird.calls import Hook, around, as_optimizers, first_sample, unwrapped
+from earlybird.calls import Hook, around, as_optimizers, first_sample, processes, unwrapped
 from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
@@ -233,7 +233,9 @@ class FractionalPrecision:
                         low, high = pair
                 share = (target - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 1.0
                 mixed = ((low[1], 1 - min(max(share, 0.0), 1.0)), (high[1], min(max(share, 0.0), 1.0)))
-                routes = tuple((layers, part, bits and bits.arithmetic()) for bits, part in mixed if part)
+                routes = tuple(
+                    (layers, part, None if bits is None else bits.arithmetic()) for bits, part in mixed if part
+                )
                 return replace(stretch, routes=(*whole.routes, *routes))
 
             stretches = after(stretches, point, chosen)
@@ -319,7 +321,7 @@ class _Choose(torch.autograd.Function):
         return rounded(x, bits, bounds)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         if not ctx.needs_input_grad[1]:
             return gradient, None, None, None, None
@@ -447,7 +449,8 @@ class FractionalBits:
             raise InputError("no optimizer was given", needed="the one that trains the model, or several")
         self._steps, self._seed = 0, seed
         self._record_every = _RECORD_EVERY if total_steps is None else max(total_steps // _RECORDS, 1)
-        self._price = Price()
+        self._price, self._drift = Price(), 0.0
+        self._next = 0  # block whose turn it is
         self.generator = torch.Generator(next(model.parameters()).device)
         self.generator.manual_seed(seed_of_step(seed, 0))
         self.blocks: list[Block] = []
@@ -581,6 +584,7 @@ class FractionalBits:
             "rung": self.rung,
             "turning": self.turning.state_dict(),
             "price": self._price.value,
+            "drift": self._drift,
             "gate": self._gate.state_dict() if self.blocks else {},
             "ranges": {name: None if found is None else torch.stack(found) for name, found in running.items()},
             "history": [dict(entry) for entry in self.history],
@@ -593,7 +597,7 @@ class FractionalBits:
         self._steps, self.rung = int(state["steps"]), int(state["rung"])
         self.generator.manual_seed(seed_of_step(self._seed, self._steps))
         self.turning.load_state_dict(state["turning"])
-        self._price.value = state["price"]
+        self._price.value, self._drift = state["price"], state["drift"]
         if self.blocks:
             self._gate.load_state_dict(state["gate"])
         self._passes.after_step(self._steps)
@@ -626,6 +630,7 @@ class FractionalBits:
 
     def _begin_step(self) -> None:
         self._spent_now, self._whole_now = 0.0, 0.0  # MACs of 32 bits: what was spent, and what 32 bits would have
+        self._scores_now: list[Tensor] = []  # mean scores of each block and pass, shape (K,)
 
     def _begin_record(self) -> None:
         self._record = [0.0, 0.0]  # the same since the last entry of the history
@@ -678,7 +683,9 @@ class FractionalBits:
         settings = self.settings
         gated = settings.fractional_choice != "random"
         scores = self._gate.scores(index, x) if gated else torch.zeros(len(x), len(self._bits), device=x.device)
-        scores = scores - self._price.value * self._prices[index]
+        if learns:
+            self._scores_now.append(scores.detach().mean(0))
+        scores = scores - (self._price.value + self._drift) * self._prices[index]
         if not self.blocks[index].skippable:
             scores = scores.masked_fill(self._bits == 0, -math.inf)
         chances = scores.softmax(1)
@@ -745,12 +752,24 @@ class FractionalBits:
             excess = spent / whole / self.settings.targets[self.rung] - 1
             if self.settings.fractional_control == "price":
                 self._price.move(excess)
+                self._drift = self._slope(device)
         self._begin_step()
         self._gate.step()
         self._passes.after_step(self._steps)
         if self._steps % self._record_every == 0:
             self._add_to_history(device)
         self._climb()
+
+    def _slope(self, device: torch.device) -> float:
+        """Return by how much the mean scores of this step rise with the cost of a candidate.
+
+        The price starts from there: a drift of all scores together is not for it to follow.
+        """
+        mean = torch.stack(self._scores_now).double().mean(0).tolist()
+        scores = torch.tensor(summed(mean, device), dtype=torch.float64) / processes()
+        costs = self._prices.double().mean(0).cpu()
+        costs -= costs.mean()
+        return float((scores * costs).sum() / costs.square().sum())
 
     def _add_to_history(self, device: torch.device) -> None:
         flat = summed([*self._record, *(number for row in self._counts for number in row)], device)

@@ -118,7 +118,7 @@ class LearnedGate:
 
     def channels(self, index: int) -> int:
         """Return how many channels block ``index`` is expected to read."""
-        return int(self.network.projections[index][0].in_features)  # type: ignore[index, union-attr]
+        return int(self.network.projections[index][0].in_features)  # type: ignore[index]
 
     def macs(self, index: int) -> int:
         """Return the multiply-accumulates of the decision on block ``index`` for one sample."""
@@ -150,7 +150,7 @@ class LearnedGate:
         """
         if self.channels(index) != len(stayed):
             return
-        layer: nn.Linear = self.network.projections[index][0]  # type: ignore[index, assignment]
+        layer: nn.Linear = self.network.projections[index][0]  # type: ignore[index]
         old = layer.weight
         kept = stayed.nonzero().flatten().to(old.device)
         new = nn.Parameter(old.detach().index_select(1, kept))
@@ -183,7 +183,7 @@ class LearnedGate:
                 key: value.to(parameter.device).clone() if value.ndim else value.clone() for key, value in saved.items()
             }
         for projection in self.network.projections:
-            first: nn.Linear = projection[0]  # type: ignore[index, assignment]
+            first: nn.Linear = projection[0]  # type: ignore[index]
             first.in_features = first.weight.shape[1]
 
 
@@ -241,4 +241,4 @@ def summed(values: Sequence[float], device: torch.device) -> list[float]:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total)
-    return total.tolist()  # type: ignore[no-any-return]
+    return total.tolist()

@@ -152,7 +152,7 @@ class _Gather(torch.autograd.Function):
         return x.view_as(x), _taken(x, rows)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, rest: Tensor, taken: Tensor) -> Any:
         (rows,) = ctx.saved_tensors
         return _put(rest, rows, taken.to(rest.dtype)), None
@@ -167,7 +167,7 @@ class _Merge(torch.autograd.Function):
         return _put(rest, rows, outputs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (rows,) = ctx.saved_tensors
         # the rows that ran are overwritten in _Gather: nobody else gets the first one
@@ -185,7 +185,7 @@ class _Credit(torch.autograd.Function):
         return values.view_as(values)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         rows, outputs, inputs, weight = ctx.saved_tensors
         seen = gradient if rows is None else _taken(gradient, rows)
@@ -203,7 +203,7 @@ class _Untouched(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         needed = ctx.needs_input_grad[1:]
         return gradient, *(torch.zeros_like(idle) if need else None for idle, need in zip(ctx.idle, needed))

@@ -97,7 +97,7 @@ class LayerSkipping:
     layer_probe: float = option(
         0.1, "Share of the samples that skip a block which run it forward all the same, to tell its gate; in [0, 1)."
     )
-    layer_gate_rate: float = option(1e-3, "Learning rate of the gates.")
+    layer_gate_rate: float = option(1e-2, "Learning rate of the gates.")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
