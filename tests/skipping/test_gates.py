@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from earlybird.skipping.gates import LearnedGate, Price, RecurrentGate, level_for
+from earlybird.skipping.gates import LearnedGate, Multiplier, Price, RecurrentGate, level_for
 
 
 def gate(channels=(3, 5), widths=(4,), seed=0):
@@ -95,14 +95,23 @@ def test_a_gate_goes_on_with_the_channels_that_stay_and_its_state_goes_through_a
     assert torch.equal(one.scores(0, x[:, kept]), other.scores(0, x[:, kept]))
 
 
-def test_a_price_ends_where_the_target_is_met_and_its_sum_of_errors_is_bounded():
-    price, errors = Price(gain=0.5), []
-    for _ in range(200):
-        share = float(torch.sigmoid(torch.tensor(2.0 - price.value)))
-        errors.append(share - 0.3)
-        price.move(errors[-1])
-    assert price.value == pytest.approx(2.0 - float(torch.logit(torch.tensor(0.3))), abs=1e-3)
-    assert sum(errors) == pytest.approx(price.value / 0.5)
+@pytest.mark.parametrize("sharpness", [0.2, 1.0, 4.0])
+def test_a_price_ends_where_the_target_is_met_however_steep_the_share_is(sharpness):
+    price = Price()
+    for _ in range(60):
+        share = float(torch.sigmoid(torch.tensor(sharpness * (2.0 - price.value))))
+        price.move(share - 0.3, sharpness * share * (1 - share))
+    assert share == pytest.approx(0.3, abs=1e-3)
+    assert price.value == pytest.approx(2.0 - float(torch.logit(torch.tensor(0.3))) / sharpness, abs=1e-2)
+
+
+def test_a_price_finds_its_way_back_from_where_all_gates_are_decided():
+    price = Price()
+    price.value = -30.0
+    for _ in range(60):
+        share = float(torch.sigmoid(torch.tensor(-price.value)))
+        price.move(share - 0.5, share * (1 - share))
+    assert share == pytest.approx(0.5, abs=1e-3)
 
 
 def test_the_level_of_a_share_by_hand():
@@ -111,3 +120,25 @@ def test_the_level_of_a_share_by_hand():
     assert level_for(scores, torch.tensor([1.0, 6.0, 2.0, 1.0]), 0.6) == pytest.approx(0.7)
     assert level_for(scores, torch.ones(4), 1.0) == pytest.approx(0.1)
     assert level_for(scores, torch.ones(4), 0.1) == pytest.approx(0.9)
+
+
+def test_the_multiplier_is_what_a_unit_of_cost_is_worth_on_the_whole():
+    multiplier = Multiplier()
+    multiplier.after_step(torch.device("cpu"))
+    assert multiplier.value == 0
+    cost = torch.tensor([1.0, 2.0, 0.5])
+    multiplier.see(-3 * cost, cost)
+    multiplier.see(torch.tensor([1.0, -2.0]), torch.tensor([2.0, 1.0]))  # orthogonal: says nothing of cost
+    multiplier.after_step(torch.device("cpu"))
+    assert multiplier.value == pytest.approx(-3 * 5.25 / (5.25 + 5))
+    multiplier.see(2 * cost, cost)
+    saved = multiplier.state_dict()
+    multiplier.after_step(torch.device("cpu"))
+    expected = (0.9 * -3 * 5.25 + 2 * 5.25) / (0.9 * (5.25 + 5) + 5.25)
+    assert multiplier.value == pytest.approx(expected)
+    other = Multiplier()
+    other.load_state_dict(saved)
+    assert other.value == pytest.approx(-3 * 5.25 / (5.25 + 5))
+    multiplier.see(cost * float("inf"), cost)  # a step that a scaled loss has made overflow
+    multiplier.after_step(torch.device("cpu"))
+    assert multiplier.value == pytest.approx(expected)

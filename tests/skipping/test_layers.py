@@ -105,22 +105,25 @@ def test_all_and_none_run(score, ran):
     assert running.history[-1]["blocks"] == [ran / 16, 1.0]
 
 
-def test_gates_learn_what_a_block_is_worth():
-    """A block that adds what lowers the loss gets higher scores, one that adds the opposite lower ones."""
-    for sign in (1.0, -1.0):
-        model = nn.Sequential(conv(3, 6), PreActBlock(6, 4), *tail(6))
+@pytest.mark.parametrize("good", [1, 2])
+def test_gates_learn_which_block_is_worth_more(good):
+    """One block adds what lowers the loss, the other one the opposite."""
+    model = nn.Sequential(conv(3, 6), PreActBlock(6, 4), PreActBlock(6, 4), *tail(6))
+    for block in (1, 2):
         with torch.no_grad():
-            model[1].conv2.weight.mul_(0).add_(sign)
-            model[1].conv1.weight.abs_()
-        _, optimizer, running = start(model, layer_share=0.5, layer_gate_rate=0.01)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        first = running._gate.network.head.bias.item()
-        for _ in range(20):
-            features = model.train()[:2](images(16))
-            (-features.sum()).backward()
-            optimizer.step()
-        assert (running._gate.network.head.bias.item() - first) * sign > 0.05
+            model[block].conv1.weight.abs_()
+            model[block].conv2.weight.zero_().add_(1.0 if block == good else -1.0)
+    _, optimizer, running = start(model, layer_share=0.5, layer_gate_rate=0.01)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    gaps = []
+    for _ in range(60):
+        (-model.train()[:3](images(16)).sum()).backward()
+        first, second = (scores.mean() for _, scores in running._scores)
+        gaps.append(float(first - second if good == 1 else second - first))
+        optimizer.step()
+    assert gaps[-1] - gaps[0] > 0.3
+    assert abs(running._price.value) < 1
 
 
 def test_evaluation_by_chance_is_another_one_each_time_and_training_does_not_mind():
@@ -168,14 +171,7 @@ def test_the_price_holds_the_share_wherever_the_gates_begin(share, begin):
         decide(running, begin)
     train(model, optimizer, 120)
     late = [entry["share"] for entry in running.history[40:]]
-    assert sum(late) / len(late) == pytest.approx(share, abs=0.03)
-
-
-def test_the_sum_of_all_errors_is_what_the_price_has_moved_by():
-    model, optimizer, running = start(layer_share=0.6, total_steps=100)
-    train(model, optimizer, 30)
-    gated = [entry["blocks"][0] - running._target for entry in running.history]
-    assert sum(gated) == pytest.approx(running._price.value, abs=1e-4)
+    assert sum(late) / len(late) == pytest.approx(share, abs=0.02)
 
 
 def test_decided_gates_run_as_much_in_evaluation_as_in_training():

@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from earlybird.blocks import Block, channels_of, check_free, counted, find_blocks, patterns_from
-from earlybird.calls import Hook, around, as_optimizers, first_sample, processes, unwrapped
+from earlybird.calls import Hook, around, as_optimizers, first_sample, unwrapped
 from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
@@ -71,7 +71,7 @@ from earlybird.precision.quantize import (
 )
 from earlybird.precision.turning_points import TurningPoints
 from earlybird.settings import check_count, option
-from earlybird.skipping.gates import LearnedGate, Price, charge, summed
+from earlybird.skipping.gates import LearnedGate, Multiplier, Price, charge, summed
 from earlybird.skipping.gather import Choice, check_norms, run_on
 from earlybird.skipping.passes import Passes
 from earlybird.step import Step
@@ -121,7 +121,7 @@ class FractionalPrecision:
         Step.parse("75%"), "When the last target begins, turning points or not; 'none' waits for them."
     )
     fractional_blocks: tuple[str, ...] = option((), "Names of the blocks, such as 'layers.*.blocks.*'; default: found.")
-    fractional_gate_rate: float = option(1e-3, "Learning rate of the gates.")
+    fractional_gate_rate: float = option(1e-2, "Learning rate of the gates.")
     fractional_range_memory: float = option(
         0.9, "Share of a running range of inputs that stays at each step, in [0, 1)."
     )
@@ -449,7 +449,7 @@ class FractionalBits:
             raise InputError("no optimizer was given", needed="the one that trains the model, or several")
         self._steps, self._seed = 0, seed
         self._record_every = _RECORD_EVERY if total_steps is None else max(total_steps // _RECORDS, 1)
-        self._price, self._drift = Price(), 0.0
+        self._price, self._multiplier = Price(), Multiplier()
         self._next = 0  # block whose turn it is
         self.generator = torch.Generator(next(model.parameters()).device)
         self.generator.manual_seed(seed_of_step(seed, 0))
@@ -534,8 +534,10 @@ class FractionalBits:
                 ]
             )
         # what a choice pays is in units of the mean candidate of the mean block
-        unit = sum(map(sum, self._spent)) / (len(self.blocks) * len(self.settings.candidates))
-        self._prices = torch.tensor(self._spent, device=self._bits.device) / unit  # (blocks, K)
+        self._unit = sum(map(sum, self._spent)) / (len(self.blocks) * len(self.settings.candidates))
+        self._prices = torch.tensor(self._spent, device=self._bits.device) / self._unit  # (blocks, K)
+        # published penalties are on the sum over the three passes, relative to the mean block
+        self._in_penalty = len(PASSES) * self._unit / (sum(self._macs) / len(self._macs))
 
     def _reach(self) -> tuple[float, float]:
         """Return the lowest and the highest cost that choices can come to."""
@@ -584,7 +586,7 @@ class FractionalBits:
             "rung": self.rung,
             "turning": self.turning.state_dict(),
             "price": self._price.value,
-            "drift": self._drift,
+            "multiplier": self._multiplier.state_dict(),
             "gate": self._gate.state_dict() if self.blocks else {},
             "ranges": {name: None if found is None else torch.stack(found) for name, found in running.items()},
             "history": [dict(entry) for entry in self.history],
@@ -597,7 +599,8 @@ class FractionalBits:
         self._steps, self.rung = int(state["steps"]), int(state["rung"])
         self.generator.manual_seed(seed_of_step(self._seed, self._steps))
         self.turning.load_state_dict(state["turning"])
-        self._price.value, self._drift = state["price"], state["drift"]
+        self._price.value = state["price"]
+        self._multiplier.load_state_dict(state["multiplier"])
         if self.blocks:
             self._gate.load_state_dict(state["gate"])
         self._passes.after_step(self._steps)
@@ -630,16 +633,11 @@ class FractionalBits:
 
     def _begin_step(self) -> None:
         self._spent_now, self._whole_now = 0.0, 0.0  # MACs of 32 bits: what was spent, and what 32 bits would have
-        self._scores_now: list[Tensor] = []  # mean scores of each block and pass, shape (K,)
+        self._slopes: list[Tensor] = []  # by how much the mean falls with the price, in the unit of prices
 
     def _begin_record(self) -> None:
         self._record = [0.0, 0.0]  # the same since the last entry of the history
         self._counts = [[0.0] * len(self.settings.candidates) for _ in self.blocks]  # samples by block and candidate
-
-    @property
-    def _sign(self) -> float:
-        """The sign of the published penalty, by what the batches of this step have cost."""
-        return 1.0 if self._spent_now > self._whole_now * self.settings.targets[self.rung] else -1.0
 
     def _run(self, index: int, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         block, settings = self.blocks[index], self.settings
@@ -683,23 +681,35 @@ class FractionalBits:
         settings = self.settings
         gated = settings.fractional_choice != "random"
         scores = self._gate.scores(index, x) if gated else torch.zeros(len(x), len(self._bits), device=x.device)
-        if learns:
-            self._scores_now.append(scores.detach().mean(0))
-        scores = scores - (self._price.value + self._drift) * self._prices[index]
+        scores = scores - self._price.value * self._prices[index]
         if not self.blocks[index].skippable:
             scores = scores.masked_fill(self._bits == 0, -math.inf)
         chances = scores.softmax(1)
-        if learns and settings.fractional_control == "penalty":
-            # of the three passes, relative to the mean block
-            mean = sum(self._macs) / len(self._macs)
-            costs = torch.tensor(self._spent[index], device=x.device) * len(PASSES) / mean
-            rates = settings.fractional_penalty * costs
-            chances.register_hook(lambda gradient: gradient + self._sign * rates)
+        if learns:
+            mean = (chances.detach() * self._prices[index]).sum(1, keepdim=True)
+            self._slopes.append((chances.detach() * (self._prices[index] - mean).square()).sum())
+        if learns and gated:
+            chances.register_hook(lambda gradient: self._less_cost(gradient, chances.detach(), index))
         decides = scores.detach()
         if not gated or (settings.fractional_choice == "drawn" and training):
             coins = self._passes.draw(decides.numel()).view(decides.shape).to(x.device)
             decides = decides - (-coins.log()).log()  # Gumbel noise: its highest is a draw from the softmax
         return chances, decides.argmax(1), decides.masked_fill(self._bits == 0, -math.inf).argmax(1)
+
+    def _less_cost(self, gradient: Tensor, chances: Tensor, index: int) -> Tensor:
+        """Return the gradient of the chances before one block, shape (N, K), less that of what candidates cost."""
+        costs = self._prices[index]
+        if (
+            self.settings.fractional_control == "penalty"
+        ):  # by the batches of this step, known by the time gradients come
+            sign = 1.0 if self._spent_now > self._whole_now * self.settings.targets[self.rung] else -1.0
+            return gradient + sign * self.settings.fractional_penalty * self._in_penalty * costs
+
+        def by_score(by_chance: Tensor) -> Tensor:
+            return chances * (by_chance - (chances * by_chance).sum(1, keepdim=True))
+
+        self._multiplier.see(by_score(gradient), by_score(costs.expand_as(chances)))
+        return gradient - self._multiplier.value * costs
 
     @contextlib.contextmanager
     def _chosen(self, index: int, choice: _Chosen) -> Iterator[None]:
@@ -746,30 +756,20 @@ class FractionalBits:
             return
         device = self.generator.device
         self.generator.manual_seed(seed_of_step(self._seed, self._steps))
-        spent, whole = summed([self._spent_now, self._whole_now], device)
+        slope = self._unit * float(torch.stack(self._slopes).sum()) if self._slopes else 0.0
+        spent, whole, slope = summed([self._spent_now, self._whole_now, slope], device)
         self._record = [self._record[0] + self._spent_now, self._record[1] + self._whole_now]
         if whole:
-            excess = spent / whole / self.settings.targets[self.rung] - 1
+            target = whole * self.settings.targets[self.rung]
             if self.settings.fractional_control == "price":
-                self._price.move(excess)
-                self._drift = self._slope(device)
+                self._price.move(spent / target - 1, slope / target)
+                self._multiplier.after_step(device)
         self._begin_step()
         self._gate.step()
         self._passes.after_step(self._steps)
         if self._steps % self._record_every == 0:
             self._add_to_history(device)
         self._climb()
-
-    def _slope(self, device: torch.device) -> float:
-        """Return by how much the mean scores of this step rise with the cost of a candidate.
-
-        The price starts from there: a drift of all scores together is not for it to follow.
-        """
-        mean = torch.stack(self._scores_now).double().mean(0).tolist()
-        scores = torch.tensor(summed(mean, device), dtype=torch.float64) / processes()
-        costs = self._prices.double().mean(0).cpu()
-        costs -= costs.mean()
-        return float((scores * costs).sum() / costs.square().sum())
 
     def _add_to_history(self, device: torch.device) -> None:
         flat = summed([*self._record, *(number for row in self._counts for number in row)], device)

@@ -19,6 +19,7 @@ for the network. When the model is cut, the projections lose the inputs of the c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -30,9 +31,11 @@ from earlybird.calls import processes
 from earlybird.cost.arithmetic import Arithmetic
 from earlybird.ledger import Ledger
 
-__all__ = ["LearnedGate", "Price", "RecurrentGate", "charge", "level_for", "summed"]
+__all__ = ["LearnedGate", "Multiplier", "Price", "RecurrentGate", "charge", "level_for", "summed"]
 
 _FLOAT32 = Arithmetic.of_floats(32)  # what gates compute in
+_FLATTEST = 0.02  # slope of shares, where gates are all decided
+_MEMORY = 0.9  # share of the multiplier's sums that stays at each step
 
 
 class RecurrentGate(nn.Module):
@@ -197,21 +200,69 @@ def _pooled(x: Tensor) -> Tensor:
 class Price:
     """What makes a target come true: all choices pay it, by their cost, out of their scores.
 
-    Integral control: after each step, the price rises by ``gain`` times what was spent above the target. So the sum of
-    all errors is never more than what the price has moved by, divided by the gain: over a run, the mean is met. The
-    price is a Lagrange multiplier in units of the scores: a block runs with probability sigmoid(score - price * cost).
+    After each step it moves by a quarter of what would have met the target in that step, as far as the slope tells:
+
+        price += excess / (4 slope)        by no more than 1
+
+    so that errors of either sign cancel over a run, however decided the gates are.
 
     Attributes:
         value: The price.
     """
 
-    def __init__(self, gain: float = 1.0) -> None:
+    def __init__(self) -> None:
         self.value = 0.0
-        self._gain = gain
 
-    def move(self, excess: float) -> None:
-        """Move the price; ``excess`` is the share that was spent above (below: negative) the target."""
-        self.value += self._gain * excess
+    def move(self, excess: float, slope: float) -> None:
+        """Move the price.
+
+        Args:
+            excess: Share that was spent above (below: negative) the target.
+            slope: By how much the mean share falls with the price.
+        """
+        self.value += min(max(excess / (4 * max(slope, _FLATTEST)), -1.0), 1.0)
+
+
+class Multiplier:
+    """What cost is worth to the loss, as the gradients of all choices tell: the least-squares Lagrange multiplier
+
+        mu = sum <dL/ds, dC/ds> / sum <dC/ds, dC/ds>
+
+    over the scores s of the last steps. Gates learn from dL/ds - mu dC/ds, so that they move cost to where it is worth
+    the most, and do not on the whole ask for more or less of it: that is decided by the target, and `Price` need not
+    run after scores that all rise.
+
+    Attributes:
+        value: mu.
+    """
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self._sums = (0.0, 0.0)  # of both inner products, the older steps' with less weight
+        self._now: list[Tensor] = []  # both, by block and pass of this step, shape (2,)
+
+    def see(self, loss_by_score: Tensor, cost_by_score: Tensor) -> None:
+        """Take note of the gradients of loss and cost by the scores before one block, of equal shapes."""
+        products = [(loss_by_score * cost_by_score).sum(), cost_by_score.square().sum()]
+        self._now.append(torch.stack(products).double())
+
+    def after_step(self, device: torch.device) -> None:
+        """Estimate it anew; called on all processes."""
+        now = torch.stack(self._now).sum(0).tolist() if self._now else [0.0, 0.0]
+        self._now = []
+        both, square = summed(now, device)
+        if math.isfinite(both) and square:
+            self._sums = (_MEMORY * self._sums[0] + both, _MEMORY * self._sums[1] + square)
+            self.value = self._sums[0] / self._sums[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums."""
+        return {"sums": list(self._sums)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        both, square = state["sums"]
+        self._sums, self.value = (both, square), both / square if square else 0.0
 
 
 def charge(ledgers: Iterable[Ledger], layers: Sequence[str], images: float, *, training: bool) -> None:

@@ -7,8 +7,9 @@ with probability
 
     p = sigmoid(score_l(x_i) - price * cost_l)        else its input goes on in the place of the output
 
-where cost_l is the block's MACs, relative to the mean block's. Scores are relative to their mean, and the price is
-moved after each step so that the share of the residual blocks' MACs that is run comes to ``layer_share``.
+where cost_l is the block's MACs, relative to the mean block's. The price is moved after each step so that the share of
+the residual blocks' MACs that is run comes to ``layer_share``; where they are worth the most is what the gates learn
+(`Multiplier`).
 
 What it saves: measured seconds, counted MACs and modelled joules of the samples that pass by a block, in both passes of
 training and in inference, since samples are gathered (`earlybird.skipping.gather`). It does *not* pay in shallow
@@ -58,7 +59,7 @@ from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count, check_share, option
-from earlybird.skipping.gates import LearnedGate, Price, charge, level_for, summed
+from earlybird.skipping.gates import LearnedGate, Multiplier, Price, charge, level_for, summed
 from earlybird.skipping.gather import Choice, check_norms, run_on
 from earlybird.skipping.passes import Passes
 from earlybird.stretches import Plan, Stretch
@@ -196,9 +197,8 @@ class LayerGates:
             raise InputError("no optimizer was given", needed="the one that trains the model, or several")
         self._steps = 0
         self._record_every = _RECORD_EVERY if total_steps is None else max(total_steps // _RECORDS, 1)
-        self._price = Price()
+        self._price, self._multiplier = Price(), Multiplier()
         self._offset: float | None = None  # score with which all samples and blocks begin
-        self._center = 0.0  # mean score of the last step: a drift of all scores together is not for the price to follow
         self._level: float | None = None  # score, a unit of cost, above which a decided gate lets samples run
         self._executed: list[Tensor] = []  # blocks that each input ran, by batch of the last evaluation
         self._evaluated = False  # it is over: training has gone on
@@ -292,7 +292,7 @@ class LayerGates:
             "steps": self._steps,
             "price": self._price.value,
             "offset": self._offset,
-            "center": self._center,
+            "multiplier": self._multiplier.state_dict(),
             "level": self._level,
             "gate": self._gate.state_dict() if self._gated else {},
             "history": [dict(entry) for entry in self.history],
@@ -303,8 +303,8 @@ class LayerGates:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         self._steps = int(state["steps"])
-        self._price.value, self._offset = state["price"], state["offset"]
-        self._center, self._level = state["center"], state["level"]
+        self._price.value, self._offset, self._level = state["price"], state["offset"], state["level"]
+        self._multiplier.load_state_dict(state["multiplier"])
         if self._gated:
             self._gate.load_state_dict(state["gate"])
         self._passes.after_step(self._steps)
@@ -353,6 +353,7 @@ class LayerGates:
 
     def _begin_step(self) -> None:
         self._excess, self._possible = 0.0, 0.0  # MACs that were run above the target, and could have been run
+        self._slopes: list[Tensor] = []  # by how much the mean falls with the price, in MACs, of each block and pass
         self._scores: list[tuple[int, Tensor]] = []  # block and its samples' scores
 
     def _begin_record(self) -> None:
@@ -389,7 +390,7 @@ class LayerGates:
                 hint="cut the model by earlybird.shrink, which tells the gates, or before they are attached",
             )
         masked = settings.layer_execution == "masked"
-        score = self._gate.scores(index, x, into_features=masked)[:, 0] - self._center
+        score = self._gate.scores(index, x, into_features=masked)[:, 0]
         cost = self._costs[index]
         chance = torch.sigmoid((self._offset or 0.0) + score - self._price.value * cost)
         if training or settings.layer_evaluate == "sampled":
@@ -401,11 +402,11 @@ class LayerGates:
             probed = self._passes.draw(len(x)).to(x.device) < settings.layer_probe
             probes = (probed & ~runs).nonzero().flatten()
         self._record(index, rows, probes, runs, score.detach(), learns=learns)
-        if learns and settings.layer_control == "penalty":
-            # its sign is that of this step's batches, which are known when the gradient comes
-            chance.register_hook(
-                lambda gradient: gradient + settings.layer_penalty * (1.0 if self._excess > 0 else -1.0)
-            )
+        if learns:
+            undecided = (chance * (1 - chance)).detach().sum()
+            self._slopes.append(self._macs[index] * cost * undecided)
+        if learns:
+            chance.register_hook(lambda gradient: self._less_cost(gradient, chance.detach(), cost))
         if not masked:
             choice = Choice(chance, probes, settings.layer_probe) if learns else None
             return run_on(block.module, lambda inputs, _: forward(inputs), x, rows, choice)
@@ -413,6 +414,14 @@ class LayerGates:
         if learns:  # straight through
             mask = mask - chance.detach() + chance
         return torch.lerp(x, forward(x).to(x.dtype), mask.to(x.dtype).view(-1, *[1] * (x.ndim - 1)))
+
+    def _less_cost(self, gradient: Tensor, chance: Tensor, cost: float) -> Tensor:
+        """Return the gradient of the chances to run a block, shape (N,), less that of what running costs."""
+        if self.settings.layer_control == "penalty":  # by the batches of this step, known by the time gradients come
+            return gradient + self.settings.layer_penalty * (1.0 if self._excess > 0 else -1.0)
+        slope = chance * (1 - chance)  # of the chance, by the score
+        self._multiplier.see(gradient * slope, cost * slope)
+        return gradient - self._multiplier.value * cost
 
     def _record(self, index: int, rows: Tensor, probes: Tensor, runs: Tensor, scores: Tensor, *, learns: bool) -> None:
         """Count a batch: samples that run a block, ``rows`` (n,) or ``runs`` (N,), probes (k,), and all scores (N,)."""
@@ -438,14 +447,14 @@ class LayerGates:
         if not self._gated:
             return
         device = next(self._model.parameters()).device
-        excess, possible = summed([self._excess, self._possible], device)
+        slope = float(torch.stack(self._slopes).sum()) if self._slopes else 0.0
+        excess, possible, slope = summed([self._excess, self._possible, slope], device)
         if possible:
             if self.settings.layer_evaluate == "decided":
                 self._follow_level(device)
             if self.settings.layer_control == "price":
-                self._price.move(excess / possible)
-                mean = sum(float(scores.mean()) for _, scores in self._scores) / len(self._scores)
-                self._center += summed([mean], device)[0] / processes()
+                self._price.move(excess / possible, slope / possible)
+                self._multiplier.after_step(device)
         self._begin_step()
         self._gate.step()
         self._passes.after_step(self._steps)
