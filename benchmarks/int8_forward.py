@@ -10,11 +10,14 @@ numbers:
 - ``simulated``: operands rounded to 8 bits, multiplied in bf16: what `earlybird.precision` does;
 - ``oneDNN``, ``FBGEMM``, ``product``: int8 alone, codes and packed weights at hand (the product unfolds its input);
 - ``oneDNN, evaluation``: codes of the input by a range that is known, the weight packed before;
-- ``oneDNN, training``: range and codes of the input, codes of the weight, packed anew: a whole forward pass.
+- ``oneDNN, training``: range and codes of the input, codes of the weight, packed anew: the whole forward pass of
+  `earlybird.precision.int8`.
 
-    python benchmarks/int8_forward.py                  # some two minutes
-    python benchmarks/int8_forward.py --quick          # a few shapes; nothing is recorded
-    python benchmarks/int8_forward.py --table          # the table of the newest rows
+Then whole training steps in bf16, and with the forward pass of wide convolutions in int8 (``--forward-ladder int8``).
+
+    python benchmarks/int8_forward.py                  # some three minutes
+    python benchmarks/int8_forward.py --quick          # a few shapes, one network; nothing is recorded
+    python benchmarks/int8_forward.py --table          # the tables of the newest rows
 """
 
 from __future__ import annotations
@@ -30,16 +33,23 @@ from alternatives import forward, unfolded
 from common import interleaved, machine, rows
 from records import by_machine, newest, record
 from roofline import BATCH, LEAST_S
+from step_times import stepper
 from tables import origin
-from torch import Tensor
+from torch import Tensor, nn
 
 from earlybird.allocator import keep_freed
+from earlybird.models import build
+from earlybird.precision.int8 import convolve
+from earlybird.precision.progressive import ProgressivePrecision
 from earlybird.precision.quantize import quantise, range_of
 
 NAME = "int8_forward"
 SHAPES = ((32, 16, 16), (32, 64, 64), (16, 32, 32), (16, 128, 128), (8, 64, 64), (8, 256, 256), (4, 512, 512))
 """Side, input and output channels: of ResNet-20, and of VGG-16."""
 WAYS = ("simulated", "oneDNN", "FBGEMM", "product", "oneDNN, evaluation", "oneDNN, training")
+NETWORKS = (("vgg16", 0.5), ("vgg16", 1.0), ("resnet18", 1.0))
+"""Name and width factor."""
+NETWORK_HEAD = "| network | width | bf16, ms a step | bf16 / int8 |\n| --- | --- | --- | --- |"
 _GEOMETRY: tuple[Any, ...] = ((1, 1), (1, 1), (1, 1), 1)  # stride, padding, dilation, groups
 
 
@@ -76,13 +86,6 @@ def onednn(codes: Tensor, x_step: float, packed: Tensor, steps: Tensor) -> Tenso
     return output
 
 
-def whole_pass(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve in int8 as a step of training would, which knows nothing of its operands before."""
-    largest = float(x.amax())
-    codes, steps = weight_codes(weight)
-    return onednn(input_codes(x, largest), largest / 255, pack(codes, steps, x, largest / 255), steps)
-
-
 def simulated(x: Tensor, weight: Tensor) -> Tensor:
     """Convolve rounded operands in bf16."""
     return forward(quantise(x, 8, symmetric=True), quantise(weight, 8, range_of(weight, 0), symmetric=True))
@@ -107,6 +110,9 @@ def ways(x: Tensor, weight: Tensor) -> dict[str, Way]:
     kernel = torch._make_per_channel_quantized_tensor(codes, steps.double(), torch.zeros(len(steps)).long(), 0)
     held = torch.ops.quantized.conv2d_prepack(kernel, None, [1, 1], [1, 1], [1, 1], 1)
 
+    layer = nn.Conv2d(x.shape[1], len(steps), 3, padding=1, bias=False)
+    layer.weight.data = weight.float()
+
     halves = x_codes.bitwise_right_shift(1).to(torch.int8)  # the product takes operands with a sign only
     matrix = codes.permute(2, 3, 1, 0).reshape(-1, len(steps)).contiguous()
     return {
@@ -119,7 +125,7 @@ def ways(x: Tensor, weight: Tensor) -> dict[str, Way]:
             lambda sums: (sums * (2 * x_step * steps)).view(batch, height, width, -1).permute(0, 3, 1, 2),
         ),
         "oneDNN, evaluation": Way(lambda: onednn(input_codes(x, largest), x_step, packed, steps)),
-        "oneDNN, training": Way(partial(whole_pass, x, weight)),
+        "oneDNN, training": Way(partial(convolve, x, layer)),
     }
 
 
@@ -132,7 +138,7 @@ def check(found: dict[str, Way]) -> None:
             raise RuntimeError(f"{name} computes another convolution: off by {error:.1%}")
 
 
-def measure(options: argparse.Namespace) -> None:
+def convolutions(options: argparse.Namespace) -> None:
     """Print and record the ratios of every way, shape by shape."""
     print(head())
     for side, inputs, outputs in SHAPES[:: 3 if options.quick else 1]:
@@ -149,6 +155,27 @@ def measure(options: argparse.Namespace) -> None:
         record(NAME, row, quick=options.quick)
 
 
+def steps_of_networks(options: argparse.Namespace) -> None:
+    """Print and record whole training steps, in bf16 and with forward passes in int8."""
+    images, labels = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last), torch.arange(BATCH) % 10
+    print(f"\n{NETWORK_HEAD}")
+    for name, width in NETWORKS[: 1 if options.quick else None]:
+        actions = {}
+        for ladder in ("bf16", "int8"):
+            model = build(name, classes=10, image_size=32, width=width).to(memory_format=torch.channels_last)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, foreach=True)
+            if ladder == "int8":
+                ProgressivePrecision(forward_ladder="int8").attach(model, optimizer)
+            actions[ladder] = stepper(model, optimizer, images, labels, True)
+        of = machine()
+        times, others = interleaved(actions, options.rounds)
+        ratio = statistics.median(a / b for a, b in zip(times["bf16"], times["int8"]))
+        row = {"network": name, "width": width, "step_seconds": statistics.median(times["bf16"]), "ratio": ratio}
+        row |= {"rounds": options.rounds, "others": others, **of}
+        print(line(row), flush=True)
+        record(NAME, row, quick=options.quick)
+
+
 def head() -> str:
     """Return the head of the table: ratios are bf16's time over that of the other way."""
     titles = ["side", "channels", "bf16, ms", *(f"bf16 / {way}" for way in WAYS)]
@@ -156,17 +183,22 @@ def head() -> str:
 
 
 def line(row: dict[str, Any]) -> str:
-    """Return one row as a line of the table."""
+    """Return one row as a line of its table."""
+    if "network" in row:
+        return f"| {row['network']} | {row['width']:g} | {1e3 * row['step_seconds']:.1f} | {row['ratio']:.3f}x |"
     cells = [f"{row['side']}", f"{row['inputs']} to {row['outputs']}", f"{1e3 * row['own_seconds']:.3f}"]
     return "| " + " | ".join([*cells, *(f"{row['ratios'][way]:.2f}x" for way in WAYS)]) + " |"
 
 
 def tables(found: Sequence[dict[str, Any]]) -> str:
-    """Return the newest session of each machine as Markdown."""
+    """Return the newest session of each machine as Markdown: convolutions, then whole steps."""
     parts = []
     for _, own in by_machine(found):
         mine = newest(own)
-        parts += [origin(mine), "\n".join([head(), *map(line, mine)])]
+        parts.append(origin(mine))
+        for title, key in ((head(), "side"), (NETWORK_HEAD, "network")):
+            lines = [line(row) for row in mine if key in row]
+            parts += ["\n".join([title, *lines])] if lines else []
     return "\n\n".join(parts)
 
 
@@ -174,8 +206,8 @@ def read(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="few shapes and rounds; nothing is recorded")
-    parser.add_argument("--table", action="store_true", help="print the table of the newest rows and stop")
+    parser.add_argument("--quick", action="store_true", help="few shapes and rounds, one network; nothing is recorded")
+    parser.add_argument("--table", action="store_true", help="print the tables of the newest rows and stop")
     options = parser.parse_args(words)
     if options.quick:
         options.rounds = 3
@@ -188,7 +220,8 @@ def main() -> None:
         print(tables(rows(NAME)))
         return
     keep_freed()  # as `earlybird train` does
-    measure(options)
+    convolutions(options)
+    steps_of_networks(options)
 
 
 if __name__ == "__main__":

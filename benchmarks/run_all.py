@@ -76,7 +76,7 @@ def full(work: Path) -> list[Job]:
         ("vgg16_cifar10", ["--tasks", "full"]),
         ("speedrun_cifar10", ["--tasks", "speedrun"]),
         ("networks", ["--tasks", "resnet20,resnet18,preact_resnet29,mobilenet_v2", *together]),
-        ("efficient_steps", together),
+        ("efficient_steps", ["--tasks", "dropping,skipping,ladder,signs,operations,search,together", *together]),
         ("paper_figures", ["--work", str(work / "paper"), *together]),
     ]
 

@@ -18,6 +18,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "EarlyBird": "earlybird.tickets.early_bird",
     "BatchDropping": "earlybird.skipping.batches",
+    "LayerSkipping": "earlybird.skipping.layers",
+    "StochasticDepth": "earlybird.skipping.stochastic_depth",
+    "ProgressivePrecision": "earlybird.precision.progressive",
+    "FractionalPrecision": "earlybird.precision.fractional",
+    "PredictiveSign": "earlybird.precision.predictive_sign",
+    "BlockFloat": "earlybird.precision.block_float",
+    "ShiftAdd": "earlybird.arithmetic.shift_add",
     "ProgressiveResizing": "earlybird.skipping.pixels",
     "Search": "earlybird.tickets.search",
     "Ticket": "earlybird.tickets.ticket",
@@ -29,15 +36,23 @@ _HOMES = {
     "Bill": "earlybird.cost.bill",
 }
 __all__ = [
-    "BatchDropping", "Bill", "Change", "EarlyBird", "Ledger", "ProgressiveResizing", "Search", "Step", "Ticket",
-    "__version__", "draw", "shrink",
+    "BatchDropping", "Bill", "BlockFloat", "Change", "EarlyBird", "FractionalPrecision", "LayerSkipping", "Ledger",
+    "PredictiveSign", "ProgressivePrecision", "ProgressiveResizing", "Search", "ShiftAdd", "Step", "StochasticDepth",
+    "Ticket", "__version__", "draw", "shrink",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
+    from earlybird.arithmetic.shift_add import ShiftAdd
     from earlybird.cost.bill import Bill
     from earlybird.ledger import Ledger
+    from earlybird.precision.block_float import BlockFloat
+    from earlybird.precision.fractional import FractionalPrecision
+    from earlybird.precision.predictive_sign import PredictiveSign
+    from earlybird.precision.progressive import ProgressivePrecision
     from earlybird.skipping.batches import BatchDropping
+    from earlybird.skipping.layers import LayerSkipping
     from earlybird.skipping.pixels import ProgressiveResizing
+    from earlybird.skipping.stochastic_depth import StochasticDepth
     from earlybird.step import Step
     from earlybird.tickets.draw import draw
     from earlybird.tickets.early_bird import EarlyBird

@@ -30,6 +30,7 @@ from earlybird.cost.count import ModelCost, count
 from earlybird.cost.energy import FPGA, joules
 from earlybird.errors import InputError
 from earlybird.ledger import PhaseRecord, Route, Work
+from earlybird.methods import METHODS
 from earlybird.models import build
 from earlybird.stretches import Forecasting, Plan, Stretch
 from earlybird.train.recipe import Recipe
@@ -91,8 +92,9 @@ class Forecast:
             cost, images = self.cost(stretch), stretch.steps * self.batch
             work = Work(train_images=round(images), train_batches=round(stretch.steps), updates=round(stretch.steps))
             routes = {
-                Route(layers, arithmetic, True): share * images for layers, share, arithmetic in stretch.routes
-            }  # fmt: skip
+                Route(layers, arithmetic, True): share * images
+                for layers, share, arithmetic in (*stretch.routes, *stretch.training_routes)
+            }
             train.add(PhaseRecord(steps=round(stretch.steps), work={self.bits: work.priced(cost, self.bits, routes)}))
             until = math.ceil(total / every) if round(done) >= total else int(done / every + 1e-9)  # and one at the end
             seen, batches, looked = (until - looked) * self.test_images, until - looked, until
@@ -155,7 +157,8 @@ def _flops(cost: ModelCost, stretch: Stretch, bits: int) -> float:
 
 
 def _executed(cost: ModelCost, stretch: Stretch, bits: int) -> float:
-    skipped = [share for _, share, arithmetic in stretch.routes if arithmetic is None]
+    routes = (*stretch.routes, *stretch.training_routes)
+    skipped = [share for _, share, arithmetic in routes if arithmetic is None]
     return 1 - sum(skipped) / len(skipped) if skipped else 1.0
 
 
@@ -164,7 +167,7 @@ def _shares(cost: ModelCost, stretch: Stretch) -> dict[Arithmetic | None, dict[s
     found: dict[Arithmetic | None, dict[str, float]] = {}
     for name in cost.layers:
         rest, own = 1.0, cost.arithmetics.get(name)
-        for layers, share, arithmetic in stretch.routes:
+        for layers, share, arithmetic in (*stretch.routes, *stretch.training_routes):
             if name in layers:
                 rest -= share
                 if arithmetic is not None:
@@ -223,7 +226,9 @@ def forecast(recipe: Recipe) -> Forecast:
     )
     dense = [Stretch(float(plan.total_steps), model, shape[1])]
     stretches, notes = list(dense), []
-    for name, method in recipe.build_methods().items():
+    # what replaces layers comes first, and what ends with the draw after it
+    first = [*(name for name in METHODS if name == "shift_add"), *METHODS]
+    for name, method in sorted(recipe.build_methods().items(), key=lambda item: first.index(item[0])):
         if isinstance(method, Forecasting):
             stretches = method.forecast(stretches, plan)
         else:

@@ -36,7 +36,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from earlybird import allocator
-from earlybird.calls import Call, Hook, as_optimizers, batch_size, first_sample, processes, tensors_in, unwrapped
+from earlybird.calls import (
+    Call,
+    Hook,
+    as_optimizers,
+    batch_size,
+    first_sample,
+    hook_owners,
+    processes,
+    tensors_in,
+    unwrapped,
+)
 from earlybird.cost.arithmetic import Arithmetic
 from earlybird.cost.bill import Bill, Counted, Estimated, Measured, Modelled, Spending
 from earlybird.cost.count import ModelCost, count
@@ -416,17 +426,25 @@ class Ledger:
     def passes(self, images: int, *, batches: int = 1, training: bool = False, inputs: Any = None) -> None:
         """Count samples that go through the model without its hooks (a caller that runs ``model.forward`` itself).
 
+        Other ledgers that watch the model count them, too.
+
         Args:
             images: Samples, of this process.
             batches: Batches they come in.
             training: Forward and backward, or forward only.
             inputs: Some of them, where their size decides the price; by default it is that of the batch before.
         """
-        if inputs is not None and self._model is not None:
-            self._price_for(self._model, inputs)
         kind = "train" if training else "forward"
-        for name, amount in ((f"{kind}_images", images), (f"{kind}_batches", batches)):
-            setattr(self._pending, name, getattr(self._pending, name) + amount * self._world_size)
+        for ledger in self._watching():
+            if inputs is not None and ledger._model is not None:
+                ledger._price_for(ledger._model, inputs)
+            for name, amount in ((f"{kind}_images", images), (f"{kind}_batches", batches)):
+                setattr(ledger._pending, name, getattr(ledger._pending, name) + amount * ledger._world_size)
+
+    def _watching(self) -> list[Ledger]:
+        """Return this ledger, and all others that watch its model."""
+        others = [] if self._model is None else hook_owners(self._model, Ledger)
+        return [self, *(ledger for ledger in others if ledger is not self)]
 
     def reroute(
         self, layers: Sequence[str], images: float, arithmetic: Arithmetic | None, *, training: bool
@@ -449,14 +467,15 @@ class Ledger:
         self._pending.left_batches += batches * self._world_size
 
     def reread_arithmetic(self) -> None:
-        """Ask the layers of the watched model anew how they compute; what came before keeps its price."""
-        self._settle()
-        self._price()
-        if self._model is not None:
-            model = self._model
-            self._costs = {size: cost.computing_as(model) for size, cost in self._costs.items()}
-            self.cost = None if self.cost is None else self.cost.computing_as(model)
-            self._altered = self._altered or (self.cost is not None and bool(self.cost.arithmetics))
+        """Let all ledgers ask the layers of the watched model how they compute now; before, they keep their price."""
+        for ledger in self._watching():
+            ledger._settle()
+            ledger._price()
+            if ledger._model is not None:
+                model = ledger._model
+                ledger._costs = {size: cost.computing_as(model) for size, cost in ledger._costs.items()}
+                ledger.cost = None if ledger.cost is None else ledger.cost.computing_as(model)
+                ledger._altered = ledger._altered or (ledger.cost is not None and bool(ledger.cost.arithmetics))
 
     def passing(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield ``batches``, each counted as a forward pass below the hooks, at the price of its size."""

@@ -84,7 +84,7 @@ METHODS: dict[str, MethodInfo] = {
             citation="Fu et al., FracTrain: Fractionally Squeezing Bit Savings Both Temporally and Spatially for "
             "Efficient DNN Training, NeurIPS 2020",
             link="https://arxiv.org/abs/2012.13113",
-            saves="counted bit-MACs and modelled joules; with rungs in floating point, measured seconds",
+            saves="counted bit-MACs and modelled joules; with rungs int8, bf16 or fp32, measured seconds",
             limits="time, where bits are simulated: rounding takes longer than it saves",
             exported="The network is exported in full precision; it was evaluated with rounded operands.",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 
 from earlybird.cost.arithmetic import Arithmetic
 
-__all__ = ["Forecasting", "Plan", "Stretch", "after"]
+__all__ = ["Forecasting", "Plan", "Stretch", "after", "computing"]
+
+
+Routes = tuple[tuple[tuple[str, ...], float, Arithmetic | None], ...]
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,14 @@ class Stretch:
         model: What is trained; its layers may say how they compute (``arithmetic``).
         side: Height and width of its images, pixels.
         routes: Shares of the images that pass some layers otherwise: layers, share, arithmetic (None: not at all).
+        training_routes: The same, of training alone: in evaluation, all images pass those layers as they are.
     """
 
     steps: float
     model: nn.Module
     side: int
-    routes: tuple[tuple[tuple[str, ...], float, Arithmetic | None], ...] = ()
+    routes: Routes = ()
+    training_routes: Routes = ()
 
 
 @runtime_checkable
@@ -72,3 +78,19 @@ def after(stretches: Sequence[Stretch], step: float, change: Callable[[Stretch],
         if before < stretch.steps:
             found.append(change(replace(stretch, steps=stretch.steps - before)))
     return found
+
+
+def computing(stretch: Stretch, arithmetic: Callable[[nn.Module], dict[nn.Module, Arithmetic | None]]) -> Stretch:
+    """Return the stretch with layers that compute otherwise, and all others as they are made.
+
+    Args:
+        stretch: Its model is left alone.
+        arithmetic: Returns how layers of a copy of the model compute; None: in the run's floating point.
+    """
+    model = copy.deepcopy(stretch.model)
+    for layer in model.modules():
+        layer.__dict__.pop("arithmetic", None)  # what an earlier stretch set
+    for layer, how in arithmetic(model).items():
+        if how is not None:
+            layer.arithmetic = how  # type: ignore[assignment]
+    return replace(stretch, model=model)

@@ -27,13 +27,15 @@ def test_a_way_that_computes_something_else_is_found_out():
 def test_the_table_shows_the_newest_session_of_each_machine():
     row = {"side": 4, "inputs": 8, "outputs": 16, "own_seconds": 2e-3, "torch": "2", "threads": 2, "date": "today"}
     row |= {"revision": "abc", "side_by_side": 1}
-    text = tables(
-        [
-            {**row, "device": device, "session": session, "ratios": dict.fromkeys(WAYS, ratio)}
-            for device, session, ratio in (("big", "1", 9.0), ("big", "2", 0.5), ("small", "1", 3.0))
-        ]
-    )
+    found = [
+        {**row, "device": device, "session": session, "ratios": dict.fromkeys(WAYS, ratio)}
+        for device, session, ratio in (("big", "1", 9.0), ("big", "2", 0.5), ("small", "1", 3.0))
+    ]
+    of = {key: row[key] for key in ("torch", "threads", "date", "revision", "side_by_side")}
+    step = {"network": "vgg16", "width": 0.5, "step_seconds": 0.08, "ratio": 1.05, "device": "big", "session": "2"}
+    text = tables([*found, {**of, **step}])
     assert "| 4 | 8 to 16 | 2.000 | 0.50x |" in text
+    assert "| vgg16 | 0.5 | 80.0 | 1.050x |" in text
     assert "9.00x" not in text
     assert text.index("0.50x") < text.index("small, 2 threads") < text.index("3.00x")
 
@@ -43,8 +45,12 @@ def test_a_quick_look_records_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(int8_forward, "BATCH", 2)
     recorded = []
     monkeypatch.setattr(int8_forward, "record", lambda name, row, quick: recorded.append((name, row, quick)))
-    int8_forward.measure(int8_forward.read(["--quick", "--rounds", "1"]))
-    ((name, row, quick),) = recorded
-    assert (name, quick) == ("int8_forward", True)
-    assert set(row["ratios"]) == set(WAYS)
-    assert line(row) in capsys.readouterr().out
+    monkeypatch.setattr(int8_forward, "NETWORKS", (("vgg11", 0.5),))
+    options = int8_forward.read(["--quick", "--rounds", "1"])
+    int8_forward.convolutions(options)
+    int8_forward.steps_of_networks(options)
+    assert [(name, quick) for name, _, quick in recorded] == [("int8_forward", True)] * 2
+    assert set(recorded[0][1]["ratios"]) == set(WAYS)
+    assert recorded[1][1]["network"] == "vgg11"
+    said = capsys.readouterr().out
+    assert all(line(row) in said for _, row, _ in recorded)

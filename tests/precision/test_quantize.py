@@ -15,6 +15,7 @@ from earlybird.precision.quantize import (
     QuantisedLayer,
     Range,
     averaged,
+    declare,
     encode,
     gradient_through,
     most_significant,
@@ -303,13 +304,10 @@ def test_evaluation_uses_the_running_range_of_training():
 
 def test_the_layer_says_how_it_computes():
     layer = nn.Linear(2, 2)
-    quantised = QuantisedLayer(layer, Bits(3, 4, 6), generator=seeded())
-    assert not hasattr(layer, "arithmetic")
-    quantised.declare()
+    declare(layer, Bits(3, 4, 6).arithmetic())
     assert layer.arithmetic.operands("error") == (6, 4)
     assert not layer.arithmetic.floating
-    quantised.bits = Bits()
-    quantised.declare()
+    declare(layer, Bits().arithmetic())
     assert not hasattr(layer, "arithmetic")
 
 

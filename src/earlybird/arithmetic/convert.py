@@ -125,6 +125,11 @@ def _kinds(model: nn.Module, operation: Operation, leave: Sequence[str]) -> dict
     for pattern in leave:
         if not fnmatch.filter(layers, pattern):
             raise InputError(f"leave names '{pattern}', which is no layer", hint=nearest(pattern, layers))
+    for name, module in model.named_modules():
+        if name and name not in layers and isinstance(module.__dict__.get("forward"), Around):
+            raise InputError(
+                f"another method decides how block '{name}' is run", hint="convert the model before other methods"
+            )
     ends = [*layers][:1] + [*layers][-1:]
     kinds: dict[str, Operation] = {}
     for name, module in layers.items():

@@ -21,8 +21,9 @@ rates are the run's own (published: SGD, 0.1, 160 epochs; of AdderNet alone 400 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from earlybird.calls import as_optimizers, hook_owners, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import option
+from earlybird.stretches import Plan, Stretch
 from earlybird.tickets.search import Search
 
 _OPERATIONS = ("shift_add", "shift", "add", "conv")
@@ -102,6 +104,15 @@ class ShiftAdd:
             leave=self.leave_layers, form=self.shift_form, bits=self.shift_bits, threshold=self.shift_threshold,
             fraction_bits=self.fixed_point,
         )  # fmt: skip
+
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
+        """Return the stretches of a run of the converted network, for `earlybird.forecast`."""
+        converted: dict[int, nn.Module] = {}
+        for stretch in stretches:
+            if id(stretch.model) not in converted:
+                model = converted[id(stretch.model)] = copy.deepcopy(stretch.model)
+                self.convert(model, plan.images(), seed=plan.seed)
+        return [replace(stretch, model=converted[id(stretch.model)]) for stretch in stretches]
 
     def attach(
         self,

@@ -128,7 +128,7 @@ class Spending:
         steps: Optimizer steps.
         images: Samples that went through the model.
         macs: Multiply-accumulates, or None if the model could not be counted.
-        bit_macs: MACs weighted with (bits / 32) squared, or None.
+        bit_macs: MACs weighted with the share of 32 bits of both operands, or None.
         moved_bytes: Bytes moved, each tensor once per pass, or None.
         peak_bytes: Peak memory, an estimate in a dense run that was not run, or None if not measured.
         joules: Energy of a meter, or None if there was none.

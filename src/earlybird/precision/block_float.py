@@ -24,6 +24,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,6 +37,7 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.precision.quantize import (
     check_bits,
+    declare,
     forward_with,
     gradient_through,
     quantisable,
@@ -44,6 +47,7 @@ from earlybird.precision.quantize import (
 )
 from earlybird.settings import check_count, option
 from earlybird.step import Step
+from earlybird.stretches import Plan, Stretch, after, computing
 from earlybird.tickets.search import Search
 
 __all__ = ["BlockFloat", "BlockFloating", "block_float"]
@@ -80,6 +84,27 @@ class BlockFloat:
         object.__setattr__(self, "block_until", None if until is None or str(until) == "none" else Step.parse(until))
         if not isinstance(self.block_state, bool):
             raise InputError(f"block_state is {self.block_state!r}", needed="true or false")
+
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
+        """Return the stretches of a run in block floating point, for `earlybird.forecast`.
+
+        It ends with the first stretch of another network: when a ticket is drawn.
+        """
+        total = round(sum(stretch.steps for stretch in stretches))
+        until = float(total)
+        if self.block_until is not None:
+            until = self.block_until.in_iterations(round(plan.steps_per_epoch * total / plan.total_steps), total)
+        else:
+            whole = takewhile(lambda stretch: stretch.model is stretches[0].model, stretches)
+            until = sum(stretch.steps for stretch in whole)
+        bits = self.block_bits
+        own = Arithmetic(activation=bits, weight=bits, gradient=bits, floating=False)
+
+        def rounded(model: nn.Module) -> dict[nn.Module, Arithmetic | None]:
+            return dict.fromkeys(quantisable(model).values(), own)
+
+        in_blocks = after(stretches, 0, partial(computing, arithmetic=rounded))
+        return after(in_blocks, until, partial(computing, arithmetic=lambda _: {}))
 
     def attach(
         self,
@@ -253,13 +278,10 @@ class BlockFloating:
         if all(layer.active == self.active for layer in self._layers.values()):
             return
         bits = self.settings.block_bits
+        own = Arithmetic(activation=bits, weight=bits, gradient=bits, floating=False)
         for layer in self._layers.values():
             layer.active = self.active
-            if self.active:
-                arithmetic = Arithmetic(activation=bits, weight=bits, gradient=bits, floating=False)
-                layer.module.arithmetic = arithmetic  # type: ignore[assignment]
-            else:
-                del layer.module.arithmetic
+            declare(layer.module, own if self.active else None)
         self._ledger.reread_arithmetic()
 
     def _over(self) -> bool:

@@ -44,7 +44,7 @@ import contextlib
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -75,6 +75,7 @@ from earlybird.skipping.gates import LearnedGate, Multiplier, Price, charge, sum
 from earlybird.skipping.gather import Choice, check_norms, run_on
 from earlybird.skipping.passes import Passes
 from earlybird.step import Step
+from earlybird.stretches import Plan, Stretch, after
 from earlybird.tickets.layers import TransposedConv, is_depthwise
 from earlybird.tickets.shrink import Change
 from earlybird.traces import Trace
@@ -200,6 +201,45 @@ class FractionalPrecision:
         weight = self.fractional_weight_bits
         pairs = zip(self.fractional_bits, self.fractional_gradient_bits)
         return tuple(Bits(values, weight, gradients) if values else None for values, gradients in pairs)
+
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
+        """Return the stretches of a run whose cost is at its targets, for `earlybird.forecast`; without the gates.
+
+        Each target is met by the two candidates whose costs are nearest to it; turning points are taken to lie evenly
+        up to the last target's deadline, or to the end where there is none.
+        """
+        total = round(sum(stretch.steps for stretch in stretches))
+        per_epoch = round(plan.steps_per_epoch * total / plan.total_steps)
+        targets = self.targets
+        if self.fractional_at:
+            points = [0, *(point.in_iterations(per_epoch, total) for point in self.fractional_at)]
+        else:
+            by = self.fractional_last_by
+            last = total if by is None else by.in_iterations(per_epoch, total)
+            points = [round(number * last / max(len(targets) - 1, 1)) for number in range(len(targets))]
+        prices = sorted({0.0 if bits is None else cost_of(bits): bits for bits in self.candidates}.items())
+        before = stretches
+        for target, point in zip(targets, points):
+            if target == 1:
+                continue
+
+            def chosen(stretch: Stretch, target: float = target) -> Stretch:
+                whole = next(one for one in before if one.model is stretch.model)  # without an earlier target's choice
+                blocks = find_blocks(stretch.model, plan.images(), self.fractional_blocks)
+                layers = tuple(name for block in blocks for name in block.layers)
+                low, high = prices[0], prices[-1]
+                for pair in pairwise(prices):
+                    if pair[0][0] <= target <= pair[1][0]:
+                        low, high = pair
+                share = (target - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 1.0
+                mixed = ((low[1], 1 - min(max(share, 0.0), 1.0)), (high[1], min(max(share, 0.0), 1.0)))
+                routes = tuple(
+                    (layers, part, None if bits is None else bits.arithmetic()) for bits, part in mixed if part
+                )
+                return replace(stretch, routes=(*whole.routes, *routes))
+
+            stretches = after(stretches, point, chosen)
+        return stretches
 
     def attach(
         self,
@@ -410,6 +450,7 @@ class FractionalBits:
         self._steps, self._seed = 0, seed
         self._record_every = _RECORD_EVERY if total_steps is None else max(total_steps // _RECORDS, 1)
         self._price, self._multiplier = Price(), Multiplier()
+        self._next = 0  # block whose turn it is
         self.generator = torch.Generator(next(model.parameters()).device)
         self.generator.manual_seed(seed_of_step(seed, 0))
         self.blocks: list[Block] = []

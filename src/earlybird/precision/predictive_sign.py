@@ -28,13 +28,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from earlybird.calls import Hook, around, as_optimizers, unwrapped
+from earlybird.calls import Hook, around, as_optimizers, hook_owners, unwrapped
 from earlybird.cost.arithmetic import Arithmetic
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
@@ -43,6 +44,7 @@ from earlybird.precision.quantize import (
     Range,
     averaged,
     check_bits,
+    declare,
     encode,
     most_significant,
     over_batch,
@@ -51,6 +53,8 @@ from earlybird.precision.quantize import (
 )
 from earlybird.settings import check_count, option
 from earlybird.step import Step
+from earlybird.stretches import Plan, Stretch, after, computing
+from earlybird.traces import Trace
 
 __all__ = ["PredictiveSign", "SignPrediction", "mixed_gradient"]
 
@@ -98,6 +102,24 @@ class PredictiveSign:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not 0 <= value <= highest or (name == "sign_range_memory" and value == 1):
                 raise InputError(f"{name} is {value!r}", needed=f"a number from 0 to {highest:g}")
+
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
+        """Return the stretches of a run in these bits, for `earlybird.forecast`.
+
+        How many signs the predictor gives is not known before: all weight gradients are taken to be computed in full.
+        """
+        if self.sign_of == "full":
+            return stretches
+        total = round(sum(stretch.steps for stretch in stretches))
+        begin = self.sign_from.in_iterations(round(plan.steps_per_epoch * total / plan.total_steps), total)
+        own = Arithmetic(
+            activation=self.sign_bits, weight=self.sign_bits, gradient=self.sign_gradient_bits, floating=False
+        )
+        return after(
+            stretches,
+            begin,
+            partial(computing, arithmetic=lambda model: dict.fromkeys(_convolutions(model).values(), own)),
+        )
 
     def attach(
         self,
@@ -262,7 +284,7 @@ class SignPrediction:
         self.history: list[dict[str, Any]] = []
         self._begin = settings.sign_from.in_iterations(steps_per_epoch, total_steps)
         self._steps = 0
-        model = unwrapped(model)
+        self._model = model = unwrapped(model)
         optimizers = as_optimizers(optimizer)
         if not optimizers:
             raise InputError("no optimizer was given", needed="the one that trains the model, or several")
@@ -307,6 +329,21 @@ class SignPrediction:
         )
         return {"predicted": f"{sum(predicted) / len(predicted):.0%}"} if predicted else {}
 
+    def traces(self) -> list[Trace]:
+        """Return what the report shows: by layer, signs that were predicted, and of these the right ones."""
+
+        def share(key: str) -> dict[str, list[tuple[int, float]]]:
+            return {
+                name: [(entry["step"], entry[key][name]) for entry in self.history if name in entry[key]]
+                for name in self._layers
+            }
+
+        note = "Of the predicted signs, those that the full gradient has, too."
+        return [
+            Trace(title="signs that were predicted", unit="share", series=share("predicted")),
+            Trace(title="signs that were right", unit="share", series=share("right"), note=note),
+        ]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a nested dict of tensors, numbers, strings and lists."""
         return {
@@ -345,7 +382,7 @@ class SignPrediction:
         self._handles.clear()
         for layer in self._layers.values():
             layer.remove()
-            layer.module.__dict__.pop("arithmetic", None)
+            declare(layer.module, None)
         self._ledger.reread_arithmetic()
         if self._own_ledger:
             self._ledger.stop()
@@ -355,7 +392,7 @@ class SignPrediction:
             return
         for layer in self._layers.values():
             layer.active = True
-            layer.module.arithmetic = self._arithmetic(None)  # type: ignore[assignment]
+            declare(layer.module, self._arithmetic(None))
         self._ledger.reread_arithmetic()
 
     def _arithmetic(self, weight_pass: tuple[int, int] | None) -> Arithmetic:
@@ -392,7 +429,8 @@ class SignPrediction:
         shares = torch.stack([shares for _, _, shares in self._seen]).tolist()
         for (layer, images, _), (predicted, both, right) in zip(self._seen, shares):
             layer.sums = [have + more for have, more in zip(layer.sums, (1.0, predicted, both, right))]
-            self._ledger.reroute((self._names[layer],), predicted * images, reduced, training=True)
+            for ledger in {self._ledger, *hook_owners(self._model, Ledger)}:
+                ledger.reroute((self._names[layer],), predicted * images, reduced, training=True)
         self._seen.clear()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

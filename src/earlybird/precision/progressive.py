@@ -12,8 +12,9 @@ classifier compute
 quantised as in `earlybird.precision.quantize`: affine, weights by output channel, gradients of outputs stochastically.
 
 What it saves: bit-MACs and modelled joules of hardware that has such arithmetic. Whole numbers are *simulated*, which
-takes longer than to compute without. For who wants seconds there are rungs in floating point, 'bf16' and 'fp32':
-autocast is switched inside of the model's call, in any loop, and the bill shows the time.
+takes longer than to compute without. For who wants seconds there are real rungs: in 'bf16' and 'fp32' autocast is
+switched inside of the model's call, in any loop; 'int8' is bf16 with the forward pass of wide convolutions in int8
+(`earlybird.precision.int8`). The bill shows the time.
 
 The loss is a matter of the loop. It tells it by ``observe(loss)``, before each ``optimizer.step()``; the shipped loop
 does so. A ladder with points of its own (``rungs_at``) needs none.
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -36,18 +38,22 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from earlybird.calls import Hook, around, arounds, as_optimizers, unwrapped
+from earlybird.cost.arithmetic import Arithmetic
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
-from earlybird.precision.quantize import Bits, QuantisedLayer, check_bits, quantisable, seed_of_step
+from earlybird.precision.int8 import ARITHMETIC, Int8Layer, check_device, wide
+from earlybird.precision.quantize import Bits, QuantisedLayer, check_bits, declare, quantisable, seed_of_step
 from earlybird.precision.turning_points import TurningPoints
 from earlybird.settings import check_count, option
 from earlybird.step import Step
+from earlybird.stretches import Plan, Stretch, after, computing
 from earlybird.tickets.layers import is_depthwise
+from earlybird.traces import Trace
 
 __all__ = ["PrecisionLadder", "ProgressivePrecision", "Rung"]
 
-FLOATING = {"bf16": 16, "fp32": 32}
-"""Rungs in floating point, and their bits."""
+REAL = {"int8": (8, 16), "bf16": (16, 16), "fp32": (32, 32)}
+"""Rungs that are not simulated, and their bits of values and gradients."""
 _DEPTHWISE = Bits(8, 8, 16)  # at least, where there are few products to average over
 
 
@@ -58,16 +64,21 @@ class Rung:
     Attributes:
         forward: Bits of activations and weights.
         gradient: Bits of the gradients of outputs.
-        floating: Of `FLOATING`, or '' for whole numbers.
+        real: Of `REAL`, or '' for whole numbers that are simulated.
     """
 
     forward: int
     gradient: int
-    floating: str = ""
+    real: str = ""
+
+    @property
+    def floating(self) -> int:
+        """Bits of the floating point in which the model computes; 0: as the run does."""
+        return 0 if not self.real else 32 if self.real == "fp32" else 16
 
     def bits(self, layer: nn.Module) -> Bits:
         """Return the bits of one layer's operands."""
-        if self.floating:
+        if self.real:
             return Bits()
         if not is_depthwise(layer):
             return Bits(self.forward, self.forward, self.gradient)
@@ -75,7 +86,7 @@ class Rung:
         return Bits(forward, forward, max(self.gradient, _DEPTHWISE.gradient))
 
     def __str__(self) -> str:
-        return self.floating or f"{self.forward}/{self.gradient}"
+        return self.real or f"{self.forward}/{self.gradient}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +98,8 @@ class ProgressivePrecision:
     """
 
     forward_ladder: tuple[int | str, ...] | str = option(
-        "3,4,6,8", "Bits of activations and weights, rung by rung: 1 to 16 (simulated), 'bf16' or 'fp32' (real)."
+        "3,4,6,8",
+        "Bits of activations and weights, rung by rung: 1 to 16 (simulated), 'int8', 'bf16' or 'fp32' (real).",
     )
     gradient_ladder: tuple[int | str, ...] | str | None = option(
         None, "Bits of gradients, rung by rung; by default 6 for rungs of up to 4 bits, 8 up to 8, else 16."
@@ -153,13 +165,36 @@ class ProgressivePrecision:
         """The ladder, from the first stage to the last."""
         forward = _read("forward_ladder", self.forward_ladder)
         if self.gradient_ladder is None:
-            return tuple(_rung(bits, bits if bits in FLOATING else _usual_gradient(int(bits))) for bits in forward)
+            return tuple(_rung(bits, bits if bits in REAL else _usual_gradient(int(bits))) for bits in forward)
         gradient = _read("gradient_ladder", self.gradient_ladder)
         if len(gradient) != len(forward):
             raise InputError(
                 f"gradient_ladder has {len(gradient)} rungs, and forward_ladder {len(forward)}", needed="as many"
             )
         return tuple(_rung(*pair) for pair in zip(forward, gradient))
+
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
+        """Return the stretches of a run with fewer bits, for `earlybird.forecast`.
+
+        Turning points are taken to lie evenly up to the last rung's deadline, or to the end where there is none.
+        """
+        total = round(sum(stretch.steps for stretch in stretches))
+        per_epoch = round(plan.steps_per_epoch * total / plan.total_steps)
+        rungs = self.rungs
+        if self.rungs_at is not None:
+            points = [0, *(point.in_iterations(per_epoch, total) for point in self.rungs_at)]
+        else:
+            last = total if self.last_rung_by is None else self.last_rung_by.in_iterations(per_epoch, total)
+            points = [round(number * last / max(len(rungs) - 1, 1)) for number in range(len(rungs))]
+        for rung, point in zip(rungs, points):
+
+            def bits(model: nn.Module, rung: Rung = rung) -> dict[nn.Module, Arithmetic | None]:
+                floats = Arithmetic.of_floats(rung.floating) if rung.real else None
+                found = {layer: floats or rung.bits(layer).arithmetic() for layer in quantisable(model).values()}
+                return {**found, **dict.fromkeys(wide(model).values(), ARITHMETIC)} if rung.real == "int8" else found
+
+            stretches = after(stretches, point, partial(computing, arithmetic=bits))
+        return stretches
 
     def attach(
         self,
@@ -234,14 +269,19 @@ class PrecisionLadder:
             raise InputError(
                 "the precision of this model is progressive already", hint="call detach() of the other one first"
             )
-        whole = [rung for rung in self._rungs if not rung.floating]
-        modules = quantisable(model) if whole else {}
-        self._generator = torch.Generator(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        modules = quantisable(model) if any(not rung.real for rung in self._rungs) else {}
+        convolutions: dict[str, nn.Module] = {}
+        if any(rung.real == "int8" for rung in self._rungs):
+            check_device(device)
+            convolutions = wide(model)
+        self._generator = torch.Generator(device)
         self._generator.manual_seed(seed_of_step(seed, 0))
         self._layers = {
             name: QuantisedLayer(module, generator=self._generator, memory=settings.ladder_range_memory)
             for name, module in modules.items()
         }
+        self._convolutions = {name: Int8Layer(module) for name, module in convolutions.items()}
         self._around = around(model, self._in_rung, self)
         self._own_ledger = ledger is None
         self._ledger = ledger_of(model) if ledger is None else ledger
@@ -263,6 +303,18 @@ class PrecisionLadder:
     def status(self) -> dict[str, float | str]:
         """Return what a progress bar may show: the bits of values and of gradients."""
         return {"bits": str(self._rungs[self.rung])}
+
+    def traces(self) -> list[Trace]:
+        """Return what the report shows: the bits of each layer's values and gradients over the steps."""
+
+        def bits(operand: int) -> dict[str, list[tuple[int, float]]]:
+            return {
+                name: [(entry["step"], entry["layers"][name][operand]) for entry in self.history]
+                for name in self.history[0]["layers"]
+            }
+
+        named = (("bits of activations and weights", 0), ("bits of gradients", 2))
+        return [Trace(title=title, unit="bits", series=bits(operand), steps_hold=True) for title, operand in named]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a nested dict of tensors, numbers, strings and lists."""
@@ -299,6 +351,8 @@ class PrecisionLadder:
         self._around.remove()
         for layer in self._layers.values():
             layer.remove()
+        for convolution in self._convolutions.values():
+            convolution.remove()
         self._ledger.reread_arithmetic()
         if self._own_ledger:
             self._ledger.stop()
@@ -306,16 +360,20 @@ class PrecisionLadder:
     def _climb_to(self, number: int, reason: str) -> None:
         self.rung = number
         rung = self._rungs[number]
-        for layer in self._layers.values():
+        layers: dict[str, list[int]] = {}
+        for name, layer in self._layers.items():
             layer.bits = rung.bits(layer.module)
-            layer.declare()
+            declare(layer.module, layer.bits.arithmetic())
+            bits = layer.bits if not rung.real else Bits(*[rung.floating] * 3)
+            layers[name] = [bits.activation, bits.weight, bits.gradient]
+        for name, convolution in self._convolutions.items():
+            convolution.active = rung.real == "int8"
+            if rung.real:
+                declare(convolution.module, ARITHMETIC if convolution.active else None)
+                layers[name] = [rung.forward, rung.forward, rung.gradient]
         self._ledger.reread_arithmetic()
-        if rung.floating:
-            self._ledger.bits = FLOATING[rung.floating]
-        layers = {
-            name: [layer.bits.activation, layer.bits.weight, layer.bits.gradient]
-            for name, layer in self._layers.items()
-        }
+        if rung.real:
+            self._ledger.bits = rung.floating
         self.history.append(
             {"step": self._steps, "rung": number, "bits": str(rung), "reason": reason, "layers": layers}
         )
@@ -327,9 +385,9 @@ class PrecisionLadder:
             return forward(*args, **kwargs)
         device = next(self._model.parameters()).device.type
         outside = torch.is_autocast_enabled(device)
-        with torch.autocast(device, torch.bfloat16, enabled=floating == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=floating == 16):
             output = forward(*args, **kwargs)
-        if floating == "fp32" or outside:
+        if floating == 32 or outside:
             return output
         return _pytree.tree_map_only(Tensor, lambda x: x.float() if x.dtype == torch.bfloat16 else x, output)
 
@@ -350,14 +408,14 @@ class PrecisionLadder:
 
 
 def _read(name: str, ladder: tuple[int | str, ...] | str) -> list[int | str]:
-    """Return the rungs of one ladder as numbers of bits and words of `FLOATING`."""
+    """Return the rungs of one ladder as numbers of bits and words of `REAL`."""
     parts: Iterable[Any] = ladder.split(",") if isinstance(ladder, str) else ladder
     read = []
     for part in parts:
         value = part.strip() if isinstance(part, str) else part
         value = int(value) if isinstance(value, str) and value.isdecimal() else value
-        if isinstance(value, str) and value not in FLOATING:
-            raise InputError(f"{name} names {value!r}", needed="bits from 1 to 16, 'bf16' or 'fp32', such as '3,4,6,8'")
+        if isinstance(value, str) and value not in REAL:
+            raise InputError(f"{name} names {value!r}", needed=f"bits from 1 to 16, or one of {', '.join(REAL)}")
         read.append(value if isinstance(value, str) else check_bits(f"a rung of {name}", value))
     if not read:
         raise InputError(f"{name} has no rung", needed="bits such as '3,4,6,8'")
@@ -370,9 +428,9 @@ def _rung(forward: int | str, gradient: int | str) -> Rung:
             raise InputError(
                 f"a rung in {forward} has gradients of {gradient}", needed=f"'{forward}' in both ladders at this rung"
             )
-        return Rung(FLOATING[forward], FLOATING[forward], forward)
-    if gradient == "bf16":
-        raise InputError(f"a rung of {forward} bits has gradients in bf16", needed="bits from 1 to 16, or 'fp32'")
+        return Rung(*REAL[forward], forward)
+    if gradient in REAL and gradient != "fp32":
+        raise InputError(f"a rung of {forward} bits has gradients in {gradient}", needed="bits from 1 to 16, or 'fp32'")
     return Rung(forward, 32 if isinstance(gradient, str) else gradient)
 
 

@@ -38,9 +38,9 @@ from earlybird.errors import InputError
 from earlybird.tickets.layers import Conv, TransposedConv
 
 __all__ = [
-    "Bits", "Encoded", "QuantisedLayer", "Range", "averaged", "check_bits", "encode", "forward_with",
-    "gradient_through", "most_significant", "over_batch", "quantisable", "quantise", "range_of", "round_",
-    "seed_of_step", "straight_through",
+    "Bits", "Encoded", "QuantisedLayer", "Range", "averaged", "check_bits", "check_free", "declare", "encode",
+    "forward_with", "gradient_through", "most_significant", "over_batch", "quantisable", "quantise", "range_of",
+    "round_", "seed_of_step", "straight_through",
 ]  # fmt: skip
 
 MOST_BITS = 16
@@ -318,16 +318,27 @@ def quantisable(model: nn.Module) -> dict[str, nn.Module]:
             hint="leave this method out: there is nothing to quantise",
         )
     for name, module in found.items():
-        if hasattr(module, "arithmetic") or arounds(module, object):
-            raise InputError(
-                f"another method decides how layer '{name}' computes", hint="leave one of the two methods out"
-            )
-        if "weight" not in module._parameters:
-            raise InputError(
-                f"the weight of layer '{name}' is computed by a parametrization",
-                hint="remove it (torch.nn.utils.parametrize.remove_parametrizations)",
-            )
+        check_free(name, module)
     return found
+
+
+def check_free(name: str, module: nn.Module) -> None:
+    """Raise an `InputError` where somebody else decides already how the layer ``name`` computes."""
+    if hasattr(module, "arithmetic") or arounds(module, object):
+        raise InputError(f"another method decides how layer '{name}' computes", hint="leave one of the two methods out")
+    if "weight" not in module._parameters:
+        raise InputError(
+            f"the weight of layer '{name}' is computed by a parametrization",
+            hint="remove it (torch.nn.utils.parametrize.remove_parametrizations)",
+        )
+
+
+def declare(module: nn.Module, arithmetic: Arithmetic | None) -> None:
+    """Let a layer say how it computes; None: as the run does. A ledger reads it when it counts, or is told to anew."""
+    if arithmetic is not None:
+        module.arithmetic = arithmetic  # type: ignore[assignment]
+    else:
+        module.__dict__.pop("arithmetic", None)
 
 
 def forward_with(module: nn.Module, weight: Tensor, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -366,14 +377,6 @@ class QuantisedLayer:
         self._per = 1 if isinstance(module, TransposedConv) else 0  # dimension of the weight's output channels
         self._around = around(module, self._run, self)
 
-    def declare(self) -> None:
-        """Let the module's ``arithmetic`` say the bits as they are now; a ledger reads it when it counts."""
-        arithmetic = self.bits.arithmetic()
-        if arithmetic is not None:
-            self.module.arithmetic = arithmetic  # type: ignore[assignment]
-        elif hasattr(self.module, "arithmetic"):
-            del self.module.arithmetic
-
     def state_dict(self) -> dict[str, Any]:
         """Return the running range, low and high, shape (2,), or None."""
         return {"running": None if self.running is None else torch.stack(self.running)}
@@ -386,8 +389,7 @@ class QuantisedLayer:
     def remove(self) -> None:
         """Give the module its plain forward back."""
         self._around.remove()
-        if hasattr(self.module, "arithmetic"):
-            del self.module.arithmetic
+        declare(self.module, None)
 
     def _run(self, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
         bits = self.bits

@@ -313,9 +313,11 @@ def trace_map(series: Mapping[str, Sequence[tuple[int, float]]], unit: str, *, h
             value = known.get(step, value if hold else None)
             row.append(value)
         rows.append(row)
+    # what holds fills the time to the next step, and the last one as much again
+    edges = [*steps, steps[-1] + max(steps[-1] - steps[-2], 1)] if hold and len(steps) > 1 else steps
     heat = {
         "type": "heatmap",
-        "x": steps,
+        "x": edges,
         "y": list(series),
         "z": rows,
         "zmin": 0,

@@ -121,7 +121,7 @@ def _bill_table(name: str, bill: Bill) -> Table:
         cells.append(Row(["against dense", *ratios], "total"))
     notes = [
         "Time and peak memory are measured; steps, images and MACs are counted. "
-        "Bit-MACs weigh a MAC by (bits/32) squared."
+        "Bit-MACs weigh a MAC by the share of 32 bits of both operands."
     ]
     if bill.total.modelled_joules is not None:
         notes.append(f"Modelled energy: {bill.total.modelled_joules.source}, low and high price of a DRAM access.")

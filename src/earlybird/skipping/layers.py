@@ -38,7 +38,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -54,12 +54,14 @@ from earlybird.blocks import (
     patterns_from,
 )
 from earlybird.calls import Hook, around, as_optimizers, first_sample, processes, unwrapped
+from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count, check_share, option
 from earlybird.skipping.gates import LearnedGate, Multiplier, Price, charge, level_for, summed
 from earlybird.skipping.gather import Choice, check_norms, run_on
 from earlybird.skipping.passes import Passes
+from earlybird.stretches import Plan, Stretch
 from earlybird.tickets.shrink import Change
 from earlybird.traces import Trace
 
@@ -120,6 +122,20 @@ class LayerSkipping:
         probe = self.layer_probe
         if isinstance(probe, bool) or not isinstance(probe, (int, float)) or not 0 <= probe < 1:
             raise InputError(f"layer_probe is {probe!r}", needed="a share from 0 to below 1")
+
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
+        """Return the stretches of a run whose share is at its target, for `earlybird.forecast`; without the gates."""
+        if self.layer_share == 1:
+            return stretches
+        found = []
+        for stretch in stretches:
+            blocks = find_blocks(stretch.model, plan.images(), self.layer_blocks)
+            macs = forward_macs(blocks, count(stretch.model, plan.images()))
+            gated = sum(m for m, block in zip(macs, blocks) if block.skippable)
+            skipped = min((1 - self.layer_share) * sum(macs) / gated, 1.0)
+            routes = tuple((block.layers, skipped, None) for block in blocks if block.skippable)
+            found.append(replace(stretch, routes=(*stretch.routes, *routes)))
+        return found
 
     def attach(
         self,

@@ -25,7 +25,7 @@ Deviations:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,11 +33,13 @@ from torch import Tensor, nn
 
 from earlybird.blocks import Block, check_free, counted, find_blocks, forward_macs, found_again, patterns_from
 from earlybird.calls import Hook, around, as_optimizers, first_sample, unwrapped
+from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_share, option
 from earlybird.skipping.gather import check_norms, run_on
 from earlybird.skipping.passes import Passes
+from earlybird.stretches import Plan, Stretch
 
 __all__ = ["RandomDepth", "StochasticDepth", "survival_for", "survivals"]
 
@@ -74,6 +76,18 @@ class StochasticDepth:
         for name, allowed in (("depth_by", ("batch", "sample")), ("depth_scale", ("training", "evaluation"))):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
+
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
+        """Return the stretches of a run whose coins fall as often as they should, for `earlybird.forecast`."""
+        found = []
+        for stretch in stretches:
+            blocks = find_blocks(stretch.model, plan.images(), self.depth_blocks)
+            macs = forward_macs(blocks, count(stretch.model, plan.images()))
+            share = self.depth_share
+            last = self.depth_survival if share is None else survival_for(blocks, macs, share)
+            routes = tuple((block.layers, 1 - p, None) for block, p in zip(blocks, survivals(blocks, last)) if p < 1)
+            found.append(replace(stretch, training_routes=(*stretch.training_routes, *routes)))
+        return found
 
     def attach(
         self,

@@ -720,7 +720,7 @@ class Run:
             for name, method in self.methods.items()
             if isinstance(method, Ranking)
             and (amounts := method.executed_per_input()) is not None
-            and len(amounts) == len(self.test.images)
+            and len(amounts) == len(self.test.images)  # not of several processes, nor of several views of an image
         }
         if ranked:
             self.folder.write_json("inputs.json", ranked)
