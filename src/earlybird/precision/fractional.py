@@ -450,7 +450,6 @@ class FractionalBits:
         self._steps, self._seed = 0, seed
         self._record_every = _RECORD_EVERY if total_steps is None else max(total_steps // _RECORDS, 1)
         self._price, self._multiplier = Price(), Multiplier()
-        self._next = 0  # block whose turn it is
         self.generator = torch.Generator(next(model.parameters()).device)
         self.generator.manual_seed(seed_of_step(seed, 0))
         self.blocks: list[Block] = []
