@@ -429,10 +429,9 @@ class LayerGates:
         if not self._gated:
             return
         device = next(self._model.parameters()).device
+        # by how much the mean falls with the price, in MACs
         slopes = [self._macs[at] * self._costs[at] * (p * (1 - p)).sum() for at, _, p in self._scores]
-        slope = (
-            float(torch.stack(slopes).sum()) if slopes else 0.0
-        )  # by how much the mean falls with the price, in MACs
+        slope = float(torch.stack(slopes).sum()) if slopes else 0.0
         excess, possible, slope = summed([self._excess, self._possible, slope], device)
         if possible:
             if self.settings.layer_evaluate == "decided":
