@@ -2,11 +2,13 @@ import pytest
 import torch
 from torch import nn
 
+from earlybird.blocks import Block
 from earlybird.skipping.gates import LearnedGate, Multiplier, Price, RecurrentGate, level_for
 
 
 def gate(channels=(3, 5), widths=(4,), seed=0):
-    return LearnedGate(channels, widths, 1, rate=0.01, seed=seed, device=torch.device("cpu"))
+    blocks = [Block(str(number), nn.Identity(), True, size, (), "", "") for number, size in enumerate(channels)]
+    return LearnedGate(blocks, widths, 1, rate=0.01, seed=seed, device=torch.device("cpu"))
 
 
 def test_scores_by_hand():

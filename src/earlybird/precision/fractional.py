@@ -52,7 +52,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from earlybird.blocks import Block, channels_of, check_free, counted, find_blocks, patterns_from
+from earlybird.blocks import Block, check_free, counted, find_blocks, patterns_from
 from earlybird.calls import Hook, around, as_optimizers, first_sample, unwrapped
 from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
@@ -450,7 +450,6 @@ class FractionalBits:
         self._steps, self._seed = 0, seed
         self._record_every = _RECORD_EVERY if total_steps is None else max(total_steps // _RECORDS, 1)
         self._price, self._multiplier = Price(), Multiplier()
-        self._next = 0  # block whose turn it is
         self.generator = torch.Generator(next(model.parameters()).device)
         self.generator.manual_seed(seed_of_step(seed, 0))
         self.blocks: list[Block] = []
@@ -510,8 +509,7 @@ class FractionalBits:
                     needed="targets between them, or 1, which leaves the model alone",
                 )
         self._gate = LearnedGate(
-            [block.channels for block in self.blocks], _WIDTHS, len(self._bits),
-            rate=settings.fractional_gate_rate, seed=seed, device=device,
+            self.blocks, _WIDTHS, len(self._bits), rate=settings.fractional_gate_rate, seed=seed, device=device,
         )  # fmt: skip
         self._layers = [[_Layer(name, found[name], self) for name in names] for names in inside]
 
@@ -643,20 +641,7 @@ class FractionalBits:
         block, settings = self.blocks[index], self.settings
         training = block.module.training
         learns = training and torch.is_grad_enabled()
-        if index == 0:
-            self._passes.begin(training=training)
-        elif index != self._next:
-            raise InputError(
-                f"block '{block.name}' was called out of its turn",
-                needed="blocks that run once in each pass, in the order in which they were found",
-                hint="gradient checkpointing, which runs them again, does not go together with fractional precision",
-            )
-        self._next = index + 1
-        if channels_of(x) != self._gate.channels(index):
-            raise InputError(
-                f"block '{block.name}' gets {channels_of(x)} channels, its gate expects {self._gate.channels(index)}",
-                hint="cut the model by earlybird.shrink, which tells the gates, or before they are attached",
-            )
+        self._passes.enter(index, block, training=training)
         chances, chosen, computing = self._choose(index, x, training=training, learns=learns)
         runs = self._bits[chosen] > 0
         gated = learns and settings.fractional_choice != "random"
@@ -666,7 +651,7 @@ class FractionalBits:
         choice = _Chosen(computing, weights, self._bits[computing], self._gradient_bits[computing])
         left_out, probes = None, runs[:0].nonzero().flatten()
         if gated and block.skippable and 0 in settings.fractional_bits:
-            probes = ((self._passes.draw(len(x)).to(x.device) < _PROBE) & ~runs).nonzero().flatten()
+            probes = self._passes.choose(_PROBE * (~runs).float()).nonzero().flatten().to(x.device)
             left_out = Choice(chances[:, self._bits > 0].sum(1), probes, _PROBE)
         self._note(index, chosen, computing[probes], learns=learns)
 

@@ -27,8 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from earlybird.blocks import Block, channels_of
 from earlybird.calls import processes
 from earlybird.cost.arithmetic import Arithmetic
+from earlybird.errors import InputError
 from earlybird.ledger import Ledger
 
 __all__ = ["LearnedGate", "Multiplier", "Price", "RecurrentGate", "charge", "level_for", "summed"]
@@ -76,7 +78,7 @@ class LearnedGate:
     """A `RecurrentGate` beside a model, what it remembers of the pass that is under way, and what trains it.
 
     Args:
-        channels: Of the input of each block that it decides on.
+        blocks: That it decides on, in the order in which they run.
         widths: As of `RecurrentGate`.
         choices: Scores a sample.
         rate: Learning rate of Adam.
@@ -86,7 +88,7 @@ class LearnedGate:
 
     def __init__(
         self,
-        channels: Sequence[int],
+        blocks: Sequence[Block],
         widths: Sequence[int],
         choices: int,
         *,
@@ -96,10 +98,11 @@ class LearnedGate:
     ) -> None:
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
-            self.network = RecurrentGate(channels, widths, choices)
+            self.network = RecurrentGate([block.channels for block in blocks], widths, choices)
         nn.init.zeros_(self.network.head.bias)
         self.network.to(device)
         self._adam = torch.optim.Adam(self.network.parameters(), lr=rate)
+        self._names = [block.name for block in blocks]
         self._state: tuple[Tensor, Tensor] | None = None
 
     def scores(self, index: int, x: Tensor, *, into_features: bool = False) -> Tensor:
@@ -111,7 +114,15 @@ class LearnedGate:
             index: Of the block.
             x: Its input.
             into_features: Let the gradient flow on into ``x``.
+
+        Raises:
+            InputError: ``x`` has another number of channels than it used to have.
         """
+        if channels_of(x) != self.channels(index):
+            raise InputError(
+                f"block '{self._names[index]}' gets {channels_of(x)} channels, its gate expects {self.channels(index)}",
+                hint="cut the model by earlybird.shrink, which tells the gates, or before they are attached",
+            )
         if index == 0:
             self._state = None
         x = x if into_features else x.detach()

@@ -26,8 +26,9 @@ Deviations of the default, each with the published behaviour under ``PRESETS['pu
   show it as seen without; the mean of both views is right to second order (`run_on`);
 - ``layer_control``: published, a penalty in the loss whose sign flips with the share of the batch.
 
-And without an option: every block that keeps its shape has a gate, the first one, too, and those that change the shape
-have none (`earlybird.blocks`); the gates have an Adam of their own, since they live outside of the model.
+And without an option: every block that keeps its shape has a gate, the first one, too, and those that change it have
+none (`earlybird.blocks`); the gates have an Adam of their own, since they live outside of the model; of a batch, as
+many samples run as their probabilities sum to (`Passes.choose`; published: one coin for each).
 
 ``layer_evaluate='decided'`` lets those run, in evaluation, whose score is above a level at which the target share of
 the last steps' choices would have been. Published: chance, as in training.
@@ -46,7 +47,6 @@ from torch import Tensor, nn
 
 from earlybird.blocks import (
     Block,
-    channels_of,
     check_free,
     counted,
     find_blocks,
@@ -203,7 +203,6 @@ class LayerGates:
         self._executed: list[Tensor] = []  # blocks that each input ran, by batch of the last evaluation
         self._evaluated = False  # it is over: training has gone on
         self._tells = False  # the pass under way is one of an evaluation
-        self._next = 0  # block whose turn it is
         self.blocks: list[Block] = []
         self._gated: list[Block] = []
         if settings.layer_share < 1:
@@ -245,8 +244,7 @@ class LayerGates:
             )
         device = next(self._model.parameters()).device
         self._gate = LearnedGate(
-            [block.channels for block in self._gated], _WIDTHS, 1,
-            rate=self.settings.layer_gate_rate, seed=seed, device=device,
+            self._gated, _WIDTHS, 1, rate=self.settings.layer_gate_rate, seed=seed, device=device,
         )  # fmt: skip
 
     def _count(self) -> float:
@@ -353,15 +351,13 @@ class LayerGates:
 
     def _begin_step(self) -> None:
         self._excess, self._possible = 0.0, 0.0  # MACs that were run above the target, and could have been run
-        self._slopes: list[Tensor] = []  # by how much the mean falls with the price, in MACs, of each block and pass
-        self._scores: list[tuple[int, Tensor]] = []  # block and its samples' scores
+        self._scores: list[tuple[int, Tensor, Tensor]] = []  # of each block and pass: number, scores and chances
 
     def _begin_record(self) -> None:
         self._ran, self._seen = [0.0] * len(self._gated), 0.0  # samples, by block, and of all
         self._run_macs = [0.0, 0.0]  # MACs of the gated blocks, and what they would have been
 
-    def _begin_pass(self, count: int, *, training: bool, device: torch.device) -> None:
-        self._passes.begin(training=training)
+    def _begin_pass(self, count: int, *, training: bool) -> None:
         # batch norms that train while all else evaluates have their statistics estimated: nobody looks at the outputs
         self._tells = not any(module.training for module in self._gated[0].module.modules())
         if training:
@@ -369,48 +365,35 @@ class LayerGates:
         elif self._tells:
             if self._evaluated:
                 self._executed, self._evaluated = [], False
-            self._executed.append(torch.full((count,), len(self.blocks) - len(self._gated), device=device))
+            self._executed.append(torch.full((count,), len(self.blocks) - len(self._gated)))
 
     def _run(self, index: int, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         block, settings = self._gated[index], self.settings
         training = block.module.training
         learns = training and torch.is_grad_enabled()
+        self._passes.enter(index, block, training=training)
         if index == 0:
-            self._begin_pass(len(x), training=training, device=x.device)
-        elif index != self._next:
-            raise InputError(
-                f"block '{block.name}' was called out of its turn",
-                needed="blocks that run once in each pass, in the order in which they were found",
-                hint="gradient checkpointing, which runs them again, does not go together with layer skipping",
-            )
-        self._next = index + 1
-        if channels_of(x) != self._gate.channels(index):
-            raise InputError(
-                f"block '{block.name}' gets {channels_of(x)} channels, its gate expects {self._gate.channels(index)}",
-                hint="cut the model by earlybird.shrink, which tells the gates, or before they are attached",
-            )
+            self._begin_pass(len(x), training=training)
         masked = settings.layer_execution == "masked"
         score = self._gate.scores(index, x, into_features=masked)[:, 0]
         cost = self._costs[index]
         chance = torch.sigmoid((self._offset or 0.0) + score - self._price.value * cost)
         if training or settings.layer_evaluate == "sampled":
-            runs = self._passes.draw(len(x)).to(x.device) < chance.detach()
+            runs = self._passes.choose(chance)
         else:
-            runs = chance > 0.5 if self._level is None else score > self._level * cost
-        rows, probes = runs.nonzero().flatten(), runs[:0].nonzero().flatten()
+            runs = (chance > 0.5 if self._level is None else score > self._level * cost).cpu()
+        probed = torch.zeros_like(runs)
         if learns and not masked and settings.layer_probe:
-            probed = self._passes.draw(len(x)).to(x.device) < settings.layer_probe
-            probes = (probed & ~runs).nonzero().flatten()
-        self._record(index, rows, probes, runs, score.detach(), learns=learns)
+            probed = self._passes.choose(settings.layer_probe * (~runs).float())
+        rows, probes = (which.nonzero().flatten().to(x.device) for which in (runs, probed))
+        self._record(index, runs, len(rows), len(probes), learns=learns)
         if learns:
-            undecided = (chance * (1 - chance)).detach().sum()
-            self._slopes.append(self._macs[index] * cost * undecided)
-        if learns:
+            self._scores.append((index, score.detach(), chance.detach()))
             chance.register_hook(lambda gradient: self._less_cost(gradient, chance.detach(), cost))
         if not masked:
             choice = Choice(chance, probes, settings.layer_probe) if learns else None
             return run_on(block.module, lambda inputs, _: forward(inputs), x, rows, choice)
-        mask = runs.float()
+        mask = runs.to(x.device, torch.float32)
         if learns:  # straight through
             mask = mask - chance.detach() + chance
         return torch.lerp(x, forward(x).to(x.dtype), mask.to(x.dtype).view(-1, *[1] * (x.ndim - 1)))
@@ -423,20 +406,19 @@ class LayerGates:
         self._multiplier.see(gradient * slope, cost * slope)
         return gradient - self._multiplier.value * cost
 
-    def _record(self, index: int, rows: Tensor, probes: Tensor, runs: Tensor, scores: Tensor, *, learns: bool) -> None:
-        """Count a batch: samples that run a block, ``rows`` (n,) or ``runs`` (N,), probes (k,), and all scores (N,)."""
-        block, macs, count, ran = self._gated[index], self._macs[index], len(runs), len(rows)
+    def _record(self, index: int, runs: Tensor, ran: int, probes: int, *, learns: bool) -> None:
+        """Count a batch: samples that run a block, ``runs`` (N,) and how many that is, and probes."""
+        block, macs, count = self._gated[index], self._macs[index], len(runs)
         gate = count * self._gate.macs(index) / macs  # in samples of the block
         for ledger in self._passes.ledgers if self.settings.layer_execution == "gathered" else ():
             ledger.reroute(block.layers, count - ran, None, training=learns)
-            ledger.reroute(block.layers, -len(probes), None, training=False)  # forward passes more
+            ledger.reroute(block.layers, -probes, None, training=False)  # forward passes more
         charge(self._passes.ledgers, block.layers, gate, training=learns)
         if self._tells:
             self._executed[-1] += runs
         if learns:
             self._excess += macs * (ran - self._target * count)
             self._possible += macs * count
-            self._scores.append((index, scores))
             self._ran[index] += ran
             self._seen += count / len(self._gated)
             self._run_macs[0] += macs * ran
@@ -447,7 +429,9 @@ class LayerGates:
         if not self._gated:
             return
         device = next(self._model.parameters()).device
-        slope = float(torch.stack(self._slopes).sum()) if self._slopes else 0.0
+        # by how much the mean falls with the price, in MACs
+        slopes = [self._macs[at] * self._costs[at] * (p * (1 - p)).sum() for at, _, p in self._scores]
+        slope = float(torch.stack(slopes).sum()) if slopes else 0.0
         excess, possible, slope = summed([self._excess, self._possible, slope], device)
         if possible:
             if self.settings.layer_evaluate == "decided":
@@ -463,8 +447,8 @@ class LayerGates:
 
     def _follow_level(self, device: torch.device) -> None:
         """Let the level follow that at which the target share of this step's blocks would have been decided to run."""
-        scores = torch.cat([scores / self._costs[index] for index, scores in self._scores])
-        costs = torch.cat([torch.full_like(scores, self._macs[index]) for index, scores in self._scores])
+        scores = torch.cat([scores / self._costs[at] for at, scores, _ in self._scores])
+        costs = torch.cat([torch.full_like(scores, self._macs[at]) for at, scores, _ in self._scores])
         seen = summed([level_for(scores, costs, self._target)], device)[0] / processes()
         self._level = seen if self._level is None else _MEMORY * self._level + (1 - _MEMORY) * seen
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from earlybird.blocks import Block
 from earlybird.calls import Hook, hook_owners, processes
+from earlybird.errors import InputError
 from earlybird.ledger import Ledger
 
 __all__ = ["Passes"]
@@ -37,8 +39,25 @@ class Passes:
         self._step = 0
         self._made = {True: 0, False: 0}  # since the last optimizer step, in training and in evaluation
         self._generator = torch.Generator()
+        self._next = 0  # number of the block whose turn it is
         self._counted = False  # the model was called, and no block has run since
         self._handle = model.register_forward_pre_hook(Hook(self._on_call, self))
+
+    def enter(self, index: int, block: Block, *, training: bool) -> None:
+        """Say that ``block`` runs, number ``index`` of those that do; the first one begins a pass.
+
+        Raises:
+            InputError: It is not its turn.
+        """
+        if index == 0:
+            self.begin(training=training)
+        elif index != self._next:
+            raise InputError(
+                f"block '{block.name}' was called out of its turn",
+                needed="blocks that run once in each pass, in the order in which they were found",
+                hint="gradient checkpointing, which runs them again, does not go together with gates",
+            )
+        self._next = index + 1
 
     def begin(self, *, training: bool) -> None:
         """Begin a pass."""
@@ -52,6 +71,21 @@ class Passes:
     def draw(self, count: int) -> Tensor:
         """Return the next numbers of this pass, from 0 to below 1, shape (count,), on the CPU."""
         return torch.rand(count, generator=self._generator)
+
+    def choose(self, chances: Tensor) -> Tensor:
+        """Choose each sample with its own probability, so that as many are chosen as the sum of them, but for rounding.
+
+        One random number decides for all (systematic sampling): every sample's probability is exactly its own, and the
+        number of samples hardly changes from batch to batch, as kernels that are made for one number like it.
+
+        Args:
+            chances: Shape (N,), 0 to 1.
+
+        Returns:
+            Boolean, shape (N,), on the CPU.
+        """
+        reached = chances.detach().double().cpu().cumsum(0) + self.draw(1).double()
+        return reached.floor().diff(prepend=torch.zeros(1, dtype=torch.float64)) > 0
 
     def after_step(self, steps: int) -> None:
         """Say that ``steps`` optimizer steps are done."""

@@ -265,8 +265,8 @@ class RandomDepth:
             return torch.lerp(x, forward(x).to(x.dtype), chance)
         if index == self._first:
             self._passes.begin(training=True)
-        runs = self._passes.draw(1 if self.settings.depth_by == "batch" else len(x)) < chance
-        rows = runs.expand(len(x)).nonzero().flatten().to(x.device)
+        chances = torch.full((1 if self.settings.depth_by == "batch" else len(x),), chance)
+        rows = self._passes.choose(chances).expand(len(x)).nonzero().flatten().to(x.device)
         for ledger in self._passes.ledgers:
             ledger.reroute(block.layers, len(x) - len(rows), None, training=torch.is_grad_enabled())
         return run_on(block.module, lambda inputs, _: forward(inputs), x, rows)
