@@ -53,5 +53,5 @@ clean:
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev,onnx,tensorboard]'
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev,onnx,tensorboard,hf,lightning,graph,sweep]'
 	@touch $@
