@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from earlybird.cost.arithmetic import Arithmetic
+from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.forecast import Forecast, forecast
@@ -47,7 +47,7 @@ def test_the_rule_of_fractrain_gives_its_published_shares() -> None:
     for name, bits in (("8/8", (8, 8)), ("3/6", (3, 6))):
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
-                module.arithmetic = Arithmetic(activation=bits[0], weight=bits[0], gradient=bits[1], floating=False)  # type: ignore[assignment]
+                module.arithmetic = Arithmetic(activation=bits[0], weight=bits[0], gradient=bits[1], whole=PASSES)  # type: ignore[assignment]
         stretch = Stretch(64_000, model, 32)
         plain = Stretch(64_000, build("resnet38", classes=10, image_size=32), 32)
         run = Forecast(

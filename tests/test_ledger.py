@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from earlybird import ledger as ledger_module
-from earlybird.cost.arithmetic import Arithmetic
+from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.cost.bill import Bill, Estimated, Measured
 from earlybird.cost.count import count
 from earlybird.errors import InputError
@@ -912,7 +912,7 @@ def test_dense_time_is_estimated_for_whole_images(clock: Clock) -> None:
 
 # ---- layers that compute otherwise, samples that are left out ----
 
-EIGHT = Arithmetic(activation=8, weight=8, gradient=8, floating=False)
+EIGHT = Arithmetic(activation=8, weight=8, gradient=8, whole=PASSES)
 
 
 def test_layers_that_say_how_they_compute_are_priced_so(ledger: Ledger) -> None:

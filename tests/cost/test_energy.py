@@ -9,11 +9,12 @@ import torch
 import torch_pruning
 from torch import nn
 
-from earlybird.cost.arithmetic import Arithmetic
+from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.cost.count import count
 from earlybird.cost.energy import FPGA, PRICES, joules, picojoules
 from earlybird.errors import InputError
 from earlybird.models import build
+from earlybird.precision.int8 import ARITHMETIC
 
 
 def test_prices_are_the_published_ones_and_every_one_names_its_source() -> None:
@@ -111,9 +112,9 @@ def test_energy_of_a_step_by_hand() -> None:
 @pytest.mark.parametrize(
     ("arithmetic", "percent"),
     [
-        (Arithmetic(activation=8, weight=8, gradient=8, floating=False), 6.25),
-        (Arithmetic(activation=6, weight=6, gradient=8, floating=False), 4.3),
-        (Arithmetic(activation=3, weight=3, gradient=6, floating=False), 1.46),
+        (Arithmetic(activation=8, weight=8, gradient=8, whole=PASSES), 6.25),
+        (Arithmetic(activation=6, weight=6, gradient=8, whole=PASSES), 4.3),
+        (Arithmetic(activation=3, weight=3, gradient=6, whole=PASSES), 1.46),
         (Arithmetic(), 100),
     ],
 )
@@ -128,7 +129,7 @@ def test_published_bit_macs_of_a_run_at_8_bits() -> None:
     model = build("resnet38", classes=10, image_size=32)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            module.arithmetic = Arithmetic(activation=8, weight=8, gradient=8, floating=False)  # type: ignore[assignment]
+            module.arithmetic = Arithmetic(activation=8, weight=8, gradient=8, whole=PASSES)  # type: ignore[assignment]
     cost = count(model, torch.zeros(1, 3, 32, 32))
     spent = sum(cost.amount(64_000 * 128, 0, 32, training=True).bit_macs.values())
     assert spent == pytest.approx(1.27e14, rel=0.03)
@@ -136,7 +137,7 @@ def test_published_bit_macs_of_a_run_at_8_bits() -> None:
 
 def test_a_step_of_shift_and_add_layers_counts_what_its_passes_really_are() -> None:
     layer = nn.Linear(10, 5, bias=False)
-    layer.arithmetic = Arithmetic(kind="shift", activation=8, weight=5, gradient=8, floating=False)  # type: ignore[assignment]
+    layer.arithmetic = Arithmetic(kind="shift", activation=8, weight=5, gradient=8, whole=PASSES)  # type: ignore[assignment]
     x = torch.zeros(2, 10, requires_grad=True)
     model = nn.Sequential(nn.Linear(10, 10, bias=False), layer)
     found = count(model, x).amount(1, 0, 32, training=True).operations
@@ -145,6 +146,17 @@ def test_a_step_of_shift_and_add_layers_counts_what_its_passes_really_are() -> N
     layer.arithmetic = Arithmetic(kind="add")  # type: ignore[assignment]
     found = count(model, x).amount(1, 0, 32, training=False).operations
     assert found == {"mult fp32": 100, "add fp32": 100 + 2 * 50}
+
+
+def test_passes_in_floating_point_are_charged_as_such() -> None:
+    """Fixed point holds forward alone: the backward passes of shift, add and int8 layers compute in floats."""
+    fixed = Arithmetic(kind="shift", activation=24, weight=5, whole=("forward",))
+    assert fixed.operations("forward") == {"shift 24": 1, "add 24": 1}
+    assert fixed.operations("error") == {"shift 32": 1, "add fp32": 1}
+    assert fixed.operations("weight") == {"mult fp32": 1, "add fp32": 1}
+    assert ARITHMETIC.operations("forward") == {"mult 8x8": 1, "add 8": 1}
+    assert ARITHMETIC.operations("error") == {"mult fp16": 1, "add fp16": 1}
+    assert ARITHMETIC.operations("weight") == {"mult fp16": 1, "add fp16": 1}
 
 
 # published as 3 x forward for a step and 2 FLOPs for a MAC; the true count lacks the first layer's input gradient

@@ -221,10 +221,12 @@ def test_targets_rise_at_turning_points_of_the_loss_by_points_and_by_the_deadlin
     assert [entry["reason"] for entry in running.history if "reason" in entry] == ["schedule"] * 2
 
     model, optimizer, running = start(fractional_target=targets, fractional_every="1it", total_steps=40)
-    for step in range(6):
+    rungs = []
+    for step in range(9):
         running.observe(torch.tensor(1.0))
         train(model, optimizer, 1, step)
-    assert running.rung == 1  # five equal losses
+        rungs.append(running.rung)
+    assert rungs == [*[0] * 8, 1]  # four steps of warm-up, then five equal losses
     assert [entry["reason"] for entry in running.history if "reason" in entry] == ["turning point"]
 
     model, optimizer, running = start(fractional_target=targets, fractional_last_by="2it", total_steps=400)
@@ -354,7 +356,7 @@ def test_what_cannot_work_is_refused_before_the_first_step():
         ({"fractional_gate_rate": -1}, "fractional_gate_rate is -1"),
         ({"fractional_range_memory": 1}, "fractional_range_memory is 1"),
         ({"fractional_threshold": -1}, "fractional_threshold is -1"),
-        ({"fractional_every": "0it"}, "fractional_every is zero"),
+        ({"fractional_every": "0it"}, "fractional_every is 0"),
         ({"fractional_at": ("2it",)}, "fractional_at names 1 points, and there are 1 targets"),
     ],
 )

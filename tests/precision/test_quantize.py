@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from earlybird.calls import hooks_idle
+from earlybird.cost.arithmetic import PASSES
 from earlybird.errors import InputError
 from earlybird.precision.quantize import (
     Bits,
@@ -306,7 +307,7 @@ def test_the_layer_says_how_it_computes():
     layer = nn.Linear(2, 2)
     declare(layer, Bits(3, 4, 6).arithmetic())
     assert layer.arithmetic.operands("error") == (6, 4)
-    assert not layer.arithmetic.floating
+    assert layer.arithmetic.whole == PASSES
     declare(layer, Bits().arithmetic())
     assert not hasattr(layer, "arithmetic")
 

@@ -310,7 +310,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _arithmetic(fraction_bits: int | None) -> Arithmetic:
     bits = check_fraction_bits(fraction_bits)
-    return Arithmetic(kind="add", activation=bits, weight=bits, floating=fraction_bits is None)
+    return Arithmetic(kind="add", activation=bits, weight=bits, whole=() if fraction_bits is None else ("forward",))
 
 
 @torch.no_grad()

@@ -266,9 +266,8 @@ def _begin(layer: ShiftLayer, form: Form, bits: int, threshold: float, fraction_
     layer.form, layer.bits, layer.threshold, layer.fraction_bits = form, bits, threshold, fraction_bits
     for name in weight_parameters(layer):
         setattr(layer, name, nn.Parameter(torch.empty_like(shape), requires_grad=form != "frozen"))
-    layer.arithmetic = Arithmetic(
-        kind="shift", activation=check_fraction_bits(fraction_bits), weight=bits, floating=fraction_bits is None
-    )
+    whole = () if fraction_bits is None else ("forward",)
+    layer.arithmetic = Arithmetic(kind="shift", activation=check_fraction_bits(fraction_bits), weight=bits, whole=whole)
     layer.reset_parameters()
 
 

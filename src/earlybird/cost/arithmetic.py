@@ -40,7 +40,7 @@ class Arithmetic:
         activation: Bits of its inputs.
         weight: Bits of its weights.
         gradient: Bits of the gradient of its outputs.
-        floating: Floating point, or whole numbers times a scale.
+        whole: Which of `PASSES` compute in whole numbers times a scale; the others do in floating point.
         weight_pass: Bits of inputs and gradients in the weight pass, where they are others than above.
 
     Raises:
@@ -51,7 +51,7 @@ class Arithmetic:
     activation: int = 32
     weight: int = 32
     gradient: int = 32
-    floating: bool = True
+    whole: tuple[str, ...] = ()
     weight_pass: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -85,8 +85,8 @@ class Arithmetic:
         Sums are taken as wide as the wider operand.
         """
         left, right = sorted(self.operands(pass_), reverse=True)
-        multiply = f"mult fp{left}" if self.floating else f"mult {left}x{right}"
-        add = f"add fp{left}" if self.floating else f"add {left}"
+        multiply = f"mult {left}x{right}" if pass_ in self.whole else f"mult fp{left}"
+        add = f"add {left}" if pass_ in self.whole else f"add fp{left}"
         if self.kind == "mac":
             return {multiply: 1, add: 1}
         if self.kind == "add":

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.calls import Hook, around, as_optimizers, hook_owners, unwrapped
-from earlybird.cost.arithmetic import Arithmetic
+from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.precision.quantize import (
@@ -98,7 +98,7 @@ class BlockFloat:
             whole = takewhile(lambda stretch: stretch.model is stretches[0].model, stretches)
             until = sum(stretch.steps for stretch in whole)
         bits = self.block_bits
-        own = Arithmetic(activation=bits, weight=bits, gradient=bits, floating=False)
+        own = Arithmetic(activation=bits, weight=bits, gradient=bits, whole=PASSES)
 
         def rounded(model: nn.Module) -> dict[nn.Module, Arithmetic | None]:
             return dict.fromkeys(quantisable(model).values(), own)
@@ -278,7 +278,7 @@ class BlockFloating:
         if all(layer.active == self.active for layer in self._layers.values()):
             return
         bits = self.settings.block_bits
-        own = Arithmetic(activation=bits, weight=bits, gradient=bits, floating=False)
+        own = Arithmetic(activation=bits, weight=bits, gradient=bits, whole=PASSES)
         for layer in self._layers.values():
             layer.active = self.active
             declare(layer.module, own if self.active else None)

@@ -116,6 +116,9 @@ class FractionalPrecision:
     fractional_penalty: float = option(1e-3, "Size of that penalty in the loss, for each block's cost in 32 bits.")
     fractional_at: tuple[Step, ...] = option((), "When each target but the first begins, instead of at turning points.")
     fractional_every: Step = option(Step.parse("2.5%"), "How often the mean loss is looked at for a turning point.")
+    fractional_from: Step = option(
+        Step.parse("10%"), "Warm-up: a loss that stands still before this point has not begun to fall."
+    )
     fractional_threshold: float = option(0.05, "Largest difference of losses that is a standstill, of the early loss.")
     fractional_last_by: Step | None = option(
         Step.parse("75%"), "When the last target begins, turning points or not; 'none' waits for them."
@@ -130,17 +133,21 @@ class FractionalPrecision:
         "default": {},
         "published": {
             "fractional_target": (0.018, 0.02, 0.025, 0.03), "fractional_choice": "highest",
-            "fractional_control": "penalty", "fractional_every": Step.parse("400it"), "fractional_last_by": None,
+            "fractional_control": "penalty", "fractional_every": Step.parse("400it"), "fractional_from": Step(),
+            "fractional_last_by": None,
         },
         "fast": {},
     }  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in ("fractional_every", "fractional_last_by"):
+        for name in ("fractional_every", "fractional_from", "fractional_last_by"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value in (None, "none") else Step.parse(value))
-        if self.fractional_every in (None, Step()):
-            raise InputError("fractional_every is zero", needed="a positive step such as '0.5ep' or '400it'")
+        if self.fractional_every in (None, Step()) or self.fractional_from is None:
+            raise InputError(
+                f"fractional_every is {self.fractional_every} and fractional_from {self.fractional_from}",
+                needed="a positive step such as '0.5ep' or '400it', and one such as '10%' or '0it'",
+            )
         object.__setattr__(self, "fractional_blocks", patterns_from("fractional_blocks", self.fractional_blocks))
         object.__setattr__(self, "fractional_at", tuple(Step.parse(point) for point in self.fractional_at))
         for name in ("fractional_bits", "fractional_gradient_bits"):
@@ -479,6 +486,7 @@ class FractionalBits:
         by = settings.fractional_last_by
         self._points = [point.in_iterations(steps_per_epoch, total_steps) for point in settings.fractional_at]
         self._look_every = max(settings.fractional_every.in_iterations(steps_per_epoch, total_steps), 1) if timed else 0
+        self._warm_from = settings.fractional_from.in_iterations(steps_per_epoch, total_steps) if timed else 0
         self._deadline = by.in_iterations(steps_per_epoch, total_steps) if timed and by is not None else None
         if any(later <= earlier for earlier, later in pairwise((0, *self._points))):
             raise InputError(
@@ -782,7 +790,7 @@ class FractionalBits:
             self.rung, reason = sum(self._steps >= point for point in self._points), "schedule"
         elif self._deadline is not None and self._steps >= self._deadline:
             self.rung, reason = last, "deadline"
-        elif self._steps % self._look_every == 0 and self.turning.look():
+        elif self._steps % self._look_every == 0 and self.turning.look(warm=self._steps > self._warm_from):
             self.rung, reason = self.rung + 1, "turning point"
         if self.rung != before:
             target = self.settings.targets[self.rung]

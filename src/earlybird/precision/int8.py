@@ -34,7 +34,7 @@ __all__ = ["ARITHMETIC", "LEAST", "Int8Layer", "check_device", "convolve", "wide
 LEAST = 64
 """Input and output channels from which on int8 was found to be faster (AMD EPYC with AVX-512 VNNI, 2026-11)."""
 
-ARITHMETIC = Arithmetic(activation=8, weight=8, gradient=16, floating=False, weight_pass=(16, 16))
+ARITHMETIC = Arithmetic(activation=8, weight=8, gradient=16, whole=("forward",), weight_pass=(16, 16))
 """Of such a layer: the gradient of the weight is a product of the input as it came and the gradient, both in bf16."""
 
 _HALF = torch.tensor(-128.0)

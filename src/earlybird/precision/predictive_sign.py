@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from earlybird.calls import Hook, around, as_optimizers, hook_owners, unwrapped
-from earlybird.cost.arithmetic import Arithmetic
+from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.precision.quantize import (
@@ -113,7 +113,7 @@ class PredictiveSign:
         total = round(sum(stretch.steps for stretch in stretches))
         begin = self.sign_from.in_iterations(round(plan.steps_per_epoch * total / plan.total_steps), total)
         own = Arithmetic(
-            activation=self.sign_bits, weight=self.sign_bits, gradient=self.sign_gradient_bits, floating=False
+            activation=self.sign_bits, weight=self.sign_bits, gradient=self.sign_gradient_bits, whole=PASSES
         )
         return after(
             stretches,
@@ -397,7 +397,7 @@ class SignPrediction:
 
     def _arithmetic(self, weight_pass: tuple[int, int] | None) -> Arithmetic:
         bits, gradient = self.settings.sign_bits, self.settings.sign_gradient_bits
-        return Arithmetic(activation=bits, weight=bits, gradient=gradient, floating=False, weight_pass=weight_pass)
+        return Arithmetic(activation=bits, weight=bits, gradient=gradient, whole=PASSES, weight_pass=weight_pass)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:]):

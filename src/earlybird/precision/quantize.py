@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.calls import around, arounds, processes
-from earlybird.cost.arithmetic import Arithmetic
+from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
 from earlybird.tickets.layers import Conv, TransposedConv
 
@@ -289,7 +289,7 @@ class Bits:
         """Return how a layer of these bits computes; None for one that is left as it is."""
         if self == Bits():
             return None
-        return Arithmetic(activation=self.activation, weight=self.weight, gradient=self.gradient, floating=False)
+        return Arithmetic(activation=self.activation, weight=self.weight, gradient=self.gradient, whole=PASSES)
 
 
 def quantisable(model: nn.Module) -> dict[str, nn.Module]:
