@@ -134,7 +134,7 @@ def command(
     return [sys.executable, str(HERE / "rivals" / "run.py"), contestant.rival, *words(flags)]
 
 
-def epochs(task: Task, contestant: Contestant, found: Found) -> int:
+def epochs(task: Task, contestant: Contestant, found: Found) -> float:
     """Return how many epochs a contestant trains for; set-up does not shrink with them, so it is left out."""
     whole = task.flags["epochs"]
     if not contestant.equal_time:
@@ -142,7 +142,7 @@ def epochs(task: Task, contestant: Contestant, found: Found) -> int:
     own, other = found[contestant.needs[0]], found[contestant.needs[-1]]
     setup = own["bill"]["phases"]["setup"]["seconds"]["value"]
     each = (own["seconds"] - setup) / own["epochs"]
-    return max(1, math.ceil((other["seconds"] - setup) / each))
+    return max(0.01, math.ceil(100 * (other["seconds"] - setup) / each) / 100)
 
 
 def definition(task: Task, contestant: Contestant) -> str:

@@ -107,7 +107,7 @@ def test_flags_win_over_the_recipe(tmp_path, monkeypatch):
         (["train", "--keep", "1.5"], "keep"),
         (["train", "--keep", "nan"], "keep"),
         (["train", "--keep", "half"], "keep"),
-        (["train", "--epochs", "2.5"], "epochs"),
+        (["train", "--epochs", "0"], "epochs"),
         (["train", "--look-every", "3"], "unit"),
         (["train", "--optimizer", "sdg"], "optimizer"),
         (["train", "--method", "early"], "early_bird"),

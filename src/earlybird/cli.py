@@ -218,7 +218,8 @@ def _metavar(hint: Any) -> str:
     if origin is typing.Literal:
         return "|".join(map(str, parts))
     if origin in (typing.Union, types.UnionType):
-        return "|".join(dict.fromkeys(_metavar(part) for part in parts if part is not type(None)))
+        found = [part for part in parts if part is not type(None) and not (part is int and float in parts)]
+        return "|".join(dict.fromkeys(_metavar(part) for part in found))
     if origin is tuple:
         return f"{_metavar(parts[0])},..."
     return {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "true|false"}.get(

@@ -220,7 +220,7 @@ def forecast(recipe: Recipe) -> Forecast:
     plan = Plan(train_images // recipe.batch_size // recipe.accumulate, 0, recipe.seed, shape)
     if not plan.steps_per_epoch:
         raise InputError(f"{train_images} images give no batch of {recipe.batch_size}", hint="lower batch_size")
-    plan = replace(plan, total_steps=recipe.epochs * plan.steps_per_epoch)
+    plan = replace(plan, total_steps=recipe.steps(plan.steps_per_epoch))
     model = build(
         recipe.model, classes=classes, in_channels=shape[0], image_size=shape[1], width=recipe.width, seed=recipe.seed
     )

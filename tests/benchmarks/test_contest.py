@@ -83,10 +83,10 @@ def test_every_second_seed_runs_in_reverse_and_who_needs_others_last():
 
 
 def test_equal_time_is_worked_out_from_the_seconds_of_dense_and_ticket(tmp_path):
-    """Dense took 10 s of set-up and 8 epochs of 20 s; the ticket took 120 s, so 5.5 epochs: at least as long is 6."""
+    """Dense took 10 s of set-up and 8 epochs of 20 s; the ticket took 120 s, so 5.5 epochs."""
     found = {"dense": row("dense", seconds=170.0), "ticket": row("ticket", seconds=120.0)}
     typed = command(TASK, CONTESTANTS["dense-equal-time"], 3, tmp_path, found, HERE)
-    assert typed[typed.index("--epochs") + 1] == "6"  # of 8
+    assert typed[typed.index("--epochs") + 1] == "5.5"  # of 8
     assert typed[typed.index("--seed") + 1] == "3"
     assert typed[typed.index("--threads") + 1] == "2"
 

@@ -53,6 +53,17 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_run_may_end_within_an_epoch_and_resumes_there(small: Make, tmp_path: Path) -> None:
+    recipe = small(dense=True, model="small_cnn", width=0.25, epochs=1.3, checkpoint_every="1it")
+    whole = train(recipe, tmp_path / "whole", quiet=True)
+    spe, last = (row["step"] for row in rows(tmp_path / "whole"))
+    assert last == whole.steps == round(1.3 * spe)
+    with pytest.raises(Stop):
+        train(recipe, tmp_path / "part", quiet=True, on_event=at(spe + 2, crash))
+    assert resume(tmp_path / "part", quiet=True).steps == whole.steps
+    assert same(tmp_path / "whole", tmp_path / "part")
+
+
 def test_a_dense_run_equals_a_hand_written_loop_to_the_bit(small: Make, tmp_path: Path) -> None:
     recipe = small(dense=True, model="small_cnn", width=0.25, schedule="cosine", label_smoothing=0.1, clip_norm=1.0)
     result = train(recipe, tmp_path / "run", quiet=True)

@@ -196,7 +196,7 @@ def _recipe(recipe: Recipe, name: str, seed: int, done: Mapping[tuple[str, int],
     dense, ticket = done["dense", seed], done["ticket", seed]
     if name == "small-dense":
         return own.replace(dense=True, width=_width(own, ticket))
-    epochs = max(1, round(recipe.epochs * ticket["seconds"] / dense["seconds"]))
+    epochs = max(round(recipe.epochs * ticket["seconds"] / dense["seconds"], 2), 0.01)
     share = epochs / recipe.epochs
     milestones = tuple(_scaled(point, share) for point in recipe.milestones)
     warmup, stem = (None if point is None else _scaled(point, share) for point in (recipe.lr_warmup, recipe.stem_until))

@@ -75,7 +75,7 @@ def fit(run: Run, stop: StopSignal) -> None:
     while run.step < run.total:
         epoch, done = divmod(run.step, spe)
         batches = run.loader.epoch(epoch, start=done * recipe.accumulate)
-        for _ in range(done, spe):
+        for _ in range(done, min(spe, done + run.total - run.step)):
             loss = _step(run, batches)
             run.step += 1
             row = run.step % evaluate_every == 0 or run.step == run.total

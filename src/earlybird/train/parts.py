@@ -138,7 +138,7 @@ def _make_muon(recipe: Recipe, model: nn.Module, steps_per_epoch: int, dtype: to
     end = (
         {}
         if recipe.stem_until is None
-        else {"lr_end": recipe.stem_until.in_iterations(steps_per_epoch, recipe.epochs * steps_per_epoch)}
+        else {"lr_end": recipe.stem_until.in_iterations(steps_per_epoch, recipe.steps(steps_per_epoch))}
     )
     groups = [
         {"params": roles["filters"]},

@@ -80,7 +80,7 @@ class Display:
         left = (self._total - step) / self._rate if self._rate else 0.0
         parts = [f"loss {loss:.3f}", self._accuracy, *(_field(name, value) for name, value in status.items())]
         parts += [f"{self._rate * images_per_step:,.0f} images/s", f"{_duration(left)} left"]
-        where = f"epoch {step / self._steps_per_epoch:.1f}/{self._total // self._steps_per_epoch}"
+        where = f"epoch {step / self._steps_per_epoch:.1f}/{self._total / self._steps_per_epoch:.4g}"
         self._bar.update(self._task, completed=step, where=where, text="  ".join(part for part in parts if part))
         self._bar.refresh()
 
@@ -90,7 +90,7 @@ class Display:
         if not self._quiet and self._bar is None:
             extra = "".join(f"  {_field(name, value)}" for name, value in status.items())
             self._console.print(
-                f"epoch {row['epoch']:g}/{self._total // self._steps_per_epoch}  loss {row['loss']:.4f}  "
+                f"epoch {row['epoch']:g}/{self._total / self._steps_per_epoch:.4g}  loss {row['loss']:.4f}  "
                 f"{self._accuracy}  {row['images_per_s']:,.0f} images/s  {_duration(row['seconds'])}{extra}",
                 markup=False,
             )

@@ -45,7 +45,7 @@ class Recipe(BaseModel):
     )
     cutout: int = Field(0, ge=0, description="side of the square that is blanked out, in pixels")
     # how long
-    epochs: int = Field(10, ge=1, description="passes over the training images, search included")
+    epochs: int | float = Field(10, gt=0, description="passes over the training images, search included")
     batch_size: int = Field(128, ge=1, description="images in a forward pass, over all processes")
     accumulate: int = Field(1, ge=1, description="batches whose gradients make one optimizer step")
     # optimizer and schedule
@@ -180,6 +180,10 @@ class Recipe(BaseModel):
             values = {key: value for key, value in values.items() if key not in {*self.settings, "method", "preset"}}
         text = json.dumps({key: _as_toml(value) for key, value in values.items()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Return the optimizer steps of the whole run, at least one; the last epoch may be a part of one."""
+        return max(round(self.epochs * steps_per_epoch), 1)
 
     def build_methods(self) -> dict[str, Any]:
         """Return the methods with their settings by name, in the order given; none for a dense run."""

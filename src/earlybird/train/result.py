@@ -32,7 +32,7 @@ class Result:
     folder: Path
     accuracy: float
     loss: float
-    epochs: int
+    epochs: float
     steps: int
     seconds: float
     parameters: int

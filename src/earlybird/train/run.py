@@ -254,7 +254,7 @@ class Run:
                 f"an epoch has {len(self.loader)} batches, fewer than accumulate = {recipe.accumulate}",
                 hint="lower batch_size or accumulate",
             )
-        self.total = recipe.epochs * self.steps_per_epoch
+        self.total = recipe.steps(self.steps_per_epoch)
         self._clock_per_epoch = self.steps_per_epoch
         if self._selection is not None and self._selection.by_attempts:
             self._clock_per_epoch = self.loader.whole_length // recipe.accumulate

@@ -51,7 +51,7 @@ class Schedule:
         Raises:
             InputError: Warm-up or a milestone lies outside the run, or milestones do not ascend.
         """
-        total = recipe.epochs * steps_per_epoch
+        total = recipe.steps(steps_per_epoch)
         if recipe.lr_warmup is not None:
             warmup = recipe.lr_warmup.in_iterations(steps_per_epoch, total)
         else:
