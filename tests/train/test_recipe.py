@@ -118,7 +118,7 @@ def test_unknown_key_offers_the_nearest_name(key: str, near: str, tmp_path: Path
 @pytest.mark.parametrize(
     "line",
     [
-        "epochs = 0", "epochs = 0", 'epochs = "many"', "epochs = true", "batch_size = -1", "lr = 0", "lr = nan",
+        "epochs = 0", "epochs = inf", 'epochs = "many"', "epochs = true", "batch_size = -1", "lr = 0", "lr = nan",
         "lr = inf", 'lr = "fast"', "momentum = 1.0", "keep = 0", "keep = 1.5", "keep = nan", "keep = [0.5, 2.0]",
         'keep = "half"', 'optimizer = "adam"', 'schedule = "cosin"', "label_smoothing = 1", "ema = 1.0", "seed = -1",
         'look_every = "3"', "look_every = 3", 'deadline = "soon"', "window = 1", 'precision = "fp16"', "flip = 1",
