@@ -177,7 +177,22 @@ def read(out: Path) -> dict[str, Any]:
             "choice": tuned["choice"],
             "bill": bill,
         }
+        if (out / "ticket.safetensors").exists():
+            row["ticket"] = masks(out / "ticket.safetensors")
     return {**row, **_costs(row)}
+
+
+def masks(path: Path) -> dict[str, str]:
+    """Return the masks of a ticket's file by layer, each a string of 1 (stays) and 0."""
+    from earlybird import Ticket
+
+    return {name: "".join(str(int(stays)) for stays in mask) for name, mask in Ticket.load(path).masks.items()}
+
+
+def distance(one: Mapping[str, str], other: Mapping[str, str]) -> float:
+    """Return the share of units on which two tickets of `masks` differ."""
+    pairs = [pair for name, mask in one.items() for pair in zip(mask, other[name], strict=True)]
+    return sum(a != b for a, b in pairs) / len(pairs)
 
 
 def _costs(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from contest import Contestant, Task, main
-from tables import contest_section, contest_tables
+from contest import Contestant, Task, distance, main
+from tables import blocks, contest_section, contest_tables
 
 NAME = "efficient_steps"
 
@@ -134,12 +134,30 @@ CONTESTANTS = {
 
 def table() -> str:
     """Return the results as Markdown, one table a task."""
-    return contest_tables(NAME, TASKS, CONTESTANTS)
+    return "\n".join([contest_tables(NAME, TASKS, CONTESTANTS), *overlaps()])
 
 
 def section(images: Path) -> str:
     """Return tables and plots for the page of all results."""
-    return contest_section(NAME, TASKS, CONTESTANTS, images)
+    return "\n".join([contest_section(NAME, TASKS, CONTESTANTS, images), *overlaps()])
+
+
+def overlaps() -> list[str]:
+    """Say how far tickets that were searched for in 8 bits lie from those of the same seed that were not."""
+    said = []
+    for _, task, newest in blocks(NAME, {"search": TASKS["search"]}):
+        pairs = [
+            (seed, row, newest.get(("ticket-8-bit", seed))) for (who, seed), row in newest.items() if who == "ticket"
+        ]
+        found = {
+            seed: distance(row["ticket"], other["ticket"])
+            for seed, row, other in sorted(pairs, key=lambda pair: pair[0])
+            if other and "ticket" in row and "ticket" in other
+        }
+        if found:
+            listed = ", ".join(f"{value:.3f} (seed {seed})" for seed, value in found.items())
+            said.append(f"{task.title}: distance of the ticket drawn in 8 bits to the one drawn in bf16, {listed}.\n")
+    return said
 
 
 if __name__ == "__main__":

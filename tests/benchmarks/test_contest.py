@@ -15,9 +15,11 @@ import pytest
 import slots
 import speedrun_cifar10
 import tables
+import torch
 import vgg16_cifar10
 from contest import Contestant, Task, command, order, words
 
+from earlybird import Ticket
 from earlybird.cli import main
 from earlybird.train.recipe import Recipe
 
@@ -89,6 +91,16 @@ def test_equal_time_is_worked_out_from_the_seconds_of_dense_and_ticket(tmp_path)
     assert typed[typed.index("--epochs") + 1] == "5.5"  # of 8
     assert typed[typed.index("--seed") + 1] == "3"
     assert typed[typed.index("--threads") + 1] == "2"
+
+
+def test_rows_keep_the_ticket_so_that_two_can_be_compared(tmp_path):
+    for name, kept in (("a", [1, 1, 0, 0]), ("b", [1, 0, 1, 0])):
+        other = torch.tensor([1, 0], dtype=torch.bool)
+        Ticket({"x": torch.tensor(kept, dtype=torch.bool), "y": other}).save(tmp_path / name)
+    one, two = contest.masks(tmp_path / "a"), contest.masks(tmp_path / "b")
+    assert one == {"x": "1100", "y": "10"}
+    assert contest.distance(one, one) == 0
+    assert contest.distance(one, two) == pytest.approx(2 / 6)
 
 
 def test_rivals_train_longer_as_well(tmp_path):
