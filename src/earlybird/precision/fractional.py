@@ -679,10 +679,11 @@ class FractionalBits:
             scores = scores.masked_fill(self._bits == 0, -math.inf)
         chances = scores.softmax(1)
         if learns:
-            mean = (chances.detach() * self._prices[index]).sum(1, keepdim=True)
-            self._slopes.append((chances.detach() * (self._prices[index] - mean).square()).sum())
-        if learns and gated:
-            chances.register_hook(lambda gradient: self._less_cost(gradient, chances.detach(), index))
+            seen = chances.detach()  # a hook that held on to its own tensor would keep all graphs of the run
+            mean = (seen * self._prices[index]).sum(1, keepdim=True)
+            self._slopes.append((seen * (self._prices[index] - mean).square()).sum())
+            if gated:
+                chances.register_hook(lambda gradient: self._less_cost(gradient, seen, index))
         decides = scores.detach()
         if not gated or (settings.fractional_choice == "drawn" and training):
             coins = self._passes.draw(decides.numel()).view(decides.shape).to(x.device)

@@ -388,8 +388,9 @@ class LayerGates:
         rows, probes = (which.nonzero().flatten().to(x.device) for which in (runs, probed))
         self._record(index, runs, len(rows), len(probes), learns=learns)
         if learns:
-            self._scores.append((index, score.detach(), chance.detach()))
-            chance.register_hook(lambda gradient: self._less_cost(gradient, chance.detach(), cost))
+            seen = chance.detach()  # a hook that held on to its own tensor would keep all graphs of the run
+            self._scores.append((index, score.detach(), seen))
+            chance.register_hook(lambda gradient: self._less_cost(gradient, seen, cost))
         if not masked:
             choice = Choice(chance, probes, settings.layer_probe) if learns else None
             return run_on(block.module, lambda inputs, _: forward(inputs), x, rows, choice)
