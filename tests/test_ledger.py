@@ -306,7 +306,13 @@ def test_two_optimizers_for_one_batch_are_one_step(ledger: Ledger) -> None:
     for _ in range(4):
         step(model, first, second)
     record = ledger.phases["train"]
-    assert (record.steps, record.images, record.work[32].updates) == (4, 40, 8)
+    assert (record.steps, record.images, record.work[32].updates) == (4, 40, 4)
+    one = Ledger()
+    one.watch(model, sgd(model))
+    one.enter("train")
+    for _ in range(4):
+        step(model, first, second)
+    assert record.moved_bytes == count(model, torch.ones(1, 4)).update_bytes * 4 + one.phases["train"].moved_bytes
 
 
 def test_two_optimizers_in_turn_are_two_steps(ledger: Ledger) -> None:

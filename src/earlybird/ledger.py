@@ -74,7 +74,7 @@ class Work:
         train_batches: Batches they came in.
         forward_images: Samples of forward passes only.
         forward_batches: Batches they came in.
-        updates: Optimizer steps.
+        updates: Optimizer steps, a batch seen by several optimizers being one; of all processes.
         left_images: Samples that a dense run would have trained on, and this one left out.
         left_batches: Batches they would have come in.
         macs: Multiply-accumulates of all that was done, by pass (`earlybird.cost.arithmetic.PASSES`).
@@ -606,9 +606,9 @@ class Ledger:
         if self._since is None:
             return
         self._settle()
-        self._pending.updates += self._world_size
-        if self._open is None:
+        if self._open is None:  # another optimizer has stepped for this batch: together they hold the parameters once
             return
+        self._pending.updates += self._world_size
         record = self._records[self._open]
         record.steps += 1
         if self._open in _LOOP_PHASES and record.steps == _WARM_UP_STEPS and not self._warm_up[1]:
