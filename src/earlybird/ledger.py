@@ -457,12 +457,16 @@ class Ledger:
             arithmetic: What the layers computed these samples in, instead of their own; None: not at all.
             training: Whether they were training passes.
         """
+        if self._since is None:  # nor were the passes counted
+            return
         route = Route(tuple(layers), arithmetic, training)
         self._routes[route] = self._routes.get(route, 0) + images * self._world_size
         self._altered = True
 
     def leave_out(self, images: float, batches: float = 1) -> None:
         """Count samples, of this process, that dense training would have seen and this run never touches."""
+        if self._since is None:
+            return
         self._pending.left_images += images * self._world_size
         self._pending.left_batches += batches * self._world_size
 
