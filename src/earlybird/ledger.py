@@ -542,8 +542,8 @@ class Ledger:
         self._settle()
         self._price()
         self._costs.clear()
-        self.cost, self._told = cost, self._size is None
-        if self._size is not None:
+        self.cost, self._told = cost, not self._size
+        if self._size:
             self._costs[self._size] = cost
 
     def _count(self, model: nn.Module, inputs: Any) -> None:
@@ -713,7 +713,8 @@ class Ledger:
             self._record(name).add(PhaseRecord.from_json(record))
         self.bits = state["bits"]
         if self.cost is None and state["cost"] is not None:
-            self.cost = ModelCost.from_json(state["cost"])
+            # sums only, until the next batch is counted layer by layer: no image has this size
+            self.cost, self._size = ModelCost.from_json(state["cost"]), ()
         if state["dense_cost"] is not None:
             self.dense_cost = ModelCost.from_json(state["dense_cost"])
         self._shrunk, self._resized, self._altered = state["differs"]
