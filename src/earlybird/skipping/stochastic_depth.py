@@ -181,7 +181,6 @@ class RandomDepth:
             self._find(example_inputs)
         self._steps = 0
         dropped = [index for index, chance in enumerate(self.survivals) if chance < 1]
-        self._first = dropped[0] if dropped else None
         self._own_ledger = ledger is None
         self._ledger = ledger_of(model) if ledger is None else ledger
         if self._own_ledger:
@@ -194,10 +193,9 @@ class RandomDepth:
         if dropped:
             self._first_call = model.register_forward_pre_hook(Hook(self._on_first_call, self))
             self._handles.append(self._first_call)
-        for index, (block, chance) in enumerate(zip(self.blocks, self.survivals)):
-            if chance == 1:
-                continue
-            run = lambda forward, x, index=index: self._run(index, forward, x)  # noqa: E731
+        for number, index in enumerate(dropped):
+            block, chance = self.blocks[index], self.survivals[index]
+            run = lambda forward, x, place=(number, index): self._run(*place, forward, x)  # noqa: E731
             self._handles.append(around(block.module, run, self))
             if settings.depth_scale == "training":
                 scale = lambda module, args, branch, block=block, chance=chance: _scaled(block, chance, branch)  # noqa: E731
@@ -257,14 +255,13 @@ class RandomDepth:
         self._first_call.remove()
         self.blocks = found_again(self.blocks, self._model, self._sample, self.settings.depth_blocks)
 
-    def _run(self, index: int, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _run(self, number: int, index: int, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         block, chance = self.blocks[index], self.survivals[index]
         if not block.module.training:
             if self.settings.depth_scale == "training":
                 return forward(x)
             return torch.lerp(x, forward(x).to(x.dtype), chance)
-        if index == self._first:
-            self._passes.begin(training=True)
+        self._passes.enter(number, block, training=True)
         chances = torch.full((1 if self.settings.depth_by == "batch" else len(x),), chance)
         rows = self._passes.choose(chances).expand(len(x)).nonzero().flatten().to(x.device)
         for ledger in self._passes.ledgers:
