@@ -343,6 +343,7 @@ def test_what_cannot_work_is_refused_before_the_first_step():
         ({"fractional_target": 0}, "fractional_target is 0"),
         ({"fractional_target": (0.03, 0.02)}, r"fractional_target is \(0\.03, 0\.02\)"),
         ({"fractional_target": ()}, "fractional_target"),
+        ({"fractional_target": (0.03, 1.0)}, r"fractional_target is \(0\.03, 1\.0\); 1 alone"),
         ({"fractional_bits": (3,), "fractional_gradient_bits": (6,)}, "names 1 candidates"),
         ({"fractional_bits": (3, 4)}, "names 2 candidates, fractional_gradient_bits 5"),
         ({"fractional_bits": (3, 17), "fractional_gradient_bits": (6, 8)}, "fractional_bits is 17"),

@@ -190,6 +190,11 @@ class FractionalPrecision:
             raise InputError(
                 f"fractional_target is {self.fractional_target!r}", needed="one share, or several that rise"
             )
+        if len(targets) > 1 and targets[-1] == 1:
+            raise InputError(
+                f"fractional_target is {self.fractional_target!r}",
+                needed="1 alone, which leaves the model as it is, or targets below it",
+            )
         if self.fractional_at and len(self.fractional_at) != len(targets) - 1:
             raise InputError(
                 f"fractional_at names {len(self.fractional_at)} points, and there are {len(targets)} targets",
