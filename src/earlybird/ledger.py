@@ -825,8 +825,11 @@ class Ledger:
 
 
 def ledger_of(model: nn.Module) -> Ledger:
-    """Return a new ledger for the device of ``model`` and all processes that train together."""
-    return Ledger(device=next(model.parameters()).device, world_size=processes())
+    """Return a new ledger for the device of ``model`` and all processes, as wide as those that watch it already."""
+    ledger = Ledger(device=next(model.parameters()).device, world_size=processes())
+    for other in hook_owners(model, Ledger):
+        ledger.bits = other.bits
+    return ledger
 
 
 def _image_size(inputs: Any) -> tuple[int, ...] | None:

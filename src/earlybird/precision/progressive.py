@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from earlybird.calls import Hook, around, arounds, as_optimizers, unwrapped
+from earlybird.calls import Hook, around, arounds, as_optimizers, hook_owners, unwrapped
 from earlybird.cost.arithmetic import Arithmetic
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
@@ -285,6 +285,7 @@ class PrecisionLadder:
         self._around = around(model, self._in_rung, self)
         self._own_ledger = ledger is None
         self._ledger = ledger_of(model) if ledger is None else ledger
+        self._bits = self._ledger.bits
         if self._own_ledger:
             self._ledger.watch(model, optimizers)
             self._ledger.enter("train")
@@ -354,12 +355,18 @@ class PrecisionLadder:
         for convolution in self._convolutions.values():
             convolution.remove()
         self._ledger.reread_arithmetic()
+        if self._rungs[self.rung].real:
+            self._tell_bits(self._bits)
         if self._own_ledger:
             self._ledger.stop()
 
+    def _tell_bits(self, bits: int) -> None:
+        for ledger in {self._ledger, *hook_owners(self._model, Ledger)}:
+            ledger.bits = bits
+
     def _climb_to(self, number: int, reason: str) -> None:
+        was_real, rung = self._rungs[self.rung].real, self._rungs[number]
         self.rung = number
-        rung = self._rungs[number]
         layers: dict[str, list[int]] = {}
         for name, layer in self._layers.items():
             layer.bits = rung.bits(layer.module)
@@ -372,8 +379,8 @@ class PrecisionLadder:
                 declare(convolution.module, ARITHMETIC if convolution.active else None)
                 layers[name] = [rung.forward, rung.forward, rung.gradient]
         self._ledger.reread_arithmetic()
-        if rung.real:
-            self._ledger.bits = rung.floating
+        if rung.real or was_real:
+            self._tell_bits(rung.floating or self._bits)
         self.history.append(
             {"step": self._steps, "rung": number, "bits": str(rung), "reason": reason, "layers": layers}
         )
