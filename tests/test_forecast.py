@@ -117,6 +117,16 @@ def test_what_is_forecast_is_what_the_run_counts(tmp_path: Path, method: dict[st
     assert found.seconds is not None
 
 
+def test_points_in_steps_are_steps_of_the_shorter_run() -> None:
+    """As in the run: with half of the batches left out, a ticket that is due at step 40 is drawn after 40 of them."""
+    run = on_paper(
+        data="digits", epochs=10, width=0.25, method="early_bird,batch_dropping=0.5", deadline="40it", skip="0it",
+        look_every="8it",
+    )  # fmt: skip
+    dense = run.dense[0].steps
+    assert [stretch.steps for stretch in run.stretches] == [40, pytest.approx(dense / 2 - 40, abs=1)]
+
+
 def test_no_time_is_claimed() -> None:
     text = str(on_paper(data="digits", epochs=2, method="batch_dropping=0.5"))
     assert "nothing was run" in text
