@@ -153,7 +153,7 @@ class Resizing:
             self._ledger.enter("train")
         self._handles: list[Any] = [
             # before all other hooks: whoever counts or scores shall see what the model sees
-            model.register_forward_pre_hook(Hook(self._before_forward, self), prepend=True),
+            model.register_forward_pre_hook(Hook(self._before_forward, self), prepend=True, with_kwargs=True),
             optimizers[0].register_step_post_hook(Hook(self._after_step, self)),
         ]
 
@@ -188,7 +188,7 @@ class Resizing:
         if self._own_ledger:
             self._ledger.stop()
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not (module.training and torch.is_grad_enabled()):
             return None
         if not args or not isinstance(args[0], Tensor) or args[0].ndim != 4:
@@ -196,10 +196,11 @@ class Resizing:
                 f"{type(module).__name__} was not called with a batch of images (N, C, H, W) as first argument",
                 hint="leave progressive resizing out for this model",
             )
-        self._ledger.count_whole(Call(args, {}))
+        for ledger in {self._ledger, *hook_owners(module, Ledger)}:
+            ledger.count_whole(Call(args, kwargs))
         resized = resize(args[0], self.scale, self.settings.size_step)
         self._side = resized.shape[-1]
-        return (resized, *args[1:])
+        return (resized, *args[1:]), kwargs
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._steps += 1
