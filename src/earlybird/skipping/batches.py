@@ -23,7 +23,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -57,6 +57,11 @@ class BatchDropping:
     drop_clock: str = option(
         "executed", "Learning rate by the batches 'executed' or by those 'attempted'; both end at the same step."
     )
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {},
+        "published": {"drop_rule": "bernoulli", "drop_clock": "attempted"},
+    }
 
     def __post_init__(self) -> None:
         number = isinstance(self.drop, (int, float)) and not isinstance(self.drop, bool)
@@ -254,12 +259,14 @@ class _Thinned(Sampler[Any]):
         return self.selection.length(len(self.batches))
 
     def __iter__(self) -> Iterator[Any]:
+        # a walk begins with its first batch: a DataLoader with workers makes two iterators and throws one away
         epoch, self.epoch = self.epoch, self.epoch + 1
         kept = self.selection.kept(epoch, len(self.batches)).tolist()
         if isinstance(self.batches, Sequence):
-            return (self.batches[index] for index, stays in enumerate(kept) if stays)
+            yield from (self.batches[index] for index, stays in enumerate(kept) if stays)
+            return
         # of a sampler, the numbers of the samples that are left out are drawn, so that the others stay the same
-        return (batch for batch, stays in zip(islice(self.batches, len(kept)), kept) if stays)
+        yield from (batch for batch, stays in zip(islice(self.batches, len(kept)), kept) if stays)
 
 
 def _length(loader: Any) -> int:
