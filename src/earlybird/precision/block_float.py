@@ -174,13 +174,13 @@ class _BlockLayer:
     def remove(self) -> None:
         self._around.remove()
 
-    def _run(self, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+    def _run(self, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.active or not x.numel():
-            return forward(x)
+            return forward(x, *args, **kwargs)
         generator = self._generator if self.module.training else None
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         x, weight = (straight_through(operand, self._round(operand, generator)) for operand in (x, weight))
-        output = forward_with(self.module, weight, forward, x)
+        output = forward_with(self.module, weight, forward, x, *args, **kwargs)
         return gradient_through(output, lambda gradient: self._round(gradient, generator))
 
 
