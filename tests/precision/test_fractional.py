@@ -172,6 +172,21 @@ def test_the_bill_counts_every_sample_in_the_bits_that_were_chosen():
     assert any(name.startswith("mult 6x4") for name in work.operations)
 
 
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return x + self.norm(x)
+
+
+def test_a_block_without_a_product_has_no_bits_to_choose():
+    model, _, running = start(nn.Sequential(*deep(2)[:2], Norm(), *deep(2)[2:]))
+    assert [block.name for block in running.blocks] == ["1", "3"]
+    model(images(2)).sum().backward()
+
+
 def test_depthwise_convolutions_keep_their_bits():
     model, optimizer, running = start(make("depthwise"), fractional_target=0.06)
     train(model, optimizer, 1)

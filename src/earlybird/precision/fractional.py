@@ -32,7 +32,8 @@ Deviations of the default, each with the published behaviour under ``PRESETS['pu
   less prices, so that the price has something to act on while all scores are alike. Evaluation takes the highest;
 - ``fractional_control``: published, a penalty in the loss whose sign flips with the cost of the last batch;
 - ``fractional_target``: the first one that was published for FracTrain, 1.5 %, is below what the cheapest candidate
-  costs with weights of 4 bits, 1.76 %, and such a target is refused; the preset begins with 1.8 %.
+  costs with weights of 4 bits, 1.76 %, and such a target is refused; the preset begins with 1.8 %;
+- ``fractional_range_memory``: running ranges have a memory of 0.9 (published for FracTrain: 0.1).
 
 And without an option: the gates' gradient ends at their inputs; they have an Adam of their own; a cap on the penalty
 and a band without one are left out. Depthwise convolutions keep 8 bits of values and 16 of gradients, as published.
@@ -134,7 +135,7 @@ class FractionalPrecision:
         "published": {
             "fractional_target": (0.018, 0.02, 0.025, 0.03), "fractional_choice": "highest",
             "fractional_control": "penalty", "fractional_every": Step.parse("400it"), "fractional_from": Step(),
-            "fractional_last_by": None,
+            "fractional_last_by": None, "fractional_range_memory": 0.1,
         },
         "fast": {},
     }  # fmt: skip
@@ -392,10 +393,10 @@ class _Layer:
         """Give the module its plain forward back."""
         self._around.remove()
 
-    def _run(self, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+    def _run(self, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         choice, settings = self.choice, self._settings
         if choice is None:
-            return forward(x)
+            return forward(x, *args, **kwargs)
         if len(x) != len(choice.index):
             raise InputError(
                 f"layer '{self.name}' gets {len(x)} samples, and its block {len(choice.index)}",
@@ -409,7 +410,7 @@ class _Layer:
             x = _Choose.apply(x, choice.weights, choice.bits, self._bounds(x), settings.fractional_bits)
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         weight = quantise(weight, weight_bits, range_of(weight, self._per))
-        output = forward_with(self.module, weight, forward, x)
+        output = forward_with(self.module, weight, forward, x, *args, **kwargs)
         return gradient_through(output, lambda g: rounded(g, gradient_bits, range_of(g), self._generator))
 
     def _bounds(self, x: Tensor) -> Range:
@@ -503,7 +504,8 @@ class FractionalBits:
             raise InputError("no inputs to find the blocks with", hint="pass example_inputs=x to attach")
         settings = self.settings
         self._sample = first_sample(example_inputs)
-        self.blocks = find_blocks(self._model, self._sample, settings.fractional_blocks)
+        found_blocks = find_blocks(self._model, self._sample, settings.fractional_blocks)
+        self.blocks = [block for block in found_blocks if block.layers]
         check_free(self.blocks)
         if 0 in settings.fractional_bits:
             check_norms(self.blocks)
