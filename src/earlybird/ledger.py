@@ -54,7 +54,7 @@ from earlybird.cost.energy import CITATION, Energy, joules
 from earlybird.cost.meters import PeakMemory, energy_meter
 from earlybird.errors import InputError
 
-__all__ = ["PHASES", "Ledger", "PhaseRecord", "Work", "ledger_of"]
+__all__ = ["PHASES", "Ledger", "PhaseRecord", "Work", "ledger_of", "ledgers_on"]
 
 PHASES = ("setup", "search", "draw", "train", "evaluate", "lost")
 """The phases, in the order of the bill; 'lost' is time of a killed process that no checkpoint has (`Ledger.charge`)."""
@@ -443,8 +443,7 @@ class Ledger:
 
     def _watching(self) -> list[Ledger]:
         """Return this ledger, and all others that watch its model."""
-        others = [] if self._model is None else hook_owners(self._model, Ledger)
-        return [self, *(ledger for ledger in others if ledger is not self)]
+        return [self] if self._model is None else ledgers_on(self._model, self)
 
     def reroute(
         self, layers: Sequence[str], images: float, arithmetic: Arithmetic | None, *, training: bool
@@ -822,6 +821,11 @@ class Ledger:
         pace = self._dense_evaluation
         seconds = record.seconds if pace is None else pace * record.images
         return PhaseRecord(seconds, record.steps, record.work, record.peak_bytes)
+
+
+def ledgers_on(model: nn.Module, own: Ledger) -> list[Ledger]:
+    """Return ``own``, which may watch nothing, with all others that watch ``model``: what changes a pass is told to all."""
+    return list(dict.fromkeys((own, *hook_owners(model, Ledger))))
 
 
 def ledger_of(model: nn.Module) -> Ledger:

@@ -35,7 +35,7 @@ from earlybird.arithmetic.fixed_point import check_fraction_bits
 from earlybird.arithmetic.shift import Form, ShiftConv2d, ShiftLinear, check_shift, weight_parameters
 from earlybird.calls import as_optimizers, hook_owners, unwrapped
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
+from earlybird.ledger import Ledger, ledger_of, ledgers_on
 from earlybird.settings import option
 from earlybird.stretches import Plan, Stretch
 from earlybird.tickets.search import Search
@@ -187,7 +187,7 @@ class ShiftAdding:
             _say_bits(model, self._ledger.bits)
             for search in hook_owners(model, Search):
                 search.retrace()
-            for one in {self._ledger, *hook_owners(model, Ledger)}:
+            for one in ledgers_on(model, self._ledger):
                 one.recount(model, example_inputs)
         if self._own_ledger:
             self._ledger.enter("train")

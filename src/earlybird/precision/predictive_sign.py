@@ -35,10 +35,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from earlybird.calls import Hook, around, as_optimizers, hook_owners, unwrapped
+from earlybird.calls import Hook, around, as_optimizers, unwrapped
 from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
+from earlybird.ledger import Ledger, ledger_of, ledgers_on
 from earlybird.precision.quantize import (
     Encoded,
     Range,
@@ -429,7 +429,7 @@ class SignPrediction:
         shares = torch.stack([shares for _, _, shares in self._seen]).tolist()
         for (layer, images, _), (predicted, both, right) in zip(self._seen, shares):
             layer.sums = [have + more for have, more in zip(layer.sums, (1.0, predicted, both, right))]
-            for ledger in {self._ledger, *hook_owners(self._model, Ledger)}:
+            for ledger in ledgers_on(self._model, self._ledger):
                 ledger.reroute((self._names[layer],), predicted * images, reduced, training=True)
         self._seen.clear()
 

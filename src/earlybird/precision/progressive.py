@@ -37,10 +37,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from earlybird.calls import Hook, around, arounds, as_optimizers, hook_owners, unwrapped
+from earlybird.calls import Hook, around, arounds, as_optimizers, unwrapped
 from earlybird.cost.arithmetic import Arithmetic
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
+from earlybird.ledger import Ledger, ledger_of, ledgers_on
 from earlybird.precision.int8 import ARITHMETIC, Int8Layer, check_device, wide
 from earlybird.precision.quantize import Bits, QuantisedLayer, check_bits, declare, quantisable, seed_of_step
 from earlybird.precision.turning_points import TurningPoints
@@ -361,7 +361,7 @@ class PrecisionLadder:
             self._ledger.stop()
 
     def _tell_bits(self, bits: int) -> None:
-        for ledger in {self._ledger, *hook_owners(self._model, Ledger)}:
+        for ledger in ledgers_on(self._model, self._ledger):
             ledger.bits = bits
 
     def _climb_to(self, number: int, reason: str) -> None:

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from earlybird.calls import Call, Hook, as_optimizers, batch_size, hook_owners, unwrapped
+from earlybird.calls import Call, Hook, as_optimizers, batch_size, unwrapped
 from earlybird.data.loader import Loader
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
+from earlybird.ledger import Ledger, ledger_of, ledgers_on
 from earlybird.settings import option
 from earlybird.stretches import Plan, Stretch
 
@@ -244,7 +244,7 @@ class Dropping:
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module.training and torch.is_grad_enabled() and self._left_out:
             images = batch_size(Call(tuple(args), dict(kwargs)))
-            for ledger in {self._ledger, *hook_owners(module, Ledger)}:
+            for ledger in ledgers_on(module, self._ledger):
                 ledger.leave_out(images * self._left_out, self._left_out)
 
 

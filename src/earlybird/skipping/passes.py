@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.blocks import Block
-from earlybird.calls import Hook, hook_owners, processes
+from earlybird.calls import Hook, processes
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger
+from earlybird.ledger import Ledger, ledgers_on
 
 __all__ = ["Passes"]
 
@@ -33,7 +33,7 @@ class Passes:
     """
 
     def __init__(self, model: nn.Module, ledger: Ledger, seed: int, *, alike: bool = False) -> None:
-        self.ledgers: set[Ledger] = set()
+        self.ledgers: list[Ledger] = []
         self._model, self._ledger, self._seed = model, ledger, seed
         self._rank = torch.distributed.get_rank() if processes() > 1 and not alike else 0
         self._step = 0
@@ -60,7 +60,7 @@ class Passes:
         self._next = index + 1
 
     def _begin(self, *, training: bool) -> None:
-        self.ledgers = {self._ledger, *hook_owners(self._model, Ledger)} if self._counted else set()
+        self.ledgers = ledgers_on(self._model, self._ledger) if self._counted else []
         self._counted = False
         number = 2 * self._made[training] + training
         self._made[training] += 1

@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from earlybird.calls import Call, Hook, as_call, as_optimizers, first_sample, hook_owners, undisturbed, unwrapped
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
+from earlybird.ledger import Ledger, ledger_of, ledgers_on
 from earlybird.settings import check_count, check_share, option
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch, after
@@ -196,7 +196,7 @@ class Resizing:
                 f"{type(module).__name__} was not called with a batch of images (N, C, H, W) as first argument",
                 hint="leave progressive resizing out for this model",
             )
-        for ledger in {self._ledger, *hook_owners(module, Ledger)}:
+        for ledger in ledgers_on(module, self._ledger):
             ledger.count_whole(Call(args, kwargs))
         resized = resize(args[0], self.scale, self.settings.size_step)
         self._side = resized.shape[-1]
