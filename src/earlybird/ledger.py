@@ -824,7 +824,7 @@ class Ledger:
 
 
 def ledgers_on(model: nn.Module, own: Ledger) -> list[Ledger]:
-    """Return ``own``, which may watch nothing, with all others that watch ``model``: what changes a pass is told to all."""
+    """Return ``own``, which may watch nothing, and those that watch ``model``: all have to hear of a change."""
     return list(dict.fromkeys((own, *hook_owners(model, Ledger))))
 
 

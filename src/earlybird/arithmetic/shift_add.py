@@ -22,6 +22,7 @@ rates are the run's own (published: SGD, 0.1, 160 epochs; of AdderNet alone 400 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -36,7 +37,7 @@ from earlybird.arithmetic.shift import Form, ShiftConv2d, ShiftLinear, check_shi
 from earlybird.calls import as_optimizers, hook_owners, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of, ledgers_on
-from earlybird.settings import option
+from earlybird.settings import check_choice, check_number, option
 from earlybird.stretches import Plan, Stretch
 from earlybird.tickets.search import Search
 
@@ -74,15 +75,12 @@ class ShiftAdd:
     }
 
     def __post_init__(self) -> None:
-        if self.operation not in _OPERATIONS:
-            raise InputError(f"operation is {self.operation!r}", needed=f"one of {', '.join(_OPERATIONS)}")
+        check_choice("operation", self.operation, _OPERATIONS)
         if str(self.fixed_point) == "none":
             object.__setattr__(self, "fixed_point", None)
         check_shift(self.shift_form, self.shift_bits, self.shift_threshold)
         check_fraction_bits(self.fixed_point)
-        number = isinstance(self.add_eta, (int, float)) and not isinstance(self.add_eta, bool)
-        if not number or not 0 < self.add_eta < float("inf"):
-            raise InputError(f"add_eta is {self.add_eta!r}", needed="a number above 0, such as 0.2")
+        check_number("add_eta", self.add_eta, lambda eta: 0 < eta < math.inf, "a number above 0, such as 0.2")
         names: Any = self.leave_layers
         object.__setattr__(self, "leave_layers", (names,) if isinstance(names, str) else tuple(names))
 

@@ -45,7 +45,7 @@ from earlybird.precision.quantize import (
     seed_of_step,
     straight_through,
 )
-from earlybird.settings import check_count, option
+from earlybird.settings import check_choice, check_count, option
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch, after, computing
 from earlybird.tickets.search import Search
@@ -77,9 +77,8 @@ class BlockFloat:
 
     def __post_init__(self) -> None:
         check_bits("block_bits", self.block_bits, 2)
-        for name, allowed in (("block_of", ("tensor", "slice")), ("block_rounding", ("stochastic", "nearest"))):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
+        check_choice("block_of", self.block_of, ("tensor", "slice"))
+        check_choice("block_rounding", self.block_rounding, ("stochastic", "nearest"))
         until = self.block_until
         object.__setattr__(self, "block_until", None if until is None or str(until) == "none" else Step.parse(until))
         if not isinstance(self.block_state, bool):

@@ -71,7 +71,7 @@ from earlybird.precision.quantize import (
     seed_of_step,
 )
 from earlybird.precision.turning_points import TurningPoints
-from earlybird.settings import check_count, option
+from earlybird.settings import check_choice, check_count, check_number, option
 from earlybird.skipping.gates import LearnedGate, Multiplier, Price, charge, summed
 from earlybird.skipping.gather import Choice, check_norms, run_on
 from earlybird.skipping.passes import Passes
@@ -167,26 +167,18 @@ class FractionalPrecision:
                 raise InputError(f"a candidate has bits {values}/{gradients}", needed="0 for both, which skips a block")
         if not any(self.fractional_bits):
             raise InputError("fractional_bits names 0 alone", needed="a candidate that computes")
-        for name, allowed in (
-            ("fractional_choice", ("drawn", "highest", "random")),
-            ("fractional_control", ("price", "penalty")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
+        check_choice("fractional_choice", self.fractional_choice, ("drawn", "highest", "random"))
+        check_choice("fractional_control", self.fractional_control, ("price", "penalty"))
         if self.fractional_choice == "random" and self.fractional_control == "penalty":
             raise InputError("a penalty has no effect on fractional_choice = 'random'", hint="use control by 'price'")
-        for name, low, high, needed in (
-            ("fractional_penalty", _TINY, math.inf, "a number above 0"),
-            ("fractional_gate_rate", _TINY, math.inf, "a number above 0"),
-            ("fractional_threshold", 0.0, math.inf, "a number of at least 0"),
-            ("fractional_range_memory", 0.0, 1.0 - 1e-9, "a number from 0 to below 1"),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise InputError(f"{name} is {value!r}", needed=needed)
+        for name in ("fractional_penalty", "fractional_gate_rate"):
+            check_number(name, getattr(self, name), lambda value: 0 < value < math.inf, "a number above 0")
+        check_number("fractional_threshold", self.fractional_threshold, lambda value: value >= 0, "at least 0")
+        memory = self.fractional_range_memory
+        check_number("fractional_range_memory", memory, lambda share: 0 <= share < 1, "a number from 0 to below 1")
         targets = self.targets
-        if any(isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 < t <= 1 for t in targets):
-            raise InputError(f"fractional_target is {self.fractional_target!r}", needed="shares above 0 and at most 1")
+        for target in targets:
+            check_number("fractional_target", target, lambda share: 0 < share <= 1, "shares above 0 and at most 1")
         if not targets or any(later <= earlier for earlier, later in pairwise(targets)):
             raise InputError(
                 f"fractional_target is {self.fractional_target!r}", needed="one share, or several that rise"

@@ -51,7 +51,7 @@ from earlybird.precision.quantize import (
     quantisable,
     range_of,
 )
-from earlybird.settings import check_count, option
+from earlybird.settings import check_choice, check_count, check_number, option
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch, after, computing
 from earlybird.traces import Trace
@@ -87,21 +87,18 @@ class PredictiveSign:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "published": {"sign_range_memory": 0.1}}
 
     def __post_init__(self) -> None:
-        if self.sign_of not in ("predicted", "full"):
-            raise InputError(f"sign_of is {self.sign_of!r}", needed="one of predicted, full")
+        check_choice("sign_of", self.sign_of, ("predicted", "full"))
         object.__setattr__(self, "sign_from", Step.parse(self.sign_from))
         for name, whole in (("predictor_bits", "sign_bits"), ("predictor_gradient_bits", "sign_gradient_bits")):
             check_bits(whole, getattr(self, whole), 2)
             check_bits(name, getattr(self, name))
             if getattr(self, name) > getattr(self, whole):
                 raise InputError(f"{name} is {getattr(self, name)}", needed=f"at most {whole}, {getattr(self, whole)}")
-        for name, highest in (("predictor_beta", 1.0), ("predictor_threshold", float("inf")), ("sign_range_memory", 1)):
-            value = getattr(self, name)
-            if value is None and name == "predictor_threshold":
-                continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value <= highest or (name == "sign_range_memory" and value == 1):
-                raise InputError(f"{name} is {value!r}", needed=f"a number from 0 to {highest:g}")
+        check_number("predictor_beta", self.predictor_beta, lambda share: 0 <= share <= 1, "a number from 0 to 1")
+        if self.predictor_threshold is not None:
+            check_number("predictor_threshold", self.predictor_threshold, lambda tau: tau >= 0, "at least 0")
+        memory = self.sign_range_memory
+        check_number("sign_range_memory", memory, lambda share: 0 <= share < 1, "a number from 0 to below 1")
 
     def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
         """Return the stretches of a run in these bits, for `earlybird.forecast`.

@@ -44,7 +44,7 @@ from earlybird.ledger import Ledger, ledger_of, ledgers_on
 from earlybird.precision.int8 import ARITHMETIC, Int8Layer, check_device, wide
 from earlybird.precision.quantize import Bits, QuantisedLayer, check_bits, declare, quantisable, seed_of_step
 from earlybird.precision.turning_points import TurningPoints
-from earlybird.settings import check_count, option
+from earlybird.settings import check_count, check_number, option
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch, after, computing
 from earlybird.tickets.layers import is_depthwise
@@ -147,14 +147,11 @@ class ProgressivePrecision:
         check_count("turning_window", self.turning_window, "5", optional=False)
         if self.turning_window < 2:
             raise InputError(f"turning_window is {self.turning_window!r}", needed="a whole number of at least 2")
-        for name, low, high, needed in (
-            ("turning_threshold", 0.0, float("inf"), "a number of at least 0"),
-            ("turning_decay", 1e-9, 1.0, "a number greater than 0 and at most 1"),
-            ("ladder_range_memory", 0.0, 1.0 - 1e-9, "a number from 0 to below 1"),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise InputError(f"{name} is {value!r}", needed=needed)
+        check_number("turning_threshold", self.turning_threshold, lambda value: value >= 0, "at least 0")
+        needed = "a number greater than 0 and at most 1"
+        check_number("turning_decay", self.turning_decay, lambda value: 0 < value <= 1, needed)
+        memory = self.ladder_range_memory
+        check_number("ladder_range_memory", memory, lambda share: 0 <= share < 1, "a number from 0 to below 1")
         if not isinstance(self.ladder_may_fall, bool):
             raise InputError(f"ladder_may_fall is {self.ladder_may_fall!r}", needed="true or false")
         if not self.ladder_may_fall:

@@ -34,7 +34,7 @@ from earlybird.calls import Call, Hook, as_optimizers, batch_size, unwrapped
 from earlybird.data.loader import Loader
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of, ledgers_on
-from earlybird.settings import option
+from earlybird.settings import check_choice, check_number, option
 from earlybird.stretches import Plan, Stretch
 
 Batches = TypeVar("Batches", bound="Iterable[Any]")
@@ -64,12 +64,10 @@ class BatchDropping:
     }
 
     def __post_init__(self) -> None:
-        number = isinstance(self.drop, (int, float)) and not isinstance(self.drop, bool)
-        if not number or not 0 <= self.drop < 1:
-            raise InputError(f"drop is {self.drop!r}", needed="a share from 0 to below 1: some batches have to stay")
-        for name, allowed in (("drop_rule", ("fixed", "bernoulli")), ("drop_clock", ("executed", "attempted"))):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
+        needed = "a share from 0 to below 1: some batches have to stay"
+        check_number("drop", self.drop, lambda share: 0 <= share < 1, needed)
+        check_choice("drop_rule", self.drop_rule, ("fixed", "bernoulli"))
+        check_choice("drop_clock", self.drop_clock, ("executed", "attempted"))
 
     def selection(self, seed: int = 0) -> Selection:
         """Return which batches are trained on."""

@@ -58,7 +58,7 @@ from earlybird.calls import Hook, around, as_optimizers, first_sample, processes
 from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
-from earlybird.settings import check_count, check_share, option
+from earlybird.settings import check_choice, check_count, check_number, check_share, option
 from earlybird.skipping.gates import LearnedGate, Multiplier, Price, charge, level_for, summed
 from earlybird.skipping.gather import Choice, check_norms, run_on
 from earlybird.skipping.passes import Passes
@@ -109,20 +109,12 @@ class LayerSkipping:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer_share", check_share("layer_share", self.layer_share))
         object.__setattr__(self, "layer_blocks", patterns_from("layer_blocks", self.layer_blocks))
-        for name, allowed in (
-            ("layer_control", ("price", "penalty")),
-            ("layer_execution", ("gathered", "masked")),
-            ("layer_evaluate", ("sampled", "decided")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
+        check_choice("layer_control", self.layer_control, ("price", "penalty"))
+        check_choice("layer_execution", self.layer_execution, ("gathered", "masked"))
+        check_choice("layer_evaluate", self.layer_evaluate, ("sampled", "decided"))
         for name in ("layer_penalty", "layer_gate_rate"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise InputError(f"{name} is {value!r}", needed="a number above 0")
-        probe = self.layer_probe
-        if isinstance(probe, bool) or not isinstance(probe, (int, float)) or not 0 <= probe < 1:
-            raise InputError(f"layer_probe is {probe!r}", needed="a share from 0 to below 1")
+            check_number(name, getattr(self, name), lambda value: 0 < value < math.inf, "a number above 0")
+        check_number("layer_probe", self.layer_probe, lambda share: 0 <= share < 1, "a share from 0 to below 1")
 
     def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
         """Return the stretches of a run whose share is at its target, for `earlybird.forecast`; without the gates."""

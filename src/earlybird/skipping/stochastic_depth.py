@@ -36,7 +36,7 @@ from earlybird.calls import Hook, around, as_optimizers, first_sample, unwrapped
 from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
-from earlybird.settings import check_share, option
+from earlybird.settings import check_choice, check_share, option
 from earlybird.skipping.gather import check_norms, run_on
 from earlybird.skipping.passes import Passes
 from earlybird.stretches import Plan, Stretch
@@ -73,9 +73,8 @@ class StochasticDepth:
         if self.depth_share is not None:
             object.__setattr__(self, "depth_share", check_share("depth_share", self.depth_share))
         object.__setattr__(self, "depth_blocks", patterns_from("depth_blocks", self.depth_blocks))
-        for name, allowed in (("depth_by", ("batch", "sample")), ("depth_scale", ("training", "evaluation"))):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
+        check_choice("depth_by", self.depth_by, ("batch", "sample"))
+        check_choice("depth_scale", self.depth_scale, ("training", "evaluation"))
 
     def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
         """Return the stretches of a run whose coins fall as often as they should, for `earlybird.forecast`."""
