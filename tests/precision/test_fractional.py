@@ -341,6 +341,10 @@ def test_what_cannot_work_is_refused_before_the_first_step():
         FractionalPrecision().attach(model, [], example_inputs=images(2))
     with pytest.raises(InputError, match="has no residual block"):
         FractionalPrecision().attach(make("plain"), optimizer, example_inputs=images(2))
+    with pytest.raises(InputError, match=r"fractional_at names steps 9 of 9; .* before the end"):
+        FractionalPrecision(fractional_target=(0.02, 0.03), fractional_at=("9it",)).attach(
+            model, optimizer, example_inputs=images(2), total_steps=9
+        )
     with pytest.raises(InputError, match="total_steps"):
         FractionalPrecision(fractional_target=(0.02, 0.03)).attach(model, optimizer, example_inputs=images(2))
     first = LayerSkipping().attach(model, optimizer, example_inputs=images(2))

@@ -70,7 +70,7 @@ from earlybird.precision.quantize import (
     range_of,
     seed_of_step,
 )
-from earlybird.precision.turning_points import TurningPoints
+from earlybird.precision.turning_points import Stages, TurningPoints
 from earlybird.settings import check_choice, check_count, check_number, option
 from earlybird.skipping.gates import LearnedGate, Multiplier, Price, charge, summed
 from earlybird.skipping.gather import Choice, check_norms, run_on
@@ -447,7 +447,11 @@ class FractionalBits:
         self.settings, self.rung = settings, 0
         self.history: list[dict[str, Any]] = []
         self.turning = TurningPoints(_WINDOW, settings.fractional_threshold, _DECAY)
-        self._plan_rungs(steps_per_epoch, total_steps)
+        self._stages = Stages(
+            "fractional_at", len(settings.targets), points=settings.fractional_at, every=settings.fractional_every,
+            warm_up=settings.fractional_from, last_by=settings.fractional_last_by, turning=self.turning,
+            steps_per_epoch=steps_per_epoch, total_steps=total_steps,
+        )  # fmt: skip
         self._model = model = unwrapped(model)
         optimizers = as_optimizers(optimizer)
         if not optimizers:
@@ -476,20 +480,6 @@ class FractionalBits:
         for index, block in enumerate(self.blocks):
             call = lambda forward, x, index=index: self._run(index, forward, x)  # noqa: E731
             self._handles.append(around(block.module, call, self))
-
-    def _plan_rungs(self, steps_per_epoch: int | None, total_steps: int | None) -> None:
-        settings = self.settings
-        several = len(settings.targets) > 1
-        timed = several and not settings.fractional_at
-        by = settings.fractional_last_by
-        self._points = [point.in_iterations(steps_per_epoch, total_steps) for point in settings.fractional_at]
-        self._look_every = max(settings.fractional_every.in_iterations(steps_per_epoch, total_steps), 1) if timed else 0
-        self._warm_from = settings.fractional_from.in_iterations(steps_per_epoch, total_steps) if timed else 0
-        self._deadline = by.in_iterations(steps_per_epoch, total_steps) if timed and by is not None else None
-        if any(later <= earlier for earlier, later in pairwise((0, *self._points))):
-            raise InputError(
-                f"targets begin at steps {', '.join(map(str, self._points))}", needed="later ones one by one, after 0"
-            )
 
     def _find(self, example_inputs: Any, seed: int) -> None:
         if example_inputs is None:
@@ -554,8 +544,7 @@ class FractionalBits:
 
     def observe(self, loss: Tensor | float) -> None:
         """Take note of the loss of one batch, a scalar; call it before ``optimizer.step()``."""
-        if self._look_every and self.rung < len(self.settings.targets) - 1:
-            self.turning.observe(loss)
+        self._stages.observe(self.rung, loss)
 
     def bill(self) -> Any:
         """Return what was spent so far, as a `Bill`."""
@@ -782,16 +771,8 @@ class FractionalBits:
         )
 
     def _climb(self) -> None:
-        last = len(self.settings.targets) - 1
-        if self.rung == last:
-            return
-        before, reason = self.rung, ""
-        if self._points:
-            self.rung, reason = sum(self._steps >= point for point in self._points), "schedule"
-        elif self._deadline is not None and self._steps >= self._deadline:
-            self.rung, reason = last, "deadline"
-        elif self._steps % self._look_every == 0 and self.turning.look(warm=self._steps > self._warm_from):
-            self.rung, reason = self.rung + 1, "turning point"
-        if self.rung != before:
-            target = self.settings.targets[self.rung]
+        number, reason = self._stages.after(self.rung, self._steps)
+        if number != self.rung:
+            self.rung = number
+            target = self.settings.targets[number]
             self.history.append({"step": self._steps, "target": target, "reason": reason})

@@ -43,7 +43,7 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of, ledgers_on
 from earlybird.precision.int8 import ARITHMETIC, Int8Layer, check_device, wide
 from earlybird.precision.quantize import Bits, QuantisedLayer, check_bits, declare, quantisable, seed_of_step
-from earlybird.precision.turning_points import TurningPoints
+from earlybird.precision.turning_points import Stages, TurningPoints
 from earlybird.settings import check_count, check_number, option
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch, after, computing
@@ -250,14 +250,11 @@ class PrecisionLadder:
         self.turning = TurningPoints(settings.turning_window, settings.turning_threshold, settings.turning_decay)
         self.history: list[dict[str, Any]] = []
         self._rungs, self._steps, self._seed = settings.rungs, 0, seed
-        several = len(self._rungs) > 1
-        at, by = settings.rungs_at, settings.last_rung_by
-        self._points = None if at is None else [point.in_iterations(steps_per_epoch, total_steps) for point in at]
-        timed = several and at is None
-        self._look_every = max(settings.turning_every.in_iterations(steps_per_epoch, total_steps), 1) if timed else 0
-        self._warm_from = settings.turning_from.in_iterations(steps_per_epoch, total_steps) if timed else 0
-        self._deadline = by.in_iterations(steps_per_epoch, total_steps) if timed and by is not None else None
-        _check_points(self._points or [], total_steps)
+        self._stages = Stages(
+            "rungs_at", len(self._rungs), points=settings.rungs_at or (), every=settings.turning_every,
+            warm_up=settings.turning_from, last_by=settings.last_rung_by, turning=self.turning,
+            steps_per_epoch=steps_per_epoch, total_steps=total_steps,
+        )  # fmt: skip
         self._model = model = unwrapped(model)
         optimizers = as_optimizers(optimizer)
         if not optimizers:
@@ -291,8 +288,7 @@ class PrecisionLadder:
 
     def observe(self, loss: Tensor | float) -> None:
         """Take note of the loss of one batch, a scalar; call it before ``optimizer.step()``."""
-        if self._look_every and self.rung < len(self._rungs) - 1:
-            self.turning.observe(loss)
+        self._stages.observe(self.rung, loss)
 
     def bill(self) -> Any:
         """Return what was spent so far, as a `Bill`."""
@@ -398,17 +394,9 @@ class PrecisionLadder:
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._steps += 1
         self._generator.manual_seed(seed_of_step(self._seed, self._steps))
-        last = len(self._rungs) - 1
-        if self.rung == last and self._points is None:
-            return
-        if self._points is not None:
-            due = sum(self._steps >= point for point in self._points)
-            if due != self.rung:
-                self._climb_to(due, "schedule")
-        elif self._deadline is not None and self._steps >= self._deadline:
-            self._climb_to(last, "deadline")
-        elif self._steps % self._look_every == 0 and self.turning.look(warm=self._steps > self._warm_from):
-            self._climb_to(self.rung + 1, "turning point")
+        number, reason = self._stages.after(self.rung, self._steps)
+        if number != self.rung:
+            self._climb_to(number, reason)
 
 
 def _read(name: str, ladder: tuple[int | str, ...] | str) -> list[int | str]:
@@ -453,13 +441,3 @@ def _check_rises(rungs: Sequence[Rung]) -> None:
                 needed="rungs that rise in bits",
                 hint="ladder_may_fall = true allows it, as a control experiment",
             )
-
-
-def _check_points(points: Sequence[int], total_steps: int | None) -> None:
-    if any(later <= earlier for earlier, later in pairwise((0, *points))):
-        raise InputError(f"rungs begin at steps {', '.join(map(str, points))}", needed="later ones one by one, after 0")
-    if points and total_steps is not None and points[-1] >= total_steps:
-        raise InputError(
-            f"the last rung begins at step {points[-1]} of {total_steps}",
-            hint="lower rungs_at: the last rung is to end on",
-        )
