@@ -194,7 +194,7 @@ class RandomDepth:
             self._handles.append(self._first_call)
         for number, index in enumerate(dropped):
             block, chance = self.blocks[index], self.survivals[index]
-            run = lambda forward, x, place=(number, index): self._run(*place, forward, x)  # noqa: E731
+            run = lambda forward, x, number=number, index=index: self._run(number, index, forward, x)  # noqa: E731
             self._handles.append(around(block.module, run, self))
             if settings.depth_scale == "training":
                 scale = lambda module, args, branch, block=block, chance=chance: _scaled(block, chance, branch)  # noqa: E731
