@@ -127,6 +127,18 @@ def test_points_in_steps_are_steps_of_the_shorter_run() -> None:
     assert [stretch.steps for stretch in run.stretches] == [40, pytest.approx(dense / 2 - 40, abs=1)]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        "layer_skipping,stochastic_depth", "layer_skipping,fractional_precision", "progressive_precision,block_float",
+        "block_float,fractional_precision", "predictive_sign,block_float", "shift_add,fractional_precision",
+    ],
+)  # fmt: skip
+def test_what_a_run_refuses_has_no_bill_on_paper_either(names: str) -> None:
+    with pytest.raises(InputError, match="leave one of the two methods out"):
+        on_paper(data="cifar10", model="resnet20", width=0.25, epochs=1, method=names)
+
+
 def test_no_time_is_claimed() -> None:
     text = str(on_paper(data="digits", epochs=2, method="batch_dropping=0.5"))
     assert "nothing was run" in text

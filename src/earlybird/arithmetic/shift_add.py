@@ -38,7 +38,7 @@ from earlybird.calls import as_optimizers, hook_owners, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of, ledgers_on
 from earlybird.settings import check_choice, check_number, option
-from earlybird.stretches import Plan, Stretch
+from earlybird.stretches import LAYERS, Plan, Stretch
 from earlybird.tickets.search import Search
 
 _OPERATIONS = ("shift_add", "shift", "add", "conv")
@@ -110,7 +110,8 @@ class ShiftAdd:
             if id(stretch.model) not in converted:
                 model = converted[id(stretch.model)] = copy.deepcopy(stretch.model)
                 self.convert(model, plan.images(), seed=plan.seed)
-        return [replace(stretch, model=converted[id(stretch.model)]) for stretch in stretches]
+        shifted = [replace(stretch, model=converted[id(stretch.model)]) for stretch in stretches]
+        return [stretch.decided("shift_add", LAYERS) for stretch in shifted] if self.operation != "conv" else shifted
 
     def attach(
         self,

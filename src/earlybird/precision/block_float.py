@@ -102,8 +102,8 @@ class BlockFloat:
         def rounded(model: nn.Module) -> dict[nn.Module, Arithmetic | None]:
             return dict.fromkeys(quantisable(model).values(), own)
 
-        in_blocks = after(stretches, 0, partial(computing, arithmetic=rounded))
-        return after(in_blocks, until, partial(computing, arithmetic=lambda _: {}))
+        in_blocks = after(stretches, 0, partial(computing, method="block_float", arithmetic=rounded))
+        return after(in_blocks, until, partial(computing, method="block_float", arithmetic=lambda _: {}))
 
     def attach(
         self,

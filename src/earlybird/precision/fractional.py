@@ -76,7 +76,7 @@ from earlybird.skipping.gates import LearnedGate, Multiplier, Price, charge, sum
 from earlybird.skipping.gather import Choice, check_norms, run_on
 from earlybird.skipping.passes import Passes
 from earlybird.step import Step
-from earlybird.stretches import Plan, Stretch, after
+from earlybird.stretches import BLOCKS, LAYERS, Plan, Stretch, after
 from earlybird.tickets.layers import TransposedConv, is_depthwise
 from earlybird.tickets.shrink import Change
 from earlybird.traces import Trace
@@ -241,6 +241,7 @@ class FractionalPrecision:
                 routes = tuple(
                     (layers, part, None if bits is None else bits.arithmetic()) for bits, part in mixed if part
                 )
+                stretch = stretch.decided("fractional_precision", LAYERS, BLOCKS)
                 return replace(stretch, routes=(*whole.routes, *routes))
 
             stretches = after(stretches, point, chosen)

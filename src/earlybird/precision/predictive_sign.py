@@ -112,11 +112,11 @@ class PredictiveSign:
         own = Arithmetic(
             activation=self.sign_bits, weight=self.sign_bits, gradient=self.sign_gradient_bits, whole=PASSES
         )
-        return after(
-            stretches,
-            begin,
-            partial(computing, arithmetic=lambda model: dict.fromkeys(_convolutions(model).values(), own)),
-        )
+
+        def convolutions(model: nn.Module) -> dict[nn.Module, Arithmetic | None]:
+            return dict.fromkeys(_convolutions(model).values(), own)
+
+        return after(stretches, begin, partial(computing, method="predictive_sign", arithmetic=convolutions))
 
     def attach(
         self,

@@ -190,7 +190,7 @@ class ProgressivePrecision:
                 found = {layer: floats or rung.bits(layer).arithmetic() for layer in quantisable(model).values()}
                 return {**found, **dict.fromkeys(wide(model).values(), ARITHMETIC)} if rung.real == "int8" else found
 
-            stretches = after(stretches, point, partial(computing, arithmetic=bits))
+            stretches = after(stretches, point, partial(computing, method="progressive_precision", arithmetic=bits))
         return stretches
 
     def attach(

@@ -62,7 +62,7 @@ from earlybird.settings import check_choice, check_count, check_number, check_sh
 from earlybird.skipping.gates import LearnedGate, Multiplier, Price, charge, level_for, summed
 from earlybird.skipping.gather import Choice, check_norms, run_on
 from earlybird.skipping.passes import Passes
-from earlybird.stretches import Plan, Stretch
+from earlybird.stretches import BLOCKS, Plan, Stretch
 from earlybird.tickets.shrink import Change
 from earlybird.traces import Trace
 
@@ -121,7 +121,7 @@ class LayerSkipping:
         if self.layer_share == 1:
             return stretches
         found = []
-        for stretch in stretches:
+        for stretch in (one.decided("layer_skipping", BLOCKS) for one in stretches):
             blocks = find_blocks(stretch.model, plan.images(), self.layer_blocks)
             macs = forward_macs(blocks, count(stretch.model, plan.images()))
             gated = sum(m for m, block in zip(macs, blocks) if block.skippable)

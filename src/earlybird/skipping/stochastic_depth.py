@@ -39,7 +39,7 @@ from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_choice, check_share, option
 from earlybird.skipping.gather import check_norms, run_on
 from earlybird.skipping.passes import Passes
-from earlybird.stretches import Plan, Stretch
+from earlybird.stretches import BLOCKS, Plan, Stretch
 
 __all__ = ["RandomDepth", "StochasticDepth", "survival_for", "survivals"]
 
@@ -79,7 +79,7 @@ class StochasticDepth:
     def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
         """Return the stretches of a run whose coins fall as often as they should, for `earlybird.forecast`."""
         found = []
-        for stretch in stretches:
+        for stretch in (one.decided("stochastic_depth", BLOCKS) for one in stretches):
             blocks = find_blocks(stretch.model, plan.images(), self.depth_blocks)
             macs = forward_macs(blocks, count(stretch.model, plan.images()))
             share = self.depth_share
