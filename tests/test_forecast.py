@@ -136,7 +136,7 @@ def test_points_in_steps_are_steps_of_the_shorter_run() -> None:
 )  # fmt: skip
 def test_what_a_run_refuses_has_no_bill_on_paper_either(names: str) -> None:
     with pytest.raises(InputError, match="leave one of the two methods out"):
-        on_paper(data="cifar10", model="resnet20", width=0.25, epochs=1, method=names)
+        on_paper(data="digits", model="resnet20", width=0.25, epochs=1, method=names)
 
 
 def test_no_time_is_claimed() -> None:

@@ -84,6 +84,14 @@ def as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     return found
 
 
+def given_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Return one or several optimizers as a list, for whoever needs one; none is an `InputError`."""
+    found = as_optimizers(optimizer)
+    if not found:
+        raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+    return found
+
+
 def processes() -> int:
     """Return how many processes train together."""
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()

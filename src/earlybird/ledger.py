@@ -54,7 +54,7 @@ from earlybird.cost.energy import CITATION, Energy, joules
 from earlybird.cost.meters import PeakMemory, energy_meter
 from earlybird.errors import InputError
 
-__all__ = ["PHASES", "Ledger", "PhaseRecord", "Work", "ledger_of", "ledgers_on"]
+__all__ = ["PHASES", "Ledger", "PhaseRecord", "Work", "ledger_for", "ledger_of", "ledgers_on"]
 
 PHASES = ("setup", "search", "draw", "train", "evaluate", "lost")
 """The phases, in the order of the bill; 'lost' is time of a killed process that no checkpoint has (`Ledger.charge`)."""
@@ -833,6 +833,18 @@ def ledger_of(model: nn.Module) -> Ledger:
     ledger = Ledger(device=next(model.parameters()).device, world_size=processes())
     for other in hook_owners(model, Ledger):
         ledger.bits = other.bits
+    return ledger
+
+
+def ledger_for(
+    model: nn.Module, optimizers: Iterable[Optimizer], given: Ledger | None, example_inputs: Any = None
+) -> Ledger:  # fmt: skip
+    """Return the ledger that a method was given, or else one of its own, which watches ``model`` in phase 'train'."""
+    if given is not None:
+        return given
+    ledger = ledger_of(model)
+    ledger.watch(model, optimizers, example_inputs)
+    ledger.enter("train")
     return ledger
 
 

@@ -34,7 +34,7 @@ from earlybird.arithmetic.add import AddConv2d, AddLinear, adapt_gradients
 from earlybird.arithmetic.convert import Replaced, convert, plan
 from earlybird.arithmetic.fixed_point import check_fraction_bits
 from earlybird.arithmetic.shift import Form, ShiftConv2d, ShiftLinear, check_shift, weight_parameters
-from earlybird.calls import as_optimizers, hook_owners, unwrapped
+from earlybird.calls import given_optimizers, hook_owners, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of, ledgers_on
 from earlybird.settings import check_choice, check_number, option
@@ -164,9 +164,7 @@ class ShiftAdding:
     ) -> None:
         self.settings = settings
         model = unwrapped(model)
-        optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        optimizers = given_optimizers(optimizer)
         self._own_ledger = ledger is None
         self._ledger = ledger_of(model) if ledger is None else ledger
         places = _places(optimizers)

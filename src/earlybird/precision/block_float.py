@@ -31,10 +31,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from earlybird.calls import Hook, around, as_optimizers, hook_owners, unwrapped
+from earlybird.calls import Hook, around, given_optimizers, hook_owners, unwrapped
 from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
+from earlybird.ledger import Ledger, ledger_for
 from earlybird.precision.quantize import (
     check_bits,
     declare,
@@ -208,18 +208,13 @@ class BlockFloating:
         self._until = None if until is None else until.in_iterations(steps_per_epoch, total_steps)
         self._steps, self._seed = 0, seed
         self._model = model = unwrapped(model)
-        self._optimizers = optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        self._optimizers = optimizers = given_optimizers(optimizer)
         self._generator = torch.Generator(next(model.parameters()).device)
         self._layers = {
             name: _BlockLayer(module, self._round, self._generator) for name, module in quantisable(model).items()
         }
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
-        if self._own_ledger:
-            self._ledger.watch(model, optimizers)
-            self._ledger.enter("train")
+        self._ledger = ledger_for(model, optimizers, ledger)
         self._follow()
         self._handles: list[Any] = [
             # before all other hooks: whoever counts shall see how the pass is computed

@@ -54,10 +54,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from earlybird.blocks import Block, check_free, counted, find_blocks, patterns_from
-from earlybird.calls import Hook, around, as_optimizers, first_sample, unwrapped
+from earlybird.calls import Hook, around, first_sample, given_optimizers, unwrapped
 from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
+from earlybird.ledger import Ledger, ledger_for
 from earlybird.precision.quantize import (
     Bits,
     Range,
@@ -454,9 +454,7 @@ class FractionalBits:
             steps_per_epoch=steps_per_epoch, total_steps=total_steps,
         )  # fmt: skip
         self._model = model = unwrapped(model)
-        optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        optimizers = given_optimizers(optimizer)
         self._steps, self._seed = 0, seed
         self._record_every = _RECORD_EVERY if total_steps is None else max(total_steps // _RECORDS, 1)
         self._price, self._multiplier = Price(), Multiplier()
@@ -469,10 +467,7 @@ class FractionalBits:
         self._begin_step()
         self._begin_record()
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
-        if self._own_ledger:
-            self._ledger.watch(model, optimizers, example_inputs)
-            self._ledger.enter("train")
+        self._ledger = ledger_for(model, optimizers, ledger, example_inputs)
         self._passes = Passes(model, self._ledger, seed)
         # before the step, whose gradients have come: what runs the model in its course, such as the refit after a cut,
         # shall find the same gates in whatever order methods were attached

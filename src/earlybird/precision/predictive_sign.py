@@ -35,10 +35,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from earlybird.calls import Hook, around, as_optimizers, unwrapped
+from earlybird.calls import Hook, around, given_optimizers, unwrapped
 from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of, ledgers_on
+from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.precision.quantize import (
     Encoded,
     Range,
@@ -282,19 +282,14 @@ class SignPrediction:
         self._begin = settings.sign_from.in_iterations(steps_per_epoch, total_steps)
         self._steps = 0
         self._model = model = unwrapped(model)
-        optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        optimizers = given_optimizers(optimizer)
         self._seen: list[tuple[_SignedLayer, int, Tensor]] = []
         self._layers = {
             name: _SignedLayer(module, settings, self._seen) for name, module in _convolutions(model).items()
         }
         self._names = {layer: name for name, layer in self._layers.items()}
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
-        if self._own_ledger:
-            self._ledger.watch(model, optimizers)
-            self._ledger.enter("train")
+        self._ledger = ledger_for(model, optimizers, ledger)
         self._begin_if_due()
         self._handles: list[Any] = [one.register_step_pre_hook(Hook(self._before_step, self)) for one in optimizers]
         self._handles.append(optimizers[0].register_step_post_hook(Hook(self._after_step, self)))

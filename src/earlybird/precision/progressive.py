@@ -37,10 +37,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from earlybird.calls import Hook, around, arounds, as_optimizers, unwrapped
+from earlybird.calls import Hook, around, arounds, given_optimizers, unwrapped
 from earlybird.cost.arithmetic import Arithmetic
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of, ledgers_on
+from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.precision.int8 import ARITHMETIC, Int8Layer, check_device, wide
 from earlybird.precision.quantize import Bits, QuantisedLayer, check_bits, declare, quantisable, seed_of_step
 from earlybird.precision.turning_points import Stages, TurningPoints
@@ -256,9 +256,7 @@ class PrecisionLadder:
             steps_per_epoch=steps_per_epoch, total_steps=total_steps,
         )  # fmt: skip
         self._model = model = unwrapped(model)
-        optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        optimizers = given_optimizers(optimizer)
         if arounds(model, PrecisionLadder):
             raise InputError(
                 "the precision of this model is progressive already", hint="call detach() of the other one first"
@@ -278,11 +276,8 @@ class PrecisionLadder:
         self._convolutions = {name: Int8Layer(module) for name, module in convolutions.items()}
         self._around = around(model, self._in_rung, self)
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
+        self._ledger = ledger_for(model, optimizers, ledger)
         self._bits = self._ledger.bits
-        if self._own_ledger:
-            self._ledger.watch(model, optimizers)
-            self._ledger.enter("train")
         self._climb_to(0, "start")
         self._handle = optimizers[0].register_step_post_hook(Hook(self._after_step, self))
 

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from earlybird.calls import Call, Hook, as_optimizers, batch_size, unwrapped
 from earlybird.data.loader import Loader
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of, ledgers_on
+from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.settings import check_choice, check_number, option
 from earlybird.stretches import Plan, Stretch
 
@@ -172,10 +172,7 @@ class Dropping:
             self._left_out = loader.whole_length / len(loader) - 1
         model = unwrapped(model)
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
-        if self._own_ledger:
-            self._ledger.watch(model, as_optimizers(optimizer))
-            self._ledger.enter("train")
+        self._ledger = ledger_for(model, as_optimizers(optimizer), ledger)
         self._handle = model.register_forward_pre_hook(Hook(self._before_forward, self), with_kwargs=True)
 
     def wrap(self, loader: Batches) -> Batches:

@@ -54,10 +54,10 @@ from earlybird.blocks import (
     found_again,
     patterns_from,
 )
-from earlybird.calls import Hook, around, as_optimizers, first_sample, processes, unwrapped
+from earlybird.calls import Hook, around, first_sample, given_optimizers, processes, unwrapped
 from earlybird.cost.count import count
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
+from earlybird.ledger import Ledger, ledger_for
 from earlybird.settings import check_choice, check_count, check_number, check_share, option
 from earlybird.skipping.gates import LearnedGate, Multiplier, Price, charge, level_for, summed
 from earlybird.skipping.gather import Choice, check_norms, run_on
@@ -184,9 +184,7 @@ class LayerGates:
         self.settings = settings
         self.history: list[dict[str, Any]] = []
         self._model = model = unwrapped(model)
-        optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        optimizers = given_optimizers(optimizer)
         self._steps = 0
         self._record_every = _RECORD_EVERY if total_steps is None else max(total_steps // _RECORDS, 1)
         self._price, self._multiplier = Price(), Multiplier()
@@ -202,10 +200,7 @@ class LayerGates:
         self._begin_step()
         self._begin_record()
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
-        if self._own_ledger:
-            self._ledger.watch(model, optimizers, example_inputs)
-            self._ledger.enter("train")
+        self._ledger = ledger_for(model, optimizers, ledger, example_inputs)
         self._passes = Passes(model, self._ledger, seed)
         # before the step, whose gradients have come: what runs the model in its course, such as the refit after a cut,
         # shall find the same gates in whatever order methods were attached

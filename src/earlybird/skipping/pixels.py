@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from earlybird.calls import Call, Hook, as_call, as_optimizers, first_sample, hook_owners, undisturbed, unwrapped
+from earlybird.calls import Call, Hook, as_call, first_sample, given_optimizers, hook_owners, undisturbed, unwrapped
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of, ledgers_on
+from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.settings import check_count, check_share, option
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch, after
@@ -137,9 +137,7 @@ class Resizing:
         self._steps = 0
         self._side: int | None = None  # of the last training images
         model = unwrapped(model)
-        optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        optimizers = given_optimizers(optimizer)
         if hook_owners(model, Resizing):
             raise InputError(
                 "the images of this model are resized already", hint="call detach() of the other one first"
@@ -147,10 +145,7 @@ class Resizing:
         if example_inputs is not None:
             _check_runs(model, as_call(first_sample(example_inputs)), settings)
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
-        if self._own_ledger:
-            self._ledger.watch(model, optimizers)
-            self._ledger.enter("train")
+        self._ledger = ledger_for(model, optimizers, ledger)
         self._handles: list[Any] = [
             # before all other hooks: whoever counts or scores shall see what the model sees
             model.register_forward_pre_hook(Hook(self._before_forward, self), prepend=True, with_kwargs=True),

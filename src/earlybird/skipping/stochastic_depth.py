@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.blocks import Block, check_free, counted, find_blocks, forward_macs, found_again, patterns_from
-from earlybird.calls import Hook, around, as_optimizers, first_sample, unwrapped
+from earlybird.calls import Hook, around, first_sample, given_optimizers, unwrapped
 from earlybird.cost.count import count
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
+from earlybird.ledger import Ledger, ledger_for
 from earlybird.settings import check_choice, check_share, option
 from earlybird.skipping.gather import check_norms, run_on
 from earlybird.skipping.passes import Passes
@@ -170,9 +170,7 @@ class RandomDepth:
     ) -> None:
         self.settings = settings
         self._model = model = unwrapped(model)
-        optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        optimizers = given_optimizers(optimizer)
         self.blocks: list[Block] = []
         self.survivals: list[float] = []
         self.share = 1.0
@@ -181,10 +179,7 @@ class RandomDepth:
         self._steps = 0
         dropped = [index for index, chance in enumerate(self.survivals) if chance < 1]
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
-        if self._own_ledger:
-            self._ledger.watch(model, optimizers, example_inputs)
-            self._ledger.enter("train")
+        self._ledger = ledger_for(model, optimizers, ledger, example_inputs)
         self._passes = Passes(model, self._ledger, seed, alike=settings.depth_by == "batch")
         after = optimizers[0].register_step_post_hook(Hook(self._after_step, self))
         self._handles: list[Any] = [after, self._passes]
