@@ -84,6 +84,14 @@ def as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     return found
 
 
+def given_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Return one or several optimizers as a list, for whoever needs one; none is an `InputError`."""
+    found = as_optimizers(optimizer)
+    if not found:
+        raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+    return found
+
+
 def processes() -> int:
     """Return how many processes train together."""
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -134,10 +142,13 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_execution(model: nn.Module) -> Iterator[None]:
-    """Run eagerly, with autograd, outside autocast, whatever the caller has switched on."""
+    """Run eagerly, with autograd, outside autocast, operation by operation, whatever the caller has switched on."""
     first = next(model.parameters(), None)
     device = "cpu" if first is None else first.device.type
     with ExitStack() as stack:
+        # nobody can see into the one operation that attention and transformer layers are where nothing learns
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device, enabled=False))

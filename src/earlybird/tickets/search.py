@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from earlybird.calls import Call, Hook, as_optimizers, batch_size, first_sample, hook_owners, processes, unwrapped
+from earlybird.calls import Call, Hook, batch_size, first_sample, given_optimizers, hook_owners, processes, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count
@@ -66,9 +66,7 @@ class Search:
         self.history: list[dict[str, Any]] = []
         _check_processes(model, settings, calibration)
         self._model = model = unwrapped(model)
-        self._optimizers = as_optimizers(optimizer)
-        if not self._optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        self._optimizers = given_optimizers(optimizer)
         self._example_inputs, self._calibration, self._seed = example_inputs, calibration, seed
         self._fresh = fresh
         self._steps_per_epoch = check_count("steps_per_epoch", steps_per_epoch, "len(loader)")
