@@ -97,13 +97,14 @@ def ddp_equals_one_process(rank, reference):
     wrapped = DistributedDataParallel(model)
     search = attach(wrapped, optimizer)
     parameters = list(model.parameters())
-    train(wrapped, optimizer, rank)
+    train(wrapped, optimizer, rank, range(6))
     assert search.drawn
     assert search.change.parameters_after < search.change.parameters_before
+    for buffer in model.buffers():  # in training, each rank writes its own
+        assert torch.equal(*on_all_ranks(buffer.float())[:2])
+    train(wrapped, optimizer, rank, range(6, STEPS))
     assert all(one is two for one, two in zip(model.parameters(), parameters))
     assert_agreed(model, optimizer)
-    for buffer in model.buffers():
-        assert torch.equal(*on_all_ranks(buffer.float())[:2])
     one, its = reference[sgd]
     assert search.ticket.masks.keys() == its.ticket.masks.keys()
     assert all(torch.equal(mask, its.ticket.masks[name]) for name, mask in search.ticket.masks.items())
@@ -179,9 +180,10 @@ def a_ddp_run_goes_on_from_its_state(rank, reference):
     train(wrapped, optimizer, rank, range(7, STEPS))
     for attach_first in (True, False):
         again, its_optimizer, wrapped, search = begin(attach_first)
-        search.load_state_dict(saved[0])
-        again.load_state_dict(saved[1])
-        its_optimizer.load_state_dict(saved[2])
+        state = copy.deepcopy(saved)
+        search.load_state_dict(state[0])
+        again.load_state_dict(state[1])
+        its_optimizer.load_state_dict(state[2])
         train(wrapped, its_optimizer, rank, range(7, STEPS))
         assert torch.equal(numbers(again, its_optimizer), numbers(model, optimizer))
 
@@ -335,10 +337,10 @@ def what_cannot_be_distributed_is_refused(rank, reference):
 
     model = make("residual")
     optimizer = sgd(model)
-    search = attach(model, optimizer)
+    attach(model, optimizer)
     shard(model)  # its parameters are others now
     with pytest.raises(InputError, match=r"parameters were replaced .*shard"):
-        train(model, sgd(model), rank, range(1)) or optimizer.step()
+        train(model, optimizer, rank, range(1))
 
     model = FullyShardedDataParallel(make("residual"), device_id=torch.device("cpu"))
     with pytest.raises(InputError, match=r"FullyShardedDataParallel.*fully_shard"):

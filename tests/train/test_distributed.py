@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from earlybird.train.checkpoint import load_newest
 from earlybird.train.recipe import Recipe
 from tests.train.conftest import SMALL
 
@@ -25,9 +26,9 @@ MUON = {
 }  # fmt: skip
 
 
-def torchrun(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "tests.train.worker", str(folder)]
+def torchrun(folder: Path, *options: str, worker: str = "tests.train.worker") -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", worker, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
 
@@ -77,3 +78,24 @@ def test_a_signal_stops_all_ranks_at_the_same_step(tmp_path: Path) -> None:
     steps = {text.split("after step ")[1].split()[0] for text in told}
     assert len(steps) == 1
     assert (tmp_path / "whole" / f"checkpoint-{int(steps.pop()):08d}.json").exists()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
+def test_runs_whose_rank_is_killed_are_started_again_and_end_in_the_same_bits(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(Recipe.from_values({**RECIPE, "accumulate": 1}).to_toml())
+    with torchrun(tmp_path, "--max-restarts", "2", worker="tests.train.restarted") as process:
+        _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert errors.count("Signal 9 (SIGKILL)") or errors.count("exitcode: -9"), errors
+
+    states = [load_newest(tmp_path / name, "torchrun", print) for name in ("bare-whole", "bare-killed")]
+    for (_, whole), (_, again) in zip(states, states[1:]):
+        assert whole["bird"]["tickets"]["0.5"]["provenance"] == again["bird"]["tickets"]["0.5"]["provenance"]
+        for kind in ("parameters", "buffers"):
+            for name, tensor in whole["model"][kind].items():
+                assert torch.equal(tensor, again["model"][kind][name]), name
+    whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("shipped-whole", "shipped-killed"))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, again[name]), name
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("shipped-whole", "shipped-killed")]
+    assert [result["resumed"] for result in results] == [False, True]
