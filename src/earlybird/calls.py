@@ -100,10 +100,14 @@ def as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     return found
 
 
+def is_distributed() -> bool:
+    """Whether this process belongs to a group, if only of one."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def processes() -> int:
     """Return how many processes train together."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if ready else 1
+    return torch.distributed.get_world_size() if is_distributed() else 1
 
 
 def tensors_in(value: Any) -> list[Tensor]:

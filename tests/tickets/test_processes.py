@@ -1,4 +1,4 @@
-"""Two and four real processes with gloo: each scenario runs on all ranks, in processes that are started once."""
+"""Two and four real processes with gloo, started once: each scenario runs on all ranks of a group of its own."""
 
 import copy
 import os
@@ -105,7 +105,7 @@ def ddp_equals_one_process(rank, reference):
     train(wrapped, optimizer, rank, range(6, STEPS))
     assert all(one is two for one, two in zip(model.parameters(), parameters))
     assert_agreed(model, optimizer)
-    one, its = reference[sgd]
+    one, its = reference[processes(), sgd]
     assert search.ticket.masks.keys() == its.ticket.masks.keys()
     assert all(torch.equal(mask, its.ticket.masks[name]) for name, mask in search.ticket.masks.items())
     assert_like(model, one)
@@ -163,7 +163,7 @@ def gradients_reduced_by_hand(rank, reference):
         optimizer.zero_grad()
     assert search.drawn
     assert_agreed(model, optimizer)
-    assert_like(model, reference[sgd][0])
+    assert_like(model, reference[processes(), sgd][0])
 
 
 def a_ddp_run_goes_on_from_its_state(rank, reference):
@@ -198,6 +198,8 @@ def shard(model, **options):
 
 def fsdp_equals_one_process(rank, reference):
     for make_optimizer, options in ((sgd, {}), (adamw, {"reshard_after_forward": False})):
+        if (processes(), make_optimizer) not in reference:
+            continue
         model = shard(make("residual"), **options)
         optimizer = make_optimizer(model)
         parameters = list(model.parameters())
@@ -210,8 +212,8 @@ def fsdp_equals_one_process(rank, reference):
             for value in optimizer.state[parameter].values():
                 assert value.dim() == 0 or value.shape == parameter.shape
         assert_agreed(model, optimizer)
-        assert_like(model, reference[make_optimizer][0])
-        assert search._ledger.cost.forward_macs == reference[make_optimizer][1]._ledger.cost.forward_macs
+        assert_like(model, reference[processes(), make_optimizer][0])
+        assert search._ledger.cost.forward_macs == reference[processes(), make_optimizer][1]._ledger.cost.forward_macs
         search.detach()
 
 
@@ -366,7 +368,7 @@ def fabric(rank, reference):
     assert search.drawn
     assert len(alive) == 1
     assert_agreed(model, optimizer.optimizer)
-    assert_like(model, reference[sgd][0])
+    assert_like(model, reference[processes(), sgd][0])
 
 
 TWO = (
@@ -384,53 +386,45 @@ TWO = (
     fabric,
 )
 FOUR = (ddp_equals_one_process, fsdp_equals_one_process)
+SCENARIOS = [(4, scenario) for scenario in FOUR] + [(2, scenario) for scenario in TWO]
 
 
-def work(rank, folder, world, scenarios):
+def work(rank, folder):
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="no agreement by the deadline")
-    reference = {make_optimizer: alone(world, make_optimizer) for make_optimizer in (sgd, adamw)}
-    for number, scenario in enumerate(scenarios):
+    reference = {(world, sgd): alone(world, sgd) for world in ((2, 4) if rank < 2 else (4,))}
+    if rank < 2:
+        reference[2, adamw] = alone(2, adamw)
+    for world, scenario in SCENARIOS:
+        if rank >= world:
+            continue
+        # as torchrun does, for Fabric
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), GROUP_RANK="0",
             TORCHELASTIC_RUN_ID="tests", MASTER_ADDR="localhost", MASTER_PORT="0",
         )  # fmt: skip
+        name = f"{world}-{scenario.__name__}"
         distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+            "gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
         )
         try:
             scenario(rank, reference)
             told = "passed"
         except BaseException:
             told = traceback.format_exc()
-        (folder / f"{scenario.__name__}-{rank}.txt").write_text(told)
+        (folder / f"{name}-{rank}.txt").write_text(told)
         distributed.destroy_process_group()
 
 
-def told_by(world, scenarios, folder):
-    """Run the scenarios in ``world`` processes and return what each rank says of each."""
-    multiprocessing.spawn(work, (folder, world, scenarios), nprocs=world)
-    return {s.__name__: [(folder / f"{s.__name__}-{rank}.txt").read_text() for rank in range(world)] for s in scenarios}
-
-
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    only = os.environ.get("ONLY")
-    return told_by(2, [s for s in TWO if not only or s.__name__ in only], Path(tmp_path_factory.mktemp("two")))
+def told(tmp_path_factory):
+    """Run all scenarios; return a function that reads what a rank says of one."""
+    folder = Path(tmp_path_factory.mktemp("ranks"))
+    multiprocessing.spawn(work, (folder,), nprocs=4)
+    return lambda name, rank: (folder / f"{name}-{rank}.txt").read_text()
 
 
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    return told_by(4, FOUR, Path(tmp_path_factory.mktemp("four")))
-
-
-@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in TWO])
-def test_two_processes(scenario, two):
-    for rank, told in enumerate(two[scenario]):
-        assert told == "passed", f"rank {rank}: {told}"
-
-
-@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in FOUR])
-def test_four_processes(scenario, four):
-    for rank, told in enumerate(four[scenario]):
-        assert told == "passed", f"rank {rank}: {told}"
+@pytest.mark.parametrize(("world", "scenario"), [(world, scenario.__name__) for world, scenario in SCENARIOS])
+def test_processes(world, scenario, told):
+    for rank in range(world):
+        assert told(f"{world}-{scenario}", rank) == "passed", f"rank {rank}: {told(f'{world}-{scenario}', rank)}"

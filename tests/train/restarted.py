@@ -1,13 +1,17 @@
-"""What torchrun starts, and starts again: two runs that nothing disturbs, then two in which a rank is killed.
+"""What torchrun starts, and starts again: a loop of one's own and a shipped run, first whole, then cut short.
 
-The first attempt makes all runs but the last one, of which rank 1 is killed; and so does the second with the one after.
+In the first attempt both loops are stopped on the way: the first one by an exception that no one expects, the second
+one by a SIGKILL to rank 1, at which torchrun starts all processes again. The second attempt goes on with both.
 """
 
+import contextlib
 import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed
@@ -16,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from earlybird.cli import main as earlybird
 
 ROOT = Path(__file__).parents[2]
-KILLED_AT = 37
+STOPPED_AT = 37
 
 
 def bare_loop(folder: Path) -> None:
@@ -32,30 +36,45 @@ def shipped(folder: Path) -> None:
     assert code == 0, code
 
 
-def kill_one_after(steps: int) -> None:
+class Crash(Exception):
+    pass
+
+
+def after(steps: int, act: Callable[[], None]) -> Any:
     done = 0
 
     def count(*_: object) -> None:
         nonlocal done
         done += 1
-        if done == steps and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if done == steps:
+            act()
 
-    register_optimizer_step_post_hook(count)
+    return register_optimizer_step_post_hook(count)
+
+
+def crash() -> None:
+    raise Crash
+
+
+def kill_one_rank() -> None:
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     distributed.init_process_group("gloo")
-    if attempt == 0:
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         bare_loop(folder / "bare-whole")
         shipped(folder / "shipped-whole")
-        kill_one_after(KILLED_AT)
-    if attempt <= 1:
-        bare_loop(folder / "bare-killed")
-        kill_one_after(KILLED_AT)
-    shipped(folder / "shipped-killed")
+        handle = after(STOPPED_AT, crash)
+        with contextlib.suppress(Crash):
+            bare_loop(folder / "bare-stopped")
+        handle.remove()
+        after(STOPPED_AT, kill_one_rank)
+    else:
+        bare_loop(folder / "bare-stopped")
+    shipped(folder / "shipped-stopped")
     distributed.destroy_process_group()
 
 

@@ -82,20 +82,21 @@ def test_a_signal_stops_all_ranks_at_the_same_step(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
 def test_runs_whose_rank_is_killed_are_started_again_and_end_in_the_same_bits(tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text(Recipe.from_values({**RECIPE, "accumulate": 1}).to_toml())
-    with torchrun(tmp_path, "--max-restarts", "2", worker="tests.train.restarted") as process:
+    (tmp_path / "recipe.toml").write_text(Recipe.from_values({**RECIPE, "accumulate": 1, "epochs": 1, "deadline": "20it"}).to_toml())
+    with torchrun(tmp_path, "--max-restarts", "1", worker="tests.train.restarted") as process:
         _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
-    assert errors.count("Signal 9 (SIGKILL)") or errors.count("exitcode: -9"), errors
+    assert "exitcode: -9" in errors
 
-    states = [load_newest(tmp_path / name, "torchrun", print) for name in ("bare-whole", "bare-killed")]
-    for (_, whole), (_, again) in zip(states, states[1:]):
+    states = [load_newest(tmp_path / name, "torchrun", print) for name in ("bare-whole", "bare-stopped")]
+    for (step, whole), (again_step, again) in zip(states, states[1:]):
+        assert step == again_step == 44
         assert whole["bird"]["tickets"]["0.5"]["provenance"] == again["bird"]["tickets"]["0.5"]["provenance"]
         for kind in ("parameters", "buffers"):
             for name, tensor in whole["model"][kind].items():
                 assert torch.equal(tensor, again["model"][kind][name]), name
-    whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("shipped-whole", "shipped-killed"))
+    whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("shipped-whole", "shipped-stopped"))
     for name, tensor in whole.items():
         assert torch.equal(tensor, again[name]), name
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("shipped-whole", "shipped-killed")]
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("shipped-whole", "shipped-stopped")]
     assert [result["resumed"] for result in results] == [False, True]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from earlybird import data_parallel, ranks
-from earlybird.calls import Call, Hook, as_optimizers, batch_size, first_sample, hook_owners, processes, unwrapped
+from earlybird.calls import Call, Hook, as_optimizers, batch_size, first_sample, hook_owners, is_distributed, processes, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count
@@ -459,7 +459,7 @@ class Search:
     def _refresh_wrapper(self, change: Change) -> None:
         """Let the wrapper that the loop calls know of the cut, as soon as it is known."""
         cut = bool(change.layers)
-        self._wrapper_is_stale = cut and self._wrapper is None and processes() > 1
+        self._wrapper_is_stale = cut and self._wrapper is None and is_distributed()
         if cut and self._wrapper is not None:
             data_parallel.refresh(self._wrapper)
         self._wrapper = None  # it may be replaced by another; nobody should keep it

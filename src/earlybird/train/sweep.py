@@ -61,8 +61,9 @@ def sweep(
         recipe.replace(keep=share)  # what does not fit is said now
     changes = [{"dense": True}] if dense else []
     changes += [{"keep": share} for share in shares]
-    failed = _run(recipe, folder, changes, cpus, gpus)
-    rows = [_row(folder, change) for change in changes if (folder / _name(change) / "result.json").exists()]
+    missing = [change for change in changes if not _is_done(folder, change)]
+    failed = _run(recipe, folder, missing, cpus, gpus) if missing else []
+    rows = [_row(folder, change) for change in changes if _is_done(folder, change)]
     write_json(folder / "sweep.json", {"recipe": recipe.to_toml(), "trials": rows})
     write_text(folder / "sweep.md", table(rows) + "\n")
     if failed:
@@ -125,6 +126,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _name(change: Mapping[str, Any]) -> str:
     return "dense" if change.get("dense") else f"keep{change['keep']:g}"
+
+
+def _is_done(folder: Path, change: Mapping[str, Any]) -> bool:
+    return (folder / _name(change) / "result.json").exists()
 
 
 def _row(folder: Path, change: Mapping[str, Any]) -> dict[str, Any]:
