@@ -1,6 +1,7 @@
 """An early ticket in a loop of your own on several processes: DistributedDataParallel, checkpoints, restarts.
 
-    torchrun --nproc-per-node 2 --max-restarts 3 examples/torchrun.py --out runs/torchrun
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1    # restarts need it, see docs/processes.md
+    torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/torchrun.py --out runs/torchrun
 
 When a rank is killed, torchrun starts all of them again: they go on from the newest checkpoint, to the same bits.
 """

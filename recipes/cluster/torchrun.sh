@@ -6,6 +6,8 @@
 #
 # A process that dies makes torchrun start all of them again, RESTARTS times; the run goes on from its last checkpoint.
 set -eu
+# otherwise processes that are started again may read addresses of those that have ended (pytorch issue 135712)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 PROCESSES=${PROCESSES:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
 exec torchrun \
   --nproc-per-node "$PROCESSES" --nnodes "${NODES:-1}" --max-restarts "${RESTARTS:-3}" \

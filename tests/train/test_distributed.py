@@ -29,7 +29,8 @@ MUON = {
 def torchrun(folder: Path, *options: str, worker: str = "tests.train.worker") -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", worker, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # without the second one, processes that are started again may read addresses of those that have ended
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
 
 

@@ -14,6 +14,10 @@ from tests.train.conftest import SMALL
 
 ROOT = Path(__file__).parents[2]
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra 'sweep')")
+asked_for = pytest.mark.skipif(
+    "EARLYBIRD_TEST_CLUSTER" not in os.environ,
+    reason="a local Ray cluster takes half a minute of both cores: set EARLYBIRD_TEST_CLUSTER=1 to run it",
+)
 
 
 @pytest.fixture
@@ -29,6 +33,7 @@ def cluster():
     ray.shutdown()
 
 
+@asked_for
 @needs_ray
 def test_a_sweep_trains_every_ratio_and_goes_on_where_it_was_stopped(cluster, tmp_path):
     recipe = Recipe.from_values({**SMALL, "model": "small_cnn", "width": 0.25, "epochs": 1, "evaluate_every": "1ep"})
