@@ -127,9 +127,8 @@ def work(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
         for index, (stage, (alone, with_others)) in enumerate(steps.items()):
             actions[stage, 1], actions[stage, PROCESSES] = alone, together(index, with_others)
         head = machine(threads=1)
-        partners = [int(pid) for pid in pids[1:]]
         times, others = interleaved(
-            actions, options.rounds, others=lambda: others_s() - sum(map(processor_s, partners))
+            actions, options.rounds, others=lambda: others_s() - sum(processor_s(int(pid)) for pid in pids[1:])
         )
         distributed.broadcast(torch.tensor([-1]), 0)
         for (stage, count), taken in times.items():

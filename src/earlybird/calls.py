@@ -177,7 +177,8 @@ _HOOKS = (
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """`left_as_found`, in `plain_execution`, and below everybody's forward hooks: they belong to the user's loop.
 
-    Sharded parameters are gathered for the while, which is a collective operation. Our own do nothing, those of `around` among them: each module runs its own ``forward``.
+    Our own do nothing, those of `around` among them: each module runs its own ``forward``. Sharded parameters are
+    gathered for the while, which is a collective operation.
     """
     hooks = [(module, {name: getattr(module, name) for name in _HOOKS}) for module in model.modules()]
     with left_as_found(model), plain_execution(model), hooks_idle(), sharded.gathered(model):

@@ -16,7 +16,10 @@ def test_the_table_shows_the_newest_session_of_each_network(results, head):
         )
     ]
     lines = [line for line in processes.table(rows).splitlines() if line.startswith("| vgg11")]
-    assert lines == ["| vgg11 | 128 | dense | 1 | 400 | 320 | 1.00x |", "| vgg11 | 128 | dense | 2 | 250 | 512 | 1.65x |"]
+    assert lines == [
+        "| vgg11 | 128 | dense | 1 | 400 | 320 | 1.00x |",
+        "| vgg11 | 128 | dense | 2 | 250 | 512 | 1.65x |",
+    ]
 
 
 def test_a_quick_look_is_half_as_wide_and_short():

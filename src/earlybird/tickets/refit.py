@@ -63,7 +63,9 @@ def estimate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
 def share_statistics(model: nn.Module) -> None:
     """Give all ranks the mean of their running statistics: each has estimated them from inputs of its own."""
     norms = [norm for norm in model.modules() if isinstance(norm, BatchNorm) and norm.track_running_stats]
-    buffers = {str(at): b for at, b in enumerate(b for n in norms for b in (n.running_mean, n.running_var)) if b is not None}
+    buffers = {
+        str(at): b for at, b in enumerate(b for n in norms for b in (n.running_mean, n.running_var)) if b is not None
+    }
     for name, shared in ranks.share(buffers).items() if buffers else ():
         buffers[name].copy_(shared)
 

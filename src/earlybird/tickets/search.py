@@ -15,7 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from earlybird import data_parallel, ranks
-from earlybird.calls import Call, Hook, as_optimizers, batch_size, first_sample, hook_owners, is_distributed, processes, unwrapped
+from earlybird.calls import (
+    Call,
+    Hook,
+    as_optimizers,
+    batch_size,
+    first_sample,
+    hook_owners,
+    is_distributed,
+    processes,
+    unwrapped,
+)
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count

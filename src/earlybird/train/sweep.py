@@ -113,7 +113,10 @@ def trial(config: Mapping[str, Any]) -> None:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows of `sweep` as Markdown; times are set against the dense row's where there is one."""
     baseline = next((row for row in rows if row["trial"] == "dense"), None)
-    lines = ["| trial | accuracy | seconds | dense / this | MACs | parameters |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| trial | accuracy | seconds | dense / this | MACs | parameters |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for row in rows:
         ratio = "" if baseline is None else f"{baseline['seconds'] / row['seconds']:.2f}x"
         macs = "not counted" if row["macs"] is None else f"{row['macs']:.3g}"
