@@ -68,7 +68,7 @@ def inner(model: nn.Module) -> nn.Module | None:
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return model.module
     if any(isinstance(model, module._FabricModule) for name in _FABRIC if (module := sys.modules.get(name))):
-        return model._forward_module  # type: ignore[return-value]
+        return model._forward_module  # type: ignore[no-any-return]
     found = getattr(model, "_orig_mod", None)
     return found if isinstance(found, nn.Module) else None
 

@@ -67,4 +67,4 @@ def refresh(wrapper: DistributedDataParallel) -> None:
         wrapper.logger._set_static_graph()  # type: ignore[union-attr]
     wrapper._has_rebuilt_buckets = False
     for hook, state in wrapper._comm_hooks:
-        torch.distributed._register_comm_hook(wrapper.reducer, state, hook)
+        torch.distributed._register_comm_hook(wrapper.reducer, state, hook)  # type: ignore[attr-defined]

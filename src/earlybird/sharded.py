@@ -36,7 +36,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def spread(values: Tensor, like: Tensor) -> Tensor:
+def spread(values: Tensor, like: Any) -> Tensor:
     """Return ``values``, whole on every rank, sharded as ``like`` is."""
     if not hasattr(like, "device_mesh"):
         return values
@@ -88,7 +88,7 @@ class Shards:
     def held(self, parameter: nn.Parameter) -> nn.Parameter:
         """Return the parameter that optimizers hold: the sharded one, of which ``parameter`` is the whole."""
         name = self._names.get(id(parameter))
-        return parameter if name is None else self._records[name].sharded_param  # type: ignore[no-any-return]
+        return parameter if name is None else self._records[name].sharded_param
 
     def check(self, sizes: Mapping[str, torch.Size]) -> None:
         """Make sure that parameters can be sharded again.

@@ -299,14 +299,16 @@ def _cut(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) -> dict[s
 
 def _take(tensor: Tensor, keep: Slices) -> Tensor:
     """Slice along several dimensions; the memory format of images (channels last) survives."""
-    last = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    # a 1 x 1 filter is contiguous in either format, but its strides tell; DDP's buckets go by them
+    ordinary = torch.empty(tensor.shape, device="meta").stride() == tensor.stride()
+    last = tensor.dim() == 4 and not ordinary and tensor.is_contiguous(memory_format=torch.channels_last)
     if IN_BLOCKS in keep:
         blocks = zip(tensor.chunk(len(keep[IN_BLOCKS])), keep[IN_BLOCKS])
         tensor = torch.cat([block.index_select(1, indices.to(tensor.device)) for block, indices in blocks])
     for dim, indices in keep.items():
         if isinstance(dim, int):
             tensor = tensor.index_select(dim, indices.to(tensor.device))
-    return tensor.contiguous(memory_format=torch.channels_last) if last else tensor.contiguous()
+    return tensor.clone(memory_format=torch.channels_last) if last else tensor.contiguous()
 
 
 def _silent_rows(modules: Mapping[str, nn.Module], plan: Plan) -> list[tuple[nn.Parameter, int, Tensor]]:
@@ -357,7 +359,7 @@ def _follow(
             for state in (optimizer.state.get(shards.held(parameter), {}) for optimizer in optimizers):
                 for key, value in state.items():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        state[key] = _changed(value, lambda whole, at=at, rows=rows: whole.index_fill_(at, rows, 0.0))
+                        state[key] = _changed(value, partial(torch.index_fill, dim=at, index=rows, value=0.0))
 
 
 def _changed(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

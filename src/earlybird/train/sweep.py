@@ -59,7 +59,7 @@ def sweep(
     folder = Path(out).absolute()
     for share in shares:
         recipe.replace(keep=share)  # what does not fit is said now
-    changes = [{"dense": True}] if dense else []
+    changes: list[dict[str, Any]] = [{"dense": True}] if dense else []
     changes += [{"keep": share} for share in shares]
     missing = [change for change in changes if not _is_done(folder, change)]
     failed = _run(recipe, folder, missing, cpus, gpus) if missing else []
@@ -90,7 +90,7 @@ def _run(recipe: Recipe, folder: Path, changes: Sequence[dict[str, Any]], cpus: 
             storage_path=str(folder / "ray"), verbose=0, failure_config=tune.FailureConfig(max_failures=_TRIES)
         ),
     )  # fmt: skip
-    errors = [result.error for result in tuner.fit() if result.error is not None]
+    errors = tuner.fit().errors
     return [(str(error).strip().splitlines() or [type(error).__name__])[-1] for error in errors]
 
 
