@@ -17,7 +17,7 @@ import earlybird as eb
 from earlybird.calls import processes
 from earlybird.errors import InputError, ShrinkError
 from tests.tickets.test_early_bird import batch, sgd
-from tests.tickets.topologies import images, make
+from tests.tickets.topologies import conv, images, make, tail
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch has no torch.distributed")
 
@@ -50,7 +50,10 @@ def train(call, optimizer, rank, steps=range(STEPS), to_none=True):
 
 
 def alone(world, make_optimizer=sgd, **settings):
-    """Train one process on all ranks' batches, one after the other: batch norms see what they see on the ranks."""
+    """Train one process on all ranks' batches, one after the other: batch norms see what they see on the ranks.
+
+    Returns model, search, and the last step's loss over all batches.
+    """
     model = make("residual")
     optimizer = make_optimizer(model)
     search = attach(model, optimizer, **settings)
@@ -58,9 +61,11 @@ def alone(world, make_optimizer=sgd, **settings):
         optimizer.zero_grad()
         for rank in range(world):
             inputs, labels = batch(world * step + rank)
-            (functional.cross_entropy(model(inputs), labels) / world).backward()
+            loss = functional.cross_entropy(model(inputs), labels) / world
+            loss.backward()
+            total = loss.detach() + (total if rank else 0)
         optimizer.step()
-    return model, search
+    return model, search, total
 
 
 def whole(tensor):
@@ -86,7 +91,11 @@ def assert_agreed(model, optimizer):
     assert all(torch.equal(first, other) for other in others)
 
 
-def assert_like(model, reference):
+def assert_like(model, loss, alone):
+    """Compare with what one process has come to."""
+    reference, _, its_loss = alone
+    distributed.all_reduce(loss)
+    torch.testing.assert_close(loss / processes(), its_loss, rtol=1e-4, atol=1e-5)
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in reference.named_parameters()]
     for (name, one), two in zip(model.named_parameters(), reference.parameters()):
         torch.testing.assert_close(
@@ -108,13 +117,13 @@ def ddp_equals_one_process(rank, reference):
     assert search.change.parameters_after < search.change.parameters_before
     for buffer in model.buffers():  # in training, each rank writes its own
         assert torch.equal(*on_all_ranks(buffer.float())[:2])
-    train(wrapped, optimizer, rank, range(6, STEPS))
+    loss = train(wrapped, optimizer, rank, range(6, STEPS))
     assert all(one is two for one, two in zip(model.parameters(), parameters))
     assert_agreed(model, optimizer)
-    one, its = reference[processes(), sgd]
+    _, its, _ = reference[processes(), sgd]
     assert search.ticket.masks.keys() == its.ticket.masks.keys()
     assert all(torch.equal(mask, its.ticket.masks[name]) for name, mask in search.ticket.masks.items())
-    assert_like(model, one)
+    assert_like(model, loss, reference[processes(), sgd])
     assert search._ledger.phases["train"].train_images == 3 * 16 * processes()  # counted over all ranks
     search.detach()
 
@@ -161,7 +170,8 @@ def gradients_reduced_by_hand(rank, reference):
     search = attach(model, optimizer)
     for step in range(STEPS):
         inputs, labels = batch(processes() * step + rank)
-        functional.cross_entropy(model(inputs), labels).backward()
+        loss = functional.cross_entropy(model(inputs), labels)
+        loss.backward()
         for parameter in model.parameters():
             distributed.all_reduce(parameter.grad)
             parameter.grad /= processes()
@@ -169,7 +179,7 @@ def gradients_reduced_by_hand(rank, reference):
         optimizer.zero_grad()
     assert search.drawn
     assert_agreed(model, optimizer)
-    assert_like(model, reference[processes(), sgd][0])
+    assert_like(model, loss.detach(), reference[processes(), sgd])
 
 
 def a_ddp_run_goes_on_from_its_state(rank, reference):
@@ -194,6 +204,15 @@ def a_ddp_run_goes_on_from_its_state(rank, reference):
         assert torch.equal(numbers(again, its_optimizer), numbers(model, optimizer))
 
 
+def residual():
+    return make("residual")
+
+
+def without_norms():
+    torch.manual_seed(0)
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), *tail(8))
+
+
 def shard(model, **options):
     from torch.distributed.fsdp import fully_shard
 
@@ -213,7 +232,7 @@ def fsdp_equals_one_process(rank, reference):
         optimizer = make_optimizer(model)
         parameters = list(model.parameters())
         search = attach(model, optimizer)
-        train(model, optimizer, rank)
+        loss = train(model, optimizer, rank)
         assert search.drawn
         assert all(one is two for one, two in zip(model.parameters(), parameters))
         for parameter in parameters:
@@ -221,18 +240,22 @@ def fsdp_equals_one_process(rank, reference):
             for value in optimizer.state[parameter].values():
                 assert value.dim() == 0 or value.shape == parameter.shape
         assert_agreed(model, optimizer)
-        assert_like(model, reference[processes(), make_optimizer][0])
+        assert_like(model, loss, reference[processes(), make_optimizer])
         assert search._ledger.cost.forward_macs == reference[processes(), make_optimizer][1]._ledger.cost.forward_macs
         search.detach()
 
 
 def fsdp_with_other_scores_and_settings(rank, reference):
-    for settings in (
-        {"score": "bn_scale", "sparsity": 1e-3},
-        {"score": "magnitude", "refit": "none", "optimizer_state": "reset"},
-        {"weights": "reinitialise"},
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    bf16 = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+    for settings, make_model, options in (
+        ({"score": "bn_scale", "sparsity": 1e-3}, residual, {}),
+        ({"score": "magnitude", "refit": "none", "optimizer_state": "reset"}, residual, {}),
+        ({"weights": "reinitialise"}, residual, {}),
+        ({"score": "magnitude"}, without_norms, bf16),
     ):
-        model = shard(make("residual"))
+        model = shard(make_model(), **options)
         optimizer = sgd(model)
         search = attach(model, optimizer, **settings)
         before = sum(p.numel() for p in model.parameters())
@@ -370,18 +393,15 @@ def fabric(rank, reference):
     model = make("residual")
     wrapped, optimizer = launched.setup(model, sgd(model))
     search = attach(wrapped, optimizer)
-    alive = []
     for step in range(STEPS):
         inputs, labels = batch(processes() * step + rank)
         loss = functional.cross_entropy(wrapped(inputs), labels)
         launched.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        alive = [loss]
     assert search.drawn
-    assert len(alive) == 1
     assert_agreed(model, optimizer.optimizer)
-    assert_like(model, reference[processes(), sgd][0])
+    assert_like(model, loss.detach(), reference[processes(), sgd])
 
 
 TWO = (

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,11 @@ def test_a_sweep_names_what_does_not_fit_before_it_begins(tmp_path):
     with pytest.raises(InputError, match=r"keep is 1\.5"):
         sweep(recipe, tmp_path / "none", [0.5, 1.5])
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(("shell", "script"), [("sh", "torchrun.sh"), ("bash", "slurm.sbatch")])
+def test_the_scripts_for_clusters_are_read_by_a_shell(shell, script):
+    subprocess.run([shell, "-n", str(ROOT / "recipes" / "cluster" / script)], check=True)
 
 
 def test_the_table_sets_times_against_dense():

@@ -313,6 +313,8 @@ class Search:
 
     def _look(self) -> None:
         """Draw one mask a ratio and compare it with the last ones; draw the ticket when they agree."""
+        if self._wrapper is not None:
+            data_parallel.check(self._wrapper)
         scores = ranks.share(self._scores_now())
         everything = torch.cat([score.float() for score in scores.values()])
         if not torch.isfinite(everything).all():
