@@ -59,11 +59,12 @@ def alone(world, make_optimizer=sgd, **settings):
     search = attach(model, optimizer, **settings)
     for step in range(STEPS):
         optimizer.zero_grad()
+        total = torch.zeros(())
         for rank in range(world):
             inputs, labels = batch(world * step + rank)
             loss = functional.cross_entropy(model(inputs), labels) / world
             loss.backward()
-            total = loss.detach() + (total if rank else 0)
+            total += loss.detach()
         optimizer.step()
     return model, search, total
 
