@@ -11,22 +11,16 @@ from torch import Tensor, nn
 
 from earlybird.calls import Call, tensors_in, undisturbed
 from earlybird.errors import ShrinkError
-from earlybird.tickets.layers import BatchNorm, Conv, is_depthwise, is_norm, layer_of, mixes_channels
+from earlybird.tickets.layers import BatchNorm, channel_dim, is_depthwise, is_norm, mixes_channels
 
 
 def _tensor_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
-def _channel_dim(module: nn.Module, value: Tensor) -> int:
-    layer = layer_of(module)
-    assert layer is not None
-    return layer.channel_dim % value.dim()
-
-
 def _is_zero(module: nn.Module, value: Tensor) -> Tensor:
     """Return which channels of a layer's input are zero throughout, shape (channels,)."""
-    return value.detach().movedim(_channel_dim(module, value), 0).flatten(1).abs().amax(1) == 0
+    return value.detach().movedim(channel_dim(module, value.shape), 0).flatten(1).abs().amax(1) == 0
 
 
 def probe(model: nn.Module, call: Call, removed: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -49,7 +43,7 @@ def probe(model: nn.Module, call: Call, removed: Mapping[str, Tensor]) -> tuple[
         silent[name] = silent.get(name, torch.ones_like(zero)) & zero
 
     def write(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        dim = _channel_dim(module, output)
+        dim = channel_dim(module, output.shape)
         live = sign * (torch.rand(output.shape[dim], generator=generator).to(output) + 0.5)
         if name in removed:
             live = live.masked_fill(removed[name].to(output.device), 0.0)
@@ -65,7 +59,7 @@ def probe(model: nn.Module, call: Call, removed: Mapping[str, Tensor]) -> tuple[
             for name, module in model.named_modules():
                 if mixes_channels(module):
                     module.register_forward_pre_hook(partial(read, name), with_kwargs=True)
-                if isinstance(module, (Conv, nn.Linear)) or is_norm(module):
+                if mixes_channels(module) or is_depthwise(module) or is_norm(module):
                     module.register_forward_hook(partial(write, name), with_kwargs=True)
             _run(model, call, "with its channels probed")
     return silent, {name: mask for name, mask in carried.items() if mask.any()}
@@ -92,7 +86,7 @@ def outputs(model: nn.Module, call: Call, unheard: Mapping[str, Tensor]) -> list
     found: list[tuple[str, Tensor]] = []
 
     def silence(module: nn.Module, args: Any, output: Tensor, gone: Tensor) -> Tensor:
-        dim = _channel_dim(module, output)
+        dim = channel_dim(module, output.shape)
         return output.masked_fill(
             gone.to(output.device).view([-1 if d == dim else 1 for d in range(output.dim())]), 0.0
         )
@@ -142,7 +136,7 @@ def compare(model: nn.Module, call: Call, wanted: list[tuple[str, Tensor]] | Non
     before = "the input"
     for (name, value), (other, reference) in zip(found, wanted, strict=True):
         if name in kept:
-            reference = reference.index_select(_channel_dim(modules[name], reference), kept[name].to(reference.device))
+            reference = reference.index_select(channel_dim(modules[name], reference.shape), kept[name].to(reference.device))
         if name != other or value.shape != reference.shape or not _close(value, reference):
             where = f"layer '{name}'" if name else "the output"
             raise ShrinkError(
