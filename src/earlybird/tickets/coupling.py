@@ -182,7 +182,7 @@ class _Trace:
         self.labels.paused = False
         if layer_of(module) is None:
             return
-        if mixes_channels(module):
+        if is_dense(module) or isinstance(module, Conv):
             self.macs[name] = self.macs.get(name, 0) + _macs(module, tensors_in(list(inputs))[0], output)
         side: Side = "out" if mixes_channels(module) else "both"
         size = width(module, side) or 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,7 +14,10 @@ from torch import Tensor, nn
 
 from earlybird.calls import Call, tensors_in, undisturbed
 from earlybird.errors import ShrinkError
-from earlybird.tickets.layers import BatchNorm, channel_dim, is_depthwise, is_norm, mixes_channels
+from earlybird.tickets.layers import BatchNorm, channel_dim, is_depthwise, is_norm, mixes_channels, set_width
+
+# Name of a parameter or buffer that belongs to no layer to the dimension of its channels and which of them are meant.
+BareMasks = Mapping[str, tuple[int, Tensor]]
 
 
 def _tensor_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -23,10 +29,12 @@ def _is_zero(module: nn.Module, value: Tensor) -> Tensor:
     return value.detach().movedim(channel_dim(module, value.shape), 0).flatten(1).abs().amax(1) == 0
 
 
-def probe(model: nn.Module, call: Call, removed: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def probe(
+    model: nn.Module, call: Call, removed: Mapping[str, Tensor], bare: BareMasks
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Find what only ever sees zeros when the ticket's removed units are silent.
 
-    Every layer's output is replaced: by zeros where it is silent, by random numbers elsewhere. They are of one sign, so
+    Bare parameters that only they have (``bare``) are silent with them. Every layer's output is replaced: by zeros where it is silent, by random numbers elsewhere. They are of one sign, so
     that no difference of two cancels, and the run is made with either sign, so that no ReLU hides a live channel.
 
     Returns:
@@ -55,7 +63,7 @@ def probe(model: nn.Module, call: Call, removed: Mapping[str, Tensor]) -> tuple[
         return live.view([-1 if d == dim else 1 for d in range(output.dim())]).expand_as(output).clone()
 
     for sign in (1.0, -1.0):  # noqa: B007  # read by `write`
-        with undisturbed(model), torch.no_grad():
+        with undisturbed(model), torch.no_grad(), _without(model, bare):
             for name, module in model.named_modules():
                 if mixes_channels(module):
                     module.register_forward_pre_hook(partial(read, name), with_kwargs=True)
@@ -81,8 +89,33 @@ def _run(model: nn.Module, call: Call, how: str) -> Any:
         ) from error
 
 
-def outputs(model: nn.Module, call: Call, unheard: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Run the model, with the channels in ``unheard`` silent, and return each layer's outputs in the order they run."""
+@contextmanager
+def _without(model: nn.Module, bare: BareMasks) -> Iterator[None]:
+    """Let parameters and buffers be zero in some places."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    before = {name: tensors[name].data for name in bare}
+    try:
+        for name, (dim, mask) in bare.items():
+            places = mask.nonzero().flatten().to(before[name].device)
+            tensors[name].data = before[name].index_fill(dim, places, 0.0)
+        yield
+    finally:
+        for name, data in before.items():
+            tensors[name].data = data
+
+
+def outputs(
+    model: nn.Module, call: Call, unheard: Mapping[str, Tensor], bare: BareMasks, normed: Mapping[str, Tensor]
+) -> list[tuple[str, Tensor]]:
+    """Run the model with some channels silent, and return each layer's outputs in the order they run.
+
+    Args:
+        model: The model, not yet cut.
+        call: What it runs on.
+        unheard: Layer name to the mask of silent channels of its output.
+        bare: Parameters and buffers that are silent in places.
+        normed: Names of group and layer norms to the channels that they take their statistics over.
+    """
     found: list[tuple[str, Tensor]] = []
 
     def silence(module: nn.Module, args: Any, output: Tensor, gone: Tensor) -> Tensor:
@@ -94,8 +127,10 @@ def outputs(model: nn.Module, call: Call, unheard: Mapping[str, Tensor]) -> list
     def note(module: nn.Module, args: Any, output: Tensor, name: str) -> None:
         found.append((name, output))
 
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad(), _without(model, bare):
         for name, module in model.named_modules():
+            if name in normed:
+                module.register_forward_hook(partial(_renormed, keep=normed[name]))
             if name in unheard:
                 module.register_forward_hook(partial(silence, gone=unheard[name]))
             if mixes_channels(module):
@@ -104,7 +139,21 @@ def outputs(model: nn.Module, call: Call, unheard: Mapping[str, Tensor]) -> list
     return found + [("", tensor) for tensor in tensors_in(output)]
 
 
-def compare(model: nn.Module, call: Call, wanted: list[tuple[str, Tensor]] | None, kept: Mapping[str, Tensor]) -> None:
+def _renormed(module: nn.Module, args: Any, output: Tensor, keep: Tensor) -> Tensor:
+    """Return what a group or layer norm gives for some of its channels alone, zero in the others."""
+    dim, keep = channel_dim(module, output.shape), keep.to(output.device)
+    # the norm's own forward: it may be a subclass that permutes, or adds an activation
+    inner = copy.copy(module)
+    inner._parameters = {
+        key: None if value is None else nn.Parameter(value[keep], requires_grad=False)
+        for key, value in module._parameters.items()
+    }
+    set_width(inner, "both", len(keep))
+    inner._forward_hooks = OrderedDict()
+    return torch.zeros_like(output).index_copy(dim, keep, inner(args[0].index_select(dim, keep)))
+
+
+def compare(model: nn.Module, call: Call, wanted: list[tuple[str, Tensor]], kept: Mapping[str, Tensor]) -> None:
     """Run the cut model and raise, naming the layer, where it breaks or its outputs differ from the masked model's."""
     last = ""
 
@@ -114,7 +163,7 @@ def compare(model: nn.Module, call: Call, wanted: list[tuple[str, Tensor]] | Non
 
     found: list[tuple[str, Tensor]] = []
     noted = {
-        name for name, _ in wanted or () if name
+        name for name, _ in wanted if name
     }  # a grouped convolution may have become a depthwise one by the cut
     with undisturbed(model), torch.no_grad():
         for name, module in model.named_modules():
@@ -129,8 +178,6 @@ def compare(model: nn.Module, call: Call, wanted: list[tuple[str, Tensor]] | Non
                 f"{type(model).__name__} does not run after the cut: layer '{last}': {type(error).__name__}: {error}",
                 hint=f"leave the layers that feed '{last}' out of the ticket; nothing was changed",
             ) from error
-    if wanted is None:  # group and layer norms take their statistics over what remains: the outputs must differ
-        return
     found += [("", tensor) for tensor in tensors_in(output)]
     modules = dict(model.named_modules())
     before = "the input"

@@ -23,13 +23,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from earlybird.arithmetic.add import AddConv2d, AddLinear
-from earlybird.calls import arounds, as_call, as_optimizers, unwrapped
+from earlybird.calls import Call, arounds, as_call, as_optimizers, unwrapped
 from earlybird.errors import InputError, ShrinkError
 from earlybird.tickets.coupling import Group, find_groups
 from earlybird.tickets.layers import layer_of, set_width, width
@@ -49,6 +49,7 @@ class Change:
         rounded: Layer name to channels that stayed only because of ``round_to``. Indices as in the ticket.
         kept: Layer name to the output channels that stayed, shape (n,), for every layer whose outputs changed.
         read: Layer name to which of its input channels stayed, boolean, for every layer whose inputs changed.
+        whole: Layer name to the reason why none of the channels in (a part of) it could go; they are as they were.
         parameters_before: Number of weights before.
         parameters_after: Number of weights after.
         seconds: Measured wall time.
@@ -59,6 +60,7 @@ class Change:
     rounded: Mapping[str, list[int]] = field(default_factory=dict)
     kept: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     read: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    whole: Mapping[str, str] = field(default_factory=dict)
     parameters_before: int = 0
     parameters_after: int = 0
     seconds: float = 0.0
@@ -72,6 +74,7 @@ class Change:
             "silenced": {name: list(channels) for name, channels in self.silenced.items()},
             "rounded": {name: list(channels) for name, channels in self.rounded.items()},
             "kept": {name: channels.tolist() for name, channels in self.kept.items()},
+            "whole": dict(self.whole),
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "seconds": self.seconds,
@@ -86,6 +89,7 @@ class Change:
             lines.append(f"  {name}: " + ", ".join(f"{side} {old} -> {new}" for side, (old, new) in sides.items()))
         for title, rows in (("not cut, but silent", self.silenced), ("kept by rounding", self.rounded)):
             lines.extend(f"  {name}: {len(channels)} {title}" for name, channels in rows.items() if channels)
+        lines.extend(f"  {name}: left whole: {why}" for name, why in self.whole.items())
         return "\n".join(lines)
 
 
@@ -142,41 +146,28 @@ def shrink(
 
     call = as_call(example_inputs)
     groups = find_groups(model, call) if groups is None else groups
-    silent, carried = probe(model, call, removed)
-    plan = make_plan(model, groups, removed, silent, carried, round_to, scores or {})
-    check_optimizers(model, plan.slices, optimizers)
+    bare = _bare(groups, removed)
+    silent, carried = probe(model, call, removed, bare)
 
-    unheard = {name: gone & ~plan.alive.get(name, torch.zeros_like(gone)) for name, gone in (removed | carried).items()}
+    def applied(spared: Mapping[int, str]) -> _Applied:
+        plan = make_plan(model, groups, removed, silent, carried, round_to, scores or {}, spared)
+        check_optimizers(model, plan.slices, optimizers)
+        return _cut_and_check(model, call, plan, removed | carried, bare)
+
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    exact = not any(
-        isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and (name, "both", None) in plan.cuts
-        for name, module in model.named_modules()
-    )
-    wanted = outputs(model, call, unheard) if exact else None
-    undo: list[Callable[[], None]] = []
     try:
-        layers = _cut(model, plan, undo)
-        kept = {name: stay(cut) for (name, side, _), cut in plan.cuts.items() if side != "in"}
-        compare(model, call, wanted, kept)
-        broken = training_error(model, call)
-        if broken is not None:
-            _take_back(undo)
-            if training_error(model, call) is None:  # some models cannot train on a batch of one, cut or not
-                raise ShrinkError(
-                    f"{type(model).__name__} does not train after the cut: {type(broken).__name__}: {broken}",
-                    needed="a ticket that leaves alone what feeds branches which only training enters",
-                    hint="nothing was changed",
-                ) from broken
-            layers = _cut(model, plan, undo)
-    except BaseException:
-        _take_back(undo)
-        raise
+        plan, layers, _ = applied({})
+    except ShrinkError as error:
+        asked = [index for index, group in enumerate(groups) if not group.output and _asks(group, removed)]
+        plan, layers, _ = _without_culprits(applied, asked, error)
     _follow(model, plan, shapes, optimizers)
     after = sum(parameter.numel() for parameter in model.parameters())
     seconds = time.perf_counter() - start
-    rounded = {name: mask for name, mask in plan.alive.items() if name in removed}
+    rounded = {name: mask & ~plan.whole.get(name, ~mask) for name, mask in plan.alive.items() if name in removed}
+    rounded = {name: mask for name, mask in rounded.items() if mask.any()}
     read = {name: ~cut for (name, side, _), cut in plan.cuts.items() if side != "out"}
-    change = Change(layers, _as_lists(plan.silenced), _as_lists(rounded), kept, read, before, after, seconds)
+    kept = {name: stay(cut) for (name, side, _), cut in plan.cuts.items() if side != "in"}
+    change = Change(layers, _as_lists(plan.silenced), _as_lists(rounded), kept, read, plan.why, before, after, seconds)
     followers = {id(owner): owner for module in model.modules() for owner in arounds(module, Follower)}  # type: ignore[type-abstract]
     for follower in followers.values():
         follower.follow(change)
@@ -205,6 +196,98 @@ def _check_ticket(ticket: Ticket, model: nn.Module) -> dict[str, Tensor]:
     return removed
 
 
+def _asks(group: Group, removed: Mapping[str, Tensor]) -> bool:
+    return any(m.side != "in" and m.name in removed and bool(removed[m.name][m.local].any()) for m in group.members)
+
+
+def _bare(groups: list[Group], removed: Mapping[str, Tensor]) -> dict[str, tuple[int, Tensor]]:
+    """Return which channels of bare parameters belong to removed units alone: all layers that write them are asked."""
+    found: dict[str, tuple[int, Tensor]] = {}
+    for group in groups:
+        left = torch.zeros(group.size, dtype=torch.bool)
+        for member in group.members:
+            if member.side == "out":
+                gone = removed.get(member.name)
+                left[member.root if gone is None else member.root[~gone[member.local]]] = True
+        for member in group.members:
+            if member.dim is not None:
+                size = 1 + int(member.local.max())
+                dim, mask = found.get(member.name, (member.dim, torch.zeros(size, dtype=torch.bool)))
+                mask = torch.nn.functional.pad(mask, (0, max(size - len(mask), 0)))
+                mask[member.local] |= ~left[member.root]
+                found[member.name] = dim, mask
+    return {name: (dim, mask) for name, (dim, mask) in found.items() if mask.any()}
+
+
+class _Applied(NamedTuple):
+    """A cut that was made and found right: what was cut, the new widths, and what would take it back."""
+
+    plan: Plan
+    layers: dict[str, dict[str, tuple[int, int]]]
+    undo: list[Callable[[], None]]
+
+
+def _cut_and_check(
+    model: nn.Module, call: Call, plan: Plan, removed: Mapping[str, Tensor], bare: Mapping[str, tuple[int, Tensor]]
+) -> _Applied:
+    """Cut, and compare with the masked model; whatever is wrong is raised, and the cut taken back."""
+    unheard = {name: gone & ~plan.alive.get(name, torch.zeros_like(gone)) for name, gone in removed.items()}
+    gone = {name: (dim, cut) for (name, _, dim), cut in plan.cuts.items() if dim is not None and name in bare}
+    normed = {
+        name: stay(plan.cuts[name, "both", None])
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and (name, "both", None) in plan.cuts
+    }
+    wanted = outputs(model, call, unheard, gone, normed)
+    kept = {name: stay(cut) for (name, side, _), cut in plan.cuts.items() if side != "in"}
+    undo: list[Callable[[], None]] = []
+    try:
+        layers = _cut(model, plan, undo)
+        compare(model, call, wanted, kept)
+        broken = training_error(model, call)
+        if broken is not None:
+            _take_back(undo)
+            if training_error(model, call) is None:  # some models cannot train on a batch of one, cut or not
+                raise ShrinkError(
+                    f"{type(model).__name__} does not train after the cut: {type(broken).__name__}: {broken}",
+                    needed="a ticket that leaves alone what feeds branches which only training enters",
+                    hint="nothing was changed",
+                ) from broken
+            layers = _cut(model, plan, undo)
+    except BaseException:
+        _take_back(undo)
+        raise
+    return _Applied(plan, layers, undo)
+
+
+def _without_culprits(
+    applied: Callable[[Mapping[int, str]], _Applied], asked: list[int], error: ShrinkError
+) -> _Applied:
+    """Cut all groups but those that cannot be cut, which are found by halving; raise ``error`` where none is left."""
+
+    def culprits(some: list[int], error: ShrinkError) -> dict[int, str]:
+        if len(some) == 1:
+            return {some[0]: error.found}
+        found: dict[int, str] = {}
+        for part in (some[: len(some) // 2], some[len(some) // 2 :]):
+            try:
+                _take_back(applied({index: "" for index in asked if index not in part}).undo)
+            except ShrinkError as own:
+                found |= culprits(part, own)
+        return found or dict.fromkeys(some[len(some) // 2 :], error.found)  # only together do they break it
+
+    if not asked:
+        raise error
+    spared = culprits(asked, error)
+    if len(spared) == len(asked):
+        raise error
+    done = applied(spared)
+    if not done.plan.cuts:
+        _take_back(done.undo)
+        raise error
+    return done
+
+
 def _cut(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) -> dict[str, dict[str, tuple[int, int]]]:
     """Cut weights, buffers and sizes; what would take each step back is appended to ``undo``."""
     modules = dict(model.named_modules())
@@ -217,6 +300,11 @@ def _cut(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) -> dict[s
         if name in plan.slices:
             undo.append(partial(setattr, parameter, "data", parameter.data))
             parameter.data = _take(parameter.data, plan.slices[name])
+    for name, buffer in model.named_buffers():
+        if name in plan.slices:
+            owner, _, own = name.rpartition(".")
+            undo.append(partial(setattr, modules[owner], own, buffer))
+            setattr(modules[owner], own, _take(buffer, plan.slices[name]))
     for parameter, at, rows in _silent_rows(modules, plan):
         undo.append(partial(setattr, parameter, "data", parameter.data))
         parameter.data = parameter.data.index_fill(at, rows, 0.0)
