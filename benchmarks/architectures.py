@@ -39,7 +39,7 @@ from torch import Tensor, nn
 import earlybird as eb
 from earlybird.calls import as_call, tensors_in
 from earlybird.errors import EarlybirdError
-from earlybird.tickets.layers import layer_of
+from earlybird.tickets.layers import layer_of, width
 
 NAME = "architectures"
 PAGE = HERE.parent / "docs" / "architectures.md"
@@ -116,7 +116,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "ConvNeXt", hub("ConvNextForImageClassification", **FOUR, **SCALED, num_labels=10), images, MAGNITUDE
     ),
     "convnext_v2": Architecture(
-        "ConvNeXt V2", hub("ConvNextV2ForImageClassification", **FOUR, num_labels=10), images, MAGNITUDE
+        "ConvNeXt V2", hub("ConvNextV2ForImageClassification", **FOUR, num_labels=10), images, GROUPED
     ),
     "mobilenet_v1": Architecture(
         "MobileNet V1", hub("MobileNetV1ForImageClassification", depth_multiplier=0.25, num_labels=10), images
@@ -190,7 +190,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "cvt": Architecture(
         "CvT",
-        hub("CvtForImageClassification", embed_dim=[16, 32, 64], num_heads=[1, 2, 4], depth=[1, 1, 1], num_labels=10),
+        hub("CvtForImageClassification", embed_dim=[16, 32, 64], num_heads=[1, 2, 4], depth=[1, 1, 2], num_labels=10),
         images, MAGNITUDE,
     ),
     "swiftformer": Architecture(
@@ -252,8 +252,6 @@ def zeroed(model: nn.Module, gone: dict[str, Tensor]) -> nn.Module:
     modules = dict(masked.named_modules())
     with torch.no_grad():
         for name, indices in gone.items():
-            if name not in modules:  # a bare parameter, which only zeros reach
-                continue
             layer = layer_of(modules[name])
             assert layer is not None
             for attribute, dim in layer.writes:
@@ -261,6 +259,20 @@ def zeroed(model: nn.Module, gone: dict[str, Tensor]) -> nn.Module:
                 if parameter is not None and parameter.dim():
                     parameter.index_fill_(dim % parameter.dim(), indices, 0.0)
     return masked
+
+
+def lost(model: nn.Module, change: eb.Change) -> dict[str, Tensor]:
+    """Return the channels that layers of the dense ``model`` have lost or that have fallen silent: name to indices."""
+    gone = {}
+    for name, module in model.named_modules():
+        if layer_of(module) is not None and (name in change.kept or name in change.silenced):
+            mask = torch.zeros(width(module) or 0, dtype=torch.bool)
+            if name in change.kept:
+                mask = ~mask
+                mask[change.kept[name]] = False
+            mask[change.silenced.get(name, [])] = True
+            gone[name] = mask.nonzero().flatten()
+    return gone
 
 
 def step(model: nn.Module, inputs: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -317,17 +329,15 @@ def cut(model: nn.Module, inputs: Any, options: dict[str, Any]) -> dict[str, Any
     except EarlybirdError as error:
         return {"parameters": parameters, "error": shortened(error)}
     seconds = time.perf_counter() - start
-    gone = {}
-    for name, module in dense.named_modules():
-        layer = layer_of(module)
-        if name in change.kept and layer is not None:
-            size = change.layers[name]["out"][0]
-            lost = torch.ones(size, dtype=torch.bool)
-            lost[change.kept[name]] = False
-            gone[name] = lost.nonzero().flatten()
-    for name, channels in change.silenced.items():
-        gone[name] = torch.tensor(sorted({*channels, *gone.get(name, torch.tensor([])).tolist()}), dtype=torch.long)
-    off = difference(outputs(model, inputs), outputs(zeroed(dense, gone), inputs))
+    masked = zeroed(dense, lost(dense, change))
+    for name, kept in change.kept.items():  # parameters that belong to no layer go with the channels they belong to
+        if name not in dict(model.named_modules()):
+            whole, left = masked.get_parameter(name), model.get_parameter(name)
+            (dim,) = (d for d in range(whole.dim()) if whole.shape[d] != left.shape[d])
+            gone = torch.ones(whole.shape[dim], dtype=torch.bool)
+            gone[kept] = False
+            whole.data.index_fill_(dim, gone.nonzero().flatten(), 0.0)
+    off = difference(outputs(model, inputs), outputs(masked, inputs))
     step(model, inputs, optimizer)
     after = sum(parameter.numel() for parameter in model.parameters())
     return {

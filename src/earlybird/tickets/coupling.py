@@ -55,8 +55,9 @@ class Group:
         output: They stay whole: outputs of the model, or read where nothing can be cut, or by no layer at all.
         macs_of: Multiply-accumulates for one sample, forward, of each convolution and linear layer among the members.
         covers: For each layer that reads the group, the share of its inputs that the group makes up.
-        blocks: For each member that works in blocks of channels (grouped convolution, group norm), the block of each
-            of the group's channels, shape (size,), -1 for none. Each block must keep equally many.
+        blocks: For each member that works in blocks of channels (grouped convolution, group norm), and for each split
+            into equal parts, the block of each of the group's channels, shape (size,), -1 for none. Each block must
+            keep equally many.
         uneven: Some such member has more of the group's channels in one block than in another (a concatenation feeds
             it), so that no channel can go without moving the others to another block.
         residual: What several layers write is summed, or joined in another way than by a product.
@@ -261,6 +262,13 @@ class _Trace:
                 uneven = uneven or int(counts.min()) < int(counts.max())
             if use.side == "in":
                 covers[use.name] = len(local) / extent
+        for parts in self.labels.even:
+            block = torch.full((len(units),), -1)
+            for number, part in enumerate(map(self.labels.find, parts)):
+                block[torch.isin(torch.tensor(units), part)] = number
+            counts = torch.bincount(block[block >= 0], minlength=len(parts))
+            if len(set(counts.tolist())) == 1 and int(counts[0]):  # what is in two parts at once is tied anyway
+                in_blocks.append(block)
         why = next((fixed[unit] for unit in units if unit in fixed), "")
         return Group(
             len(units), tuple(members), tuple(member.name for member in members if member.side == "out"),

@@ -41,8 +41,9 @@ _MOVES = {
 }  # fmt: skip
 _RESHAPES = {"_reshape_alias", "_unsafe_view", "reshape", "view"}
 _POINTWISE = {
-    "_prelu_kernel", "_to_copy", "bernoulli", "copy", "dropout", "empty_like", "fill", "full_like", "masked_fill",
-    "native_dropout", "ones_like", "rand_like", "randn_like", "tril", "triu", "where", "zero", "zeros_like",
+    "_prelu_kernel", "_to_copy", "bernoulli", "copy", "dropout", "empty_like", "fill", "full_like", "hardswish",
+    "log_sigmoid_forward", "masked_fill", "native_dropout", "ones_like", "rand_like", "randn_like", "rrelu_with_noise",
+    "tril", "triu", "where", "zero", "zeros_like",
 }  # fmt: skip
 _MADE_UP = {
     "empty", "full", "new_empty", "new_full", "new_ones", "new_zeros", "normal", "ones", "rand", "randn", "zeros",
@@ -54,7 +55,8 @@ _REDUCTIONS = {
 _ALONG = {"_log_softmax", "_safe_softmax", "_softmax", "cummax", "cumprod", "cumsum", "logcumsumexp", "sort", "topk"}
 _SCATTERS = {"index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce"}
 _SPATIAL = re.compile(r"_?(adaptive_)?(avg|max)_pool(\d)d|_?upsample_\w+?(\d)d|_?(reflection|replication)_pad(\d)d")
-_PRODUCTS = {"mul", "div", "masked_fill"}
+_PRODUCTS = {"div", "masked_fill", "mul"}
+_EVEN = {"split", "unsafe_chunk", "unsafe_split"}
 
 
 class Labels(TorchDispatchMode):
@@ -70,6 +72,7 @@ class Labels(TorchDispatchMode):
         self.paused = False
         self.where = ""
         self.bare: dict[str, Tensor] = {}
+        self.even: list[list[Tensor]] = []  # parts of equal size, by their units
         self._bare_names = {id(tensor): name for name, tensor in bare.items() if tensor.numel() <= _LARGEST}
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._parent = np.zeros(1, dtype=np.int64)
@@ -211,6 +214,9 @@ class Labels(TorchDispatchMode):
                 self.put(result, labels)
         elif name in _REDUCTIONS or name in _ALONG:
             self._reduce(tensors[0], given, results, f"{why}, which works across channels", keep=name in _ALONG)
+        elif name == "glu":
+            one, other = _narrow(self.of(tensors[0])).chunk(2, given["dim"])  # type: ignore[arg-type]
+            self.put(results[0], self.join(one, other, why, product=True))
         elif name == "constant_pad_nd":
             self._pad(tensors[0], given["pad"], results[0])
         elif match := _SPATIAL.fullmatch(name.removesuffix("_with_indices").removesuffix("_backward")):
@@ -244,6 +250,10 @@ class Labels(TorchDispatchMode):
                 self.put(result, narrow)
                 if name in _RESHAPES and len(_varied(narrow)) > 1:
                     self._split.append(narrow)
+        if name in _EVEN:
+            parts = [_narrow(found) for found in tree_leaves(moved)]
+            if len({part.shape for part in parts}) == 1 and parts[0].numel() > 1:
+                self.even.append([part.flatten() for part in parts])
 
     def _meet(self, tensors: Sequence[Tensor], rank: int, why: str, product: bool = False) -> Tensor | None:
         """Tie what is combined element by element, with broadcasting."""
@@ -257,7 +267,7 @@ class Labels(TorchDispatchMode):
             varied = [dim - rank for dim in _varied(found)]
             for tensor in tensors:
                 if self.of(tensor) is None:
-                    if any(tensor.dim() >= -dim and tensor.shape[dim] > 1 for dim in varied):
+                    if any(tensor.dim() >= -dim and _extends(tensor, dim) for dim in varied):
                         self.fix(found, why)
                     elif tensor.numel() > 1 and not bool((found > 0).any()):
                         return None
@@ -342,6 +352,11 @@ class _Arguments:
 
     def __getitem__(self, name: str) -> Any:
         return self._known.get(name)
+
+
+def _extends(tensor: Tensor, dim: int) -> bool:
+    """Whether a tensor has several elements along a dimension; one that was expanded takes any size."""
+    return tensor.shape[dim] > 1 and (tensor.layout != torch.strided or tensor.stride(dim) != 0)
 
 
 def _varied(labels: Tensor) -> list[int]:

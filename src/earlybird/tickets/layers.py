@@ -94,10 +94,14 @@ def is_dense(module: nn.Module | None) -> bool:
     """Whether ``module`` is a linear layer: PyTorch's, or one that others have written with the same weight."""
     if isinstance(module, nn.Linear):
         return True
-    if module is None or isinstance(module, Conv) or list(module.children()):
-        return False
-    weight, sizes = getattr(module, "weight", None), (getattr(module, "out_channels", 0), getattr(module, "in_channels", 0))
-    return isinstance(weight, nn.Parameter) and tuple(weight.shape) == sizes
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__.endswith("Linear")
+        and isinstance(weight, nn.Parameter)
+        and weight.dim() == 2
+        and hasattr(module, "in_channels")
+        and hasattr(module, "out_channels")
+    )
 
 
 def is_depthwise(module: nn.Module) -> bool:

@@ -38,8 +38,8 @@ def probe(
     that no difference of two cancels, and the run is made with either sign, so that no ReLU hides a live channel.
 
     Returns:
-        For each layer that reads channels, the mask of inputs that are always zero; and for each norm that the ticket
-        does not name, the mask of channels that only removed units feed. Shapes (channels,).
+        For each layer that reads channels, the mask of inputs that are always zero; and for each norm and depthwise
+        convolution that the ticket does not name, the mask of channels that only removed units feed. Shapes (channels,).
     """
     silent: dict[str, Tensor] = {}
     carried: dict[str, Tensor] = {}
@@ -58,7 +58,7 @@ def probe(
         elif _passes_silence(module):
             nothing = _is_zero(module, _tensor_of(args, kwargs))
             live = live.masked_fill(nothing, 0.0)
-            if is_norm(module):
+            if is_norm(module) or is_depthwise(module):
                 carried[name] = carried.get(name, torch.ones_like(nothing).cpu()) & nothing.cpu()
         return live.view([-1 if d == dim else 1 for d in range(output.dim())]).expand_as(output).clone()
 
@@ -77,7 +77,7 @@ def _passes_silence(module: nn.Module) -> bool:
     """Whether a channel that is zero throughout leaves the layer as zero, or can be made to by zero scale and shift."""
     if isinstance(module, BatchNorm):
         return module.weight is not None
-    return is_norm(module) or (is_depthwise(module) and module.bias is None)
+    return is_norm(module) or is_depthwise(module)
 
 
 def _run(model: nn.Module, call: Call, how: str) -> Any:

@@ -1,16 +1,19 @@
 """Shrink a model to its ticket: physically, in place, in any model, with the optimizer taken along.
 
 The rule: *a channel is cut when, with the ticket's removed units silent, nothing but zeros would reach any layer that
-reads it*. A removed unit is silent when its scale and shift (or its filter) are zero, and it takes every norm that it
-alone feeds with it, unless the ticket names that norm itself. Where a removed channel cannot be cut (a residual sum
+reads it*. A removed unit is silent when its scale and shift (or its filter) are zero, and it takes what it alone feeds with it: every norm and
+depthwise convolution that the ticket does not name itself, and every parameter of its own that belongs to no layer. Where a removed channel cannot be cut (a residual sum
 whose other branch still writes it, a grouped convolution that would become lopsided), it is silenced instead. So in
 eval mode the shrunk model computes what the masked one computes, for every ticket. Group and layer norms are the
-exception that has no way out: their statistics are taken over the channels that remain. An add layer, which a zero does
+exception that has no way out: their statistics are taken over the channels that remain. Channels that something else
+works across (a softmax, a mean over channels, a product of two activations) or that the graph does not show are left
+whole, and named in ``Change.whole``; the rest is cut. An add layer, which a zero does
 not leave alone, keeps what its cut channels added as a constant.
 
-Groups of coupled channels come from torch-pruning's dependency graph. Which of them read only zeros is found by running
+Groups of coupled channels come from `earlybird.tickets.coupling`. Which of them read only zeros is found by running
 the model with every layer's output replaced: zeros where it is silent, random numbers elsewhere. The cut is then made,
-its outputs are compared layer by layer with those of the masked model, and it is taken back if they differ.
+its outputs are compared layer by layer with those of the masked model, and it is taken back if they differ: then the
+groups that are to blame are found by halving, and left whole.
 
 What is saved: seconds, MACs, bytes, in training and inference alike. The parameters stay the same objects, so
 optimizers, hooks and references of the user's loop go on working; momentum and every other optimizer state of a
