@@ -19,11 +19,13 @@ import argparse
 import copy
 import io
 import logging
+import signal
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +33,7 @@ from typing import Any
 
 import handwritten
 import torch
-from common import HERE, check_known, interleaved, machine, rows
+from common import HERE, check_known, comparable, interleaved, machine, rows
 from records import Row, record
 from tables import origin
 from torch import Tensor, nn
@@ -44,6 +46,36 @@ from earlybird.tickets.layers import layer_of, width
 NAME = "architectures"
 PAGE = HERE.parent / "docs" / "architectures.md"
 KEEP = 0.5
+PATIENCE_S = 30
+QUICK = ("perceptron", "audio", "generator", "unet")
+NORMS = "but for norms over what is left"
+HEAD = (
+    "| network | parameters | after the cut | equal to masked | step dense, ms | step small, ms | ONNX differs by | torch-pruning |"
+    "\n|" + " --- |" * 8
+)
+TEXT = """# Architectures
+
+What `eb.draw(model, keep=0.5, example_inputs=x)` and `eb.shrink` make of networks that were not written for them, made
+from the rows of `python benchmarks/architectures.py`. Weights are random and widths small; the topologies are the real
+ones (transformers, torch-geometric, or written by hand where no package here has them).
+
+{summary}
+
+{table}
+
+- *equal to masked*: the largest difference, relative to the largest output, from a copy of the dense network in which
+  the filters, scales and shifts of what was removed are zero; in eval mode. Group, layer and response norms take their
+  statistics over the channels that are left, which the masked copy does not.
+- *step*: forward and backward, measured, the median of steps taken in turns.
+- *torch-pruning*: the share of parameters that `BasePruner` leaves at `pruning_ratio=0.5` (it cuts residual sums, too),
+  and how far its network is from the masked one, which it does not promise to equal.
+
+## Left whole
+
+Heads of attention are not channels (see [shrink](shrink.md)). What else stays as it was, with the first reason:
+
+{whole}
+"""
 EQUAL = 1e-5
 """Largest difference, relative to the largest output, at which two networks count as equal."""
 
@@ -190,7 +222,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "cvt": Architecture(
         "CvT",
-        hub("CvtForImageClassification", embed_dim=[16, 32, 64], num_heads=[1, 2, 4], depth=[1, 1, 2], num_labels=10),
+        hub("CvtForImageClassification", embed_dim=[16, 32, 64], num_heads=[1, 2, 4], depth=[1, 2, 3], num_labels=10),
         images, MAGNITUDE,
     ),
     "swiftformer": Architecture(
@@ -342,8 +374,26 @@ def cut(model: nn.Module, inputs: Any, options: dict[str, Any]) -> dict[str, Any
     after = sum(parameter.numel() for parameter in model.parameters())
     return {
         "parameters": parameters, "after": after, "difference": off, "cut_seconds": seconds,
-        "whole": dict(getattr(change, "whole", {})), "silenced": sum(map(len, change.silenced.values())),
+        "whole": {name: reason[:200] for name, reason in change.whole.items()},
+        "silenced": sum(map(len, change.silenced.values())),
+        "normed": any(isinstance(dict(dense.named_modules()).get(name), (nn.GroupNorm, nn.LayerNorm)) for name in change.kept),
     }  # fmt: skip
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Raise a `TimeoutError` after `PATIENCE_S` seconds: some searches for indices do not end."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"no end within {PATIENCE_S} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(PATIENCE_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def rival(model: nn.Module, inputs: Any, ignored: Sequence[str]) -> dict[str, Any]:
@@ -356,7 +406,7 @@ def rival(model: nn.Module, inputs: Any, ignored: Sequence[str]) -> dict[str, An
     gone: dict[str, list[int]] = {}
     names = {module: name for name, module in modules.items()}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), patience():
             warnings.simplefilter("ignore")
             pruner = tp.pruner.BasePruner(
                 model, inputs, importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=1 - KEEP,
@@ -393,7 +443,7 @@ def examine(name: str, options: argparse.Namespace) -> Row:
     dense = lively(one.build())
     inputs = one.inputs()
     small = copy.deepcopy(dense)
-    row = {"name": name, "title": one.title, **cut(small, inputs, one.options), **head}
+    row: Row = {"name": name, "title": one.title, **cut(small, inputs, one.options), **head}
     if "after" in row:
         if not options.no_times:
             actions = {"dense": partial(step, copy.deepcopy(dense), inputs), "small": partial(step, small, inputs)}
@@ -405,3 +455,95 @@ def examine(name: str, options: argparse.Namespace) -> Row:
     if not options.no_rival:
         row |= rival(dense, inputs, one.ignored)
     return row
+
+
+def newest_of(found: Sequence[Row]) -> list[Row]:
+    """Return the last row of each architecture, in the order of the table."""
+    last = {row["name"]: row for row in found}
+    return [last[name] for name in ARCHITECTURES if name in last]
+
+
+def line(row: Row) -> str:
+    """Return one row as a line of the table."""
+    if "error" in row:
+        cells = [f"{row['parameters']:,}", "", f"no: {row['error']}", "", "", ""]
+    else:
+        off = row["difference"]
+        times = [f"{1e3 * row[key]:.1f}" if key in row else "" for key in ("dense_seconds", "small_seconds")]
+        cells = [
+            f"{row['parameters']:,}", f"{row['after']:,} ({row['after'] / row['parameters']:.0%})",
+            f"{'yes' if off <= EQUAL else NORMS if row['normed'] else '**no**'} ({off:.0e})", *times,
+            row.get("onnx", ""),
+        ]  # fmt: skip
+    return "| " + " | ".join([row["title"], *cells, rival_cell(row)]) + " |"
+
+
+def rival_cell(row: Row) -> str:
+    """Say what torch-pruning made of it."""
+    if row.get("rival") != "runs":
+        return row.get("rival", "")
+    share = f"{row['rival_after'] / row['parameters']:.0%}"
+    if "rival_difference" not in row:
+        return f"{share}, not promised to be equal"
+    return f"{share}, {'equal' if row['rival_difference'] <= EQUAL else 'not equal'} ({row['rival_difference']:.0e})"
+
+
+def page(found: Sequence[Row]) -> str:
+    """Return docs/architectures.md."""
+    mine = newest_of(found)
+    if not mine:
+        return TEXT.format(summary="No rows yet.", table="", whole="")
+    cut_ones = [row for row in mine if "after" in row]
+    equal = sum(row["difference"] <= EQUAL for row in cut_ones)
+    rivals = [row for row in mine if row.get("rival_difference", 1.0) <= EQUAL]
+    summary = (
+        f"{len(cut_ones)} of {len(mine)} are cut, {equal} of them to what the masked network computes (within "
+        f"{EQUAL:.0e}); torch-pruning runs on {sum(row.get('rival') == 'runs' for row in mine)}, with the outputs of the "
+        f"masked network on {len(rivals)}. {origin(mine)}"
+    )
+    table = "\n".join([HEAD, *map(line, mine)])
+    whole = [
+        f"- {row['title']}: {len(row['whole'])} layers, among them `{name}`: {reason}"
+        for row in cut_ones
+        for name, reason in list(row["whole"].items())[:1]
+    ]
+    return TEXT.format(summary=summary, table=table, whole="\n".join(whole) or "- nothing").rstrip() + "\n"
+
+
+def read(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these alone, and anew")
+    parser.add_argument("--again", action="store_true", help="do not go on where this revision was stopped: all anew")
+    parser.add_argument("--rounds", type=int, default=5, help="steps that are timed, dense and small in turns")
+    parser.add_argument("--no-times", action="store_true")
+    parser.add_argument("--no-onnx", action="store_true")
+    parser.add_argument("--no-rival", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="four small ones; nothing is recorded")
+    parser.add_argument("--page", action="store_true", help=f"write {PAGE.name} from the rows and stop")
+    options = parser.parse_args(words)
+    check_known(parser, "architecture", options.only, ARCHITECTURES)
+    if options.quick:
+        options.only, options.rounds = options.only or list(QUICK), 1
+    return options
+
+
+def main() -> None:
+    options = read()
+    head = machine()
+    if not options.page:
+        known = [] if options.again or options.only else newest_of(rows(NAME))
+        done = {row["name"] for row in known if row["revision"] == head["revision"] and comparable(row, head)}
+        print(HEAD)
+        for name in options.only or ARCHITECTURES:
+            if name not in done:
+                row = examine(name, options)
+                print(line(row), flush=True)
+                record(NAME, row, quick=options.quick)
+    if not options.quick:
+        PAGE.write_text(page(rows(NAME)), encoding="utf-8")
+        print(f"wrote {PAGE}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
