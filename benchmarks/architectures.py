@@ -369,11 +369,12 @@ def cut(model: nn.Module, inputs: Any, options: dict[str, Any]) -> dict[str, Any
             gone = torch.ones(whole.shape[dim], dtype=torch.bool)
             gone[kept] = False
             whole.data.index_fill_(dim, gone.nonzero().flatten(), 0.0)
-    off = difference(outputs(model, inputs), outputs(masked, inputs))
+    wanted = outputs(masked, inputs)
+    off, effect = difference(outputs(model, inputs), wanted), difference(outputs(dense, inputs), wanted)
     step(model, inputs, optimizer)
     after = sum(parameter.numel() for parameter in model.parameters())
     return {
-        "parameters": parameters, "after": after, "difference": off, "cut_seconds": seconds,
+        "parameters": parameters, "after": after, "difference": off, "effect": effect, "cut_seconds": seconds,
         "whole": {name: reason[:200] for name, reason in change.whole.items()},
         "silenced": sum(map(len, change.silenced.values())),
         "normed": any(isinstance(dict(dense.named_modules()).get(name), (nn.GroupNorm, nn.LayerNorm)) for name in change.kept),

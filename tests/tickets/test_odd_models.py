@@ -177,7 +177,11 @@ def test_branches_that_only_training_enters():
             return (out, self.side(y.mean((2, 3)))) if self.training else out
 
     model = Auxiliary()
-    refused(model, halves(model), "does not train after the cut")
+    ticket = halves(model)
+    refused(model, eb.Ticket({"norm_b": ticket.masks["norm_b"]}), "does not train after the cut")
+    change = eb.shrink(model, ticket, images(2))
+    assert "does not train after the cut" in change.whole["norm_b"]
+    assert (model.a.out_channels, model.b.out_channels) == (4, 8)
 
 
 def test_layers_called_with_keywords_and_inputs_of_many_kinds():
