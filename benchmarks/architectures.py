@@ -2,8 +2,8 @@
 
 Every network is drawn to half of its free channels (`earlybird.draw`, with `example_inputs`) and cut
 (`earlybird.shrink`). Its outputs, in eval mode, are compared with those of a copy in which what went is zero: the
-filters, scales and shifts of the removed channels. Then it trains one step with AdamW, goes through ONNX and onnxruntime,
-and is timed, dense and small in turns, forward and backward. torch-pruning (`BasePruner`, magnitude, half of the
+filters, scales and shifts of the removed channels. Then it trains one step with AdamW, goes through ONNX and
+onnxruntime, and is timed, dense and small in turns, forward and backward. torch-pruning (`BasePruner`, magnitude, half of the
 channels, the outputs ignored) gets the same dense network. Parameters of random networks say what a cut does, not what
 an accuracy becomes.
 
@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import handwritten
@@ -50,8 +49,8 @@ PATIENCE_S = 30
 QUICK = ("perceptron", "audio", "generator", "unet")
 NORMS = "but for norms over what is left"
 HEAD = (
-    "| network | parameters | after the cut | equal to masked | step dense, ms | step small, ms | ONNX differs by | torch-pruning |"
-    "\n|" + " --- |" * 8
+    "| network | parameters | after the cut | equal to masked | step dense, ms | step small, ms | ONNX differs by "
+    "| torch-pruning |\n|" + " --- |" * 8
 )
 TEXT = """# Architectures
 
@@ -142,7 +141,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"coupled": "group"},
     ),
     "regnet": Architecture(
-        "RegNet-Y", hub("RegNetForImageClassification", **FOUR, embedding_size=16, groups_width=8, num_labels=10), images
+        "RegNet-Y", hub("RegNetForImageClassification", **FOUR, embedding_size=16, groups_width=8, num_labels=10),
+        images,
     ),
     "convnext": Architecture(
         "ConvNeXt", hub("ConvNextForImageClassification", **FOUR, **SCALED, num_labels=10), images, MAGNITUDE
@@ -172,8 +172,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "hgnet_v2": Architecture(
         "HGNet V2",
-        hub("HGNetV2ForImageClassification", embedding_size=16, stem_channels=[3, 16, 16], hidden_sizes=[32, 64, 96, 128],
-            depths=[1, 1, 1, 1], stage_in_channels=[16, 32, 64, 96], stage_mid_channels=[16, 16, 24, 32],
+        hub("HGNetV2ForImageClassification", embedding_size=16, stem_channels=[3, 16, 16],
+            hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 1, 1], stage_in_channels=[16, 32, 64, 96], stage_mid_channels=[16, 16, 24, 32],
             stage_out_channels=[32, 64, 96, 128], stage_num_blocks=[1, 1, 1, 1], stage_numb_of_layers=[3, 3, 3, 3],
             num_labels=10), images,
     ),
@@ -202,7 +202,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             num_attention_heads=[1, 2, 5, 8], decoder_hidden_size=32, num_labels=5), images, MAGNITUDE,
     ),
     "upernet": Architecture(
-        "UPerNet on ConvNeXt", lambda: upernet(), images, MAGNITUDE, ("decode_head.classifier", "auxiliary_head.classifier")
+        "UPerNet on ConvNeXt", lambda: upernet(), images, MAGNITUDE,
+        ("decode_head.classifier", "auxiliary_head.classifier"),
     ),
     "swin": Architecture(
         "Swin",
@@ -257,7 +258,7 @@ def upernet() -> nn.Module:
 
 
 def lively(model: nn.Module) -> nn.Module:
-    """Give every constant tensor (scales, shifts, running statistics) other values, so that nothing agrees by accident."""
+    """Give every constant tensor (scales, shifts, running statistics) other values: nothing shall agree by accident."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
@@ -332,7 +333,9 @@ def to_onnx(model: nn.Module, inputs: Any) -> str:
         file = io.BytesIO()
         program.save(file)  # type: ignore[arg-type]
         session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-        given = {one.name: value.numpy() for one, value in zip(session.get_inputs(), tensors_in([*call.args, call.kwargs]))}
+        given = {
+            one.name: value.numpy() for one, value in zip(session.get_inputs(), tensors_in([*call.args, call.kwargs]))
+        }
         found = [torch.from_numpy(value) for value in session.run(None, given)]
     except Exception as error:  # exporter and runtime have dozens of their own
         return f"fails: {shortened(error)}"
@@ -361,6 +364,7 @@ def cut(model: nn.Module, inputs: Any, options: dict[str, Any]) -> dict[str, Any
     except EarlybirdError as error:
         return {"parameters": parameters, "error": shortened(error)}
     seconds = time.perf_counter() - start
+    layers = dict(dense.named_modules())
     masked = zeroed(dense, lost(dense, change))
     for name, kept in change.kept.items():  # parameters that belong to no layer go with the channels they belong to
         if name not in dict(model.named_modules()):
@@ -377,7 +381,7 @@ def cut(model: nn.Module, inputs: Any, options: dict[str, Any]) -> dict[str, Any
         "parameters": parameters, "after": after, "difference": off, "effect": effect, "cut_seconds": seconds,
         "whole": {name: reason[:200] for name, reason in change.whole.items()},
         "silenced": sum(map(len, change.silenced.values())),
-        "normed": any(isinstance(dict(dense.named_modules()).get(name), (nn.GroupNorm, nn.LayerNorm)) for name in change.kept),
+        "normed": any(isinstance(layers.get(name), (nn.GroupNorm, nn.LayerNorm)) for name in change.kept),
     }  # fmt: skip
 
 
@@ -403,7 +407,9 @@ def rival(model: nn.Module, inputs: Any, ignored: Sequence[str]) -> dict[str, An
 
     dense, call = copy.deepcopy(model.eval()), as_call(inputs)
     modules = dict(model.named_modules())
-    last = [name for name, module in modules.items() if isinstance(module, (nn.Conv2d, nn.Linear, nn.ConvTranspose2d))][-1:]
+    last = [name for name, module in modules.items() if isinstance(module, (nn.Conv2d, nn.Linear, nn.ConvTranspose2d))][
+        -1:
+    ]
     gone: dict[str, list[int]] = {}
     names = {module: name for name, module in modules.items()}
     try:
@@ -499,8 +505,8 @@ def page(found: Sequence[Row]) -> str:
     rivals = [row for row in mine if row.get("rival_difference", 1.0) <= EQUAL]
     summary = (
         f"{len(cut_ones)} of {len(mine)} are cut, {equal} of them to what the masked network computes (within "
-        f"{EQUAL:.0e}); torch-pruning runs on {sum(row.get('rival') == 'runs' for row in mine)}, with the outputs of the "
-        f"masked network on {len(rivals)}. {origin(mine)}"
+        f"{EQUAL:.0e}); torch-pruning runs on {sum(row.get('rival') == 'runs' for row in mine)}, with the outputs of "
+        f"the masked network on {len(rivals)}. {origin(mine)}"
     )
     table = "\n".join([HEAD, *map(line, mine)])
     whole = [

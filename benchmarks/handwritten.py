@@ -40,7 +40,12 @@ class DenseNet(nn.Module):
                 layers.append(self.Layer(width, growth))
                 width += growth
             if stage < len(depths) - 1:
-                layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width // 2, 1, bias=False), nn.AvgPool2d(2)]
+                layers += [
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                    nn.Conv2d(width, width // 2, 1, bias=False),
+                    nn.AvgPool2d(2),
+                ]
                 width //= 2
         self.features = nn.Sequential(*layers, nn.BatchNorm2d(width), nn.ReLU())
         self.classifier = nn.Linear(width, classes)
@@ -84,7 +89,8 @@ class MobileNetV3(nn.Module):
         self.features = nn.Sequential(
             nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.Hardswish(),
             self.Block(16, 48, 24, 3, 2, False), self.Block(24, 72, 24, 3, 1, False),
-            self.Block(24, 96, 40, 5, 2, True), self.Block(40, 120, 40, 5, 1, True), self.Block(40, 120, 40, 5, 1, True),
+            self.Block(24, 96, 40, 5, 2, True), self.Block(40, 120, 40, 5, 1, True),
+            self.Block(40, 120, 40, 5, 1, True),
             nn.Conv2d(40, 160, 1, bias=False), nn.BatchNorm2d(160), nn.Hardswish(), nn.AdaptiveAvgPool2d(1),
         )  # fmt: skip
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(160, 128), nn.Hardswish(), nn.Linear(128, classes))

@@ -21,7 +21,15 @@ from earlybird.calls import as_call, tensors_in, undisturbed, unwrapped
 from earlybird.errors import ShrinkError
 from earlybird.tickets.labels import Labels
 from earlybird.tickets.layers import (
-    Conv, Side, TransposedConv, blocks, channel_dim, is_dense, layer_of, mixes_channels, width,
+    Conv,
+    Side,
+    TransposedConv,
+    blocks,
+    channel_dim,
+    is_dense,
+    layer_of,
+    mixes_channels,
+    width,
 )  # fmt: skip
 
 

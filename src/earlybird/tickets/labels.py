@@ -30,7 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 FIXED, FREE = 0, -1
 
 # larger tensors that belong to no layer (tables, banks of experts) are taken for fixed
-_LARGEST = 2**21
+_LARGEST = 2**19
 
 _MOVES = {
     "_reshape_alias", "_unsafe_view", "alias", "cat", "channel_shuffle", "detach", "diagonal", "embedding", "expand",
@@ -112,7 +112,7 @@ class Labels(TorchDispatchMode):
         return found
 
     def summed(self) -> set[int]:
-        """Return the units, as `find` names them, in which what several layers write is joined other than by a product."""
+        """Return the units, as `find` names them, in which a sum (anything but a product) joins what layers write."""
         return {unit for units in self._summed for unit in np.unique(self._parent[units]).tolist()}
 
     def join(self, one: Tensor, other: Tensor, why: str, *, product: bool = False) -> Tensor:
@@ -158,7 +158,7 @@ class Labels(TorchDispatchMode):
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """Return the labels of a tensor, None where no unit is in it."""
-        found = self._labels.get(tensor)
+        found: Tensor | None = self._labels.get(tensor)
         if found is None and id(tensor) in self._bare_names:
             found = self.new(tensor.numel(), written=False).view(tensor.shape)
             self.bare[self._bare_names[id(tensor)]] = found
@@ -173,7 +173,7 @@ class Labels(TorchDispatchMode):
             self._labels[tensor] = labels.expand(tensor.shape)
 
     def along(self, tensor: Tensor, dim: int, why: str) -> Tensor | None:
-        """Return the units along one dimension of a tensor, shape (size,), for a layer that reads its channels there."""
+        """Return the units along one dimension of a tensor, shape (size,), for a layer that reads channels there."""
         labels = self.of(tensor)
         if labels is None:
             return None
@@ -188,7 +188,7 @@ class Labels(TorchDispatchMode):
 
     # operators
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if not self.paused:
             self._follow(func, args, kwargs or {}, output)
@@ -241,7 +241,7 @@ class Labels(TorchDispatchMode):
             return torch.zeros((), dtype=torch.double).expand(tensor.shape) if found is None else found
 
         kwargs = {key: value for key, value in kwargs.items() if key not in ("device", "dtype", "layout")}
-        # labels have other strides than what they belong to, and are copied where that cannot be viewed in another shape
+        # labels have other strides than what they belong to, and are copied where no view of them has the new shape
         func = torch.reshape if name in _RESHAPES else func
         moved = func(*tree_map_only(Tensor, labels, args), **tree_map_only(Tensor, labels, kwargs))
         for result, found in zip(tree_leaves(output), tree_leaves(moved)):
@@ -325,8 +325,8 @@ class Labels(TorchDispatchMode):
         both = -2 in varied[0] and -1 in varied[1]
         batches = (-3 in varied[0], -3 in varied[1])
         if max(map(len, varied)) > 1 or both or contracted[0] != contracted[1] or batches[0] != batches[1]:
-            for found in labels:
-                self.fix(found, why)
+            for units in labels:
+                self.fix(units, why)
             self.put(result, None)
             return
         found: Tensor | None = None

@@ -34,12 +34,14 @@ def probe(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Find what only ever sees zeros when the ticket's removed units are silent.
 
-    Bare parameters that only they have (``bare``) are silent with them. Every layer's output is replaced: by zeros where it is silent, by random numbers elsewhere. They are of one sign, so
-    that no difference of two cancels, and the run is made with either sign, so that no ReLU hides a live channel.
+    Parameters of no layer that only they have (``bare``) are silent with them. Every layer's output is replaced: by
+    zeros where it is silent, by random numbers elsewhere. They are of one sign, so that no difference of two cancels,
+    and the run is made with either sign, so that no ReLU hides a live channel.
 
     Returns:
         For each layer that reads channels, the mask of inputs that are always zero; and for each norm and depthwise
-        convolution that the ticket does not name, the mask of channels that only removed units feed. Shapes (channels,).
+        convolution that the ticket does not name, the mask of channels that only removed units feed. Of shape
+        (channels,).
     """
     silent: dict[str, Tensor] = {}
     carried: dict[str, Tensor] = {}
@@ -130,7 +132,7 @@ def outputs(
     with undisturbed(model), torch.no_grad(), _without(model, bare):
         for name, module in model.named_modules():
             if name in normed:
-                module.register_forward_hook(partial(_renormed, keep=normed[name]))
+                module.register_forward_hook(partial(_renormed, keep=normed[name]), with_kwargs=True)
             if name in unheard:
                 module.register_forward_hook(partial(silence, gone=unheard[name]))
             if mixes_channels(module):
@@ -139,7 +141,7 @@ def outputs(
     return found + [("", tensor) for tensor in tensors_in(output)]
 
 
-def _renormed(module: nn.Module, args: Any, output: Tensor, keep: Tensor) -> Tensor:
+def _renormed(module: nn.Module, args: Any, kwargs: Any, output: Tensor, keep: Tensor) -> Tensor:
     """Return what a group or layer norm gives for some of its channels alone, zero in the others."""
     dim, keep = channel_dim(module, output.shape), keep.to(output.device)
     # the norm's own forward: it may be a subclass that permutes, or adds an activation
@@ -150,7 +152,7 @@ def _renormed(module: nn.Module, args: Any, output: Tensor, keep: Tensor) -> Ten
     }
     set_width(inner, "both", len(keep))
     inner._forward_hooks = OrderedDict()
-    return torch.zeros_like(output).index_copy(dim, keep, inner(args[0].index_select(dim, keep)))
+    return torch.zeros_like(output).index_copy(dim, keep, inner(_tensor_of(args, kwargs).index_select(dim, keep)))
 
 
 def compare(model: nn.Module, call: Call, wanted: list[tuple[str, Tensor]], kept: Mapping[str, Tensor]) -> None:
@@ -162,9 +164,7 @@ def compare(model: nn.Module, call: Call, wanted: list[tuple[str, Tensor]], kept
         last = name
 
     found: list[tuple[str, Tensor]] = []
-    noted = {
-        name for name, _ in wanted if name
-    }  # a grouped convolution may have become a depthwise one by the cut
+    noted = {name for name, _ in wanted if name}  # a grouped convolution may have become a depthwise one by the cut
     with undisturbed(model), torch.no_grad():
         for name, module in model.named_modules():
             if not list(module.children()):
@@ -183,7 +183,9 @@ def compare(model: nn.Module, call: Call, wanted: list[tuple[str, Tensor]], kept
     before = "the input"
     for (name, value), (other, reference) in zip(found, wanted, strict=True):
         if name in kept:
-            reference = reference.index_select(channel_dim(modules[name], reference.shape), kept[name].to(reference.device))
+            reference = reference.index_select(
+                channel_dim(modules[name], reference.shape), kept[name].to(reference.device)
+            )
         if name != other or value.shape != reference.shape or not _close(value, reference):
             where = f"layer '{name}'" if name else "the output"
             raise ShrinkError(

@@ -1,15 +1,15 @@
 """Shrink a model to its ticket: physically, in place, in any model, with the optimizer taken along.
 
 The rule: *a channel is cut when, with the ticket's removed units silent, nothing but zeros would reach any layer that
-reads it*. A removed unit is silent when its scale and shift (or its filter) are zero, and it takes with it what it alone
-feeds: every norm and depthwise convolution that the ticket does not name itself, and its part of parameters that belong
-to no layer. Where a removed channel cannot be cut (a residual sum whose other branch still writes it, a grouped
+reads it*. A removed unit is silent when its scale and shift (or its filter) are zero, and it takes with it what it
+alone feeds: every norm and depthwise convolution that the ticket does not name itself, and its part of parameters that
+belong to no layer. Where a removed channel cannot be cut (a residual sum whose other branch still writes it, a grouped
 convolution that would become lopsided), it is silenced instead. So in eval mode the shrunk model computes what the
 masked one computes, for every ticket. Group and layer norms are the exception that has no way out: their statistics are
 taken over the channels that remain. Channels that something else works across (a softmax, a mean over channels, a
 product of two activations), or whose way the model does not show, are left whole, alive, and are named in
-``Change.whole``; the rest is cut. An add layer, which a zero does not leave alone, keeps what its cut channels added as a
-constant.
+``Change.whole``; the rest is cut. An add layer, which a zero does not leave alone, keeps what its cut channels added as
+a constant.
 
 Groups of coupled channels come from `earlybird.tickets.coupling`. Which of them read only zeros is found by running
 the model with every layer's output replaced: zeros where it is silent, random numbers elsewhere. The cut is then made,
@@ -304,11 +304,11 @@ def _cut(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) -> dict[s
         if name in plan.slices:
             undo.append(partial(setattr, parameter, "data", parameter.data))
             parameter.data = _take(parameter.data, plan.slices[name])
-    for name, buffer in model.named_buffers():
+    for name, bare in model.named_buffers():
         if name in plan.slices:
             owner, _, own = name.rpartition(".")
-            undo.append(partial(setattr, modules[owner], own, buffer))
-            setattr(modules[owner], own, _take(buffer, plan.slices[name]))
+            undo.append(partial(setattr, modules[owner], own, bare))
+            setattr(modules[owner], own, _take(bare, plan.slices[name]))
     for parameter, at, rows in _silent_rows(modules, plan):
         undo.append(partial(setattr, parameter, "data", parameter.data))
         parameter.data = parameter.data.index_fill(at, rows, 0.0)
