@@ -184,23 +184,37 @@ _HOOKS = (
 )  # fmt: skip
 
 
+# packages whose models hang hooks on themselves at their first call, to collect what they return
+_HOOKED_BY_THEMSELVES = ("transformers.",)
+
+
+def _of_the_model(module: nn.Module) -> set[int]:
+    """Return the numbers of the forward hooks that are a part of the model."""
+    hooks = (*module._forward_hooks.items(), *module._forward_pre_hooks.items())
+    return {number for number, hook in hooks if str(getattr(hook, "__module__", "")).startswith(_HOOKED_BY_THEMSELVES)}
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """`left_as_found`, in `plain_execution`, and below everybody's forward hooks: they belong to the user's loop.
 
-    Our own do nothing, those of `around` among them: each module runs its own ``forward``. Sharded parameters are
-    gathered for the while, which is a collective operation.
+    Our own do nothing, those of `around` among them: each module runs its own ``forward``. Hooks that models hang on
+    themselves stay. Sharded parameters are gathered for the while, which is a collective operation.
     """
     hooks = [(module, {name: getattr(module, name) for name in _HOOKS}) for module in model.modules()]
     with left_as_found(model), plain_execution(model), hooks_idle(), sharded.gathered(model):
         try:
-            for module, _ in hooks:
-                for name in _HOOKS:
-                    setattr(module, name, OrderedDict())
+            for module, before in hooks:
+                own = _of_the_model(module)
+                for name, registered in before.items():
+                    setattr(module, name, OrderedDict((key, registered[key]) for key in registered if key in own))
             yield
         finally:
             for module, before in hooks:
+                own = _of_the_model(module)
                 for name, registered in before.items():
+                    now = getattr(module, name)
+                    registered.update((key, now[key]) for key in now if key in own and key not in registered)
                     setattr(module, name, registered)
 
 

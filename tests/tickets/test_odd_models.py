@@ -76,18 +76,40 @@ class MeanGate(Net):
         return functional.relu(self.norm_b(self.b(y * torch.sigmoid(4 * y.mean(1, keepdim=True)))))
 
 
-@pytest.mark.parametrize("kind", [Padded, Softmax, MeanGate])
-def test_what_the_graph_does_not_show_is_caught_by_comparing(kind):
+def test_a_ticket_over_nothing_that_can_go_is_refused():
+    refused(Padded(), halves(Padded()), "layer 'norm_a' that have to stay .'add' after layer 'norm_b', which meets a")
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(Softmax, "_softmax"), (MeanGate, "mean")])
+def test_what_works_across_channels_is_left_whole_and_the_rest_is_cut(kind, reason):
     model = kind()
-    try:
-        eb.shrink(copy.deepcopy(model), halves(model), images(2))
-    except ShrinkError:
-        refused(model, halves(model), "would compute something else|not be followed")
-    else:  # nothing was cut there: silencing is allowed, a wrong result is not
-        reference = masked(copy.deepcopy(model), halves(model).masks)
-        eb.shrink(model, ticket := halves(model), images(2))
-        assert ticket.keep < 1
-        assert_same_function(model, reference)
+    ticket = halves(model)
+    reference = masked(copy.deepcopy(model), {"norm_b": ticket.masks["norm_b"]})
+    change = eb.shrink(model, ticket, images(2))
+    assert change.whole == {"norm_a": f"'{reason}' after layer 'norm_a', which works across channels"}
+    assert (model.a.out_channels, model.b.out_channels) == (8, 4)
+    assert "norm_a: left whole" in str(change)
+    assert_same_function(model, reference)
+
+
+class Hidden(Net):
+    """Numpy cannot be followed."""
+
+    def join(self, x):
+        y = functional.relu(self.norm_a(self.a(x)))
+        scale = torch.from_numpy(y.detach().numpy().mean((0, 1)))
+        return functional.relu(self.norm_b(self.b(y * (1 + scale))))
+
+
+def test_what_the_graph_does_not_show_is_found_by_comparing_and_left_whole():
+    model = Hidden()
+    ticket = halves(model)
+    reference = masked(copy.deepcopy(model), {"norm_b": ticket.masks["norm_b"]})
+    change = eb.shrink(model, ticket, images(2))
+    assert "layer 'b' of Hidden would compute something else" in change.whole["norm_a"]
+    assert (model.a.out_channels, model.b.out_channels) == (8, 4)
+    assert_same_function(model, reference)
+    refused(Hidden(), eb.Ticket({"norm_a": ticket.masks["norm_a"]}), "would compute something else")
 
 
 def test_channels_alive_only_below_zero_are_not_cut():
@@ -155,7 +177,11 @@ def test_branches_that_only_training_enters():
             return (out, self.side(y.mean((2, 3)))) if self.training else out
 
     model = Auxiliary()
-    refused(model, halves(model), "does not train after the cut")
+    ticket = halves(model)
+    refused(model, eb.Ticket({"norm_b": ticket.masks["norm_b"]}), "does not train after the cut")
+    change = eb.shrink(model, ticket, images(2))
+    assert "does not train after the cut" in change.whole["norm_b"]
+    assert (model.a.out_channels, model.b.out_channels) == (4, 8)
 
 
 def test_layers_called_with_keywords_and_inputs_of_many_kinds():

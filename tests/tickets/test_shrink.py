@@ -291,7 +291,7 @@ class TestRefusals:
             model,
             eb.Ticket({"4": torch.tensor([True] * 4 + [False])}),
             ShrinkError,
-            "layer '4' that no layer is seen to read: outputs",
+            "layer '4' that have to stay .outputs",
         )
 
     def test_a_layer_of_fixed_width_is_named(self):

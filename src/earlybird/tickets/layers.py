@@ -52,6 +52,7 @@ _AFFINE = (("weight", 0), ("bias", 0))
 _CONV = Layer(_AFFINE, (("weight", 1),), ("out_channels",), ("in_channels",))
 _TRANSPOSED = Layer((("weight", 1), ("bias", 0)), (("weight", 0),), ("out_channels",), ("in_channels",))
 _DEPTHWISE = Layer(_AFFINE, (), ("out_channels", "in_channels", "groups"))
+_DENSE = Layer(_AFFINE, (("weight", 1),), ("out_channels",), ("in_channels",), channel_dim=-1)
 _LINEAR = Layer(_AFFINE, (("weight", 1),), ("out_features",), ("in_features",), channel_dim=-1)
 _RUNNING = Layer(_AFFINE, (), ("num_features",), buffers=("running_mean", "running_var"))
 _GROUP_NORM = Layer(_AFFINE, (), ("num_channels",))
@@ -86,7 +87,21 @@ def _like(module: nn.Module | None) -> Layer | None:
     ):  # fmt: skip
         if isinstance(module, kind):
             return layer
-    return None
+    return _DENSE if is_dense(module) else None
+
+
+def is_dense(module: nn.Module | None) -> bool:
+    """Whether ``module`` is a linear layer: PyTorch's, or one that others have written with the same weight."""
+    if isinstance(module, nn.Linear):
+        return True
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__.endswith("Linear")
+        and isinstance(weight, nn.Parameter)
+        and weight.dim() == 2
+        and hasattr(module, "in_channels")
+        and hasattr(module, "out_channels")
+    )
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -101,7 +116,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def mixes_channels(module: nn.Module) -> bool:
     """Whether each of its outputs depends on all of its inputs: a convolution (not depthwise) or a linear layer."""
-    return isinstance(module, (Conv, nn.Linear)) and not is_depthwise(module)
+    return is_dense(module) or (isinstance(module, Conv) and not is_depthwise(module))
 
 
 def width(module: nn.Module, side: Side = "out") -> int | None:
@@ -111,6 +126,16 @@ def width(module: nn.Module, side: Side = "out") -> int | None:
         return None
     size = getattr(module, (layer.read_sizes if side == "in" and not layer.joint else layer.write_sizes)[0])
     return int(size[-1] if isinstance(size, tuple) else size)
+
+
+def channel_dim(module: nn.Module, shape: torch.Size) -> int:
+    """Return the dimension of the channels in an input or output of ``module``."""
+    layer = layer_of(module)
+    assert layer is not None
+    dim = layer.channel_dim % len(shape)
+    if isinstance(module, nn.LayerNorm) and shape[dim] != (size := module.normalized_shape[-1]) and size in shape[1:]:
+        return tuple(shape).index(size, 1)  # it permutes its input itself: channels come first
+    return dim
 
 
 def set_width(module: nn.Module, side: Side, size: int) -> None:

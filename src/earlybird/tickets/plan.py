@@ -28,13 +28,20 @@ class Plan:
         cuts: Layer (or bare parameter) and side to the mask of channels that go.
         slices: Parameter name to the indices that stay, by dimension.
         silenced: Layer name to the mask of channels that the ticket removes, but that stay and fall silent.
-        alive: Layer name to the mask of channels that stay, alive, because of rounding; with the norms that they feed.
+        alive: Layer name to the mask of channels that stay, alive, because of rounding or because their group is left
+            whole; with the norms that they feed.
+        whole: Layer name to the mask of those whose group is left whole.
+        why: Layer name to the reason for that.
+        groups: Which of the groups are cut, as indices.
     """
 
     cuts: dict[CutKey, Tensor]
     slices: dict[str, Slices]
     silenced: dict[str, Tensor]
     alive: dict[str, Tensor]
+    whole: dict[str, Tensor]
+    why: dict[str, str]
+    groups: list[int]
 
 
 def make_plan(
@@ -45,13 +52,26 @@ def make_plan(
     carried: Mapping[str, Tensor],
     round_to: int,
     scores: Mapping[str, Tensor],
+    spared: Mapping[int, str],
 ) -> Plan:
-    """Decide, group by group, which channels go, and translate that into slices of parameters."""
+    """Decide, group by group, which channels go, and translate that into slices of parameters.
+
+    Groups that stay whole, whatever is asked, are those that are outputs and those in ``spared`` (index to reason).
+
+    Raises:
+        InputError: Every channel of a layer would go.
+        ShrinkError: Some layer cannot be cut, or nothing but what stays whole is asked for.
+    """
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = parameters | dict(model.named_buffers(remove_duplicate=False))
     cuts: dict[CutKey, Tensor] = {}
     alive: dict[str, Tensor] = {}
-    for group in groups:
+    whole: dict[str, Tensor] = {}
+    why: dict[str, str] = {}
+    cut_groups: list[int] = []
+    others = False
+    for index, group in enumerate(groups):
         asked = torch.zeros(group.size, dtype=torch.bool)
         unread = torch.ones(group.size, dtype=torch.bool)
         for member in group.members:
@@ -62,13 +82,18 @@ def make_plan(
                 unread[member.root if zero is None else member.root[~zero[member.local]]] = False
         if not asked.any():
             continue
-        if group.output:
-            names = [m.name for m in group.members if m.name in removed and m.side != "in"]
-            raise ShrinkError(
-                f"the ticket removes channels of layer '{names[0]}' that no layer is seen to read: outputs of the "
-                "model itself, or read by a function that the graph cannot follow",
-                needed="a ticket over hidden layers", hint="leave that layer out of the ticket; nothing was changed",
-            )  # fmt: skip
+        if group.output or index in spared:
+            for member in group.members:
+                gone = removed.get(member.name, carried.get(member.name))
+                if gone is not None and member.side != "in":
+                    left = torch.zeros_like(gone)
+                    left[member.local] = gone[member.local]
+                    alive[member.name] = alive.get(member.name, torch.zeros_like(gone)) | left
+                    if member.name in removed and left.any():
+                        whole[member.name] = whole.get(member.name, torch.zeros_like(gone)) | left
+                        why.setdefault(member.name, spared.get(index) or group.why or "no layer is seen to read them")
+            continue
+        others = True
         exact = cut = torch.zeros_like(asked) if group.uneven else asked & unread
         if cut.any():
             worth = _worth(group, modules, scores)
@@ -88,8 +113,16 @@ def make_plan(
             if cut.any():
                 key = (member.name, member.side, member.dim)
                 if key not in cuts:
-                    cuts[key] = torch.zeros(_extent(key, modules, parameters), dtype=torch.bool)
+                    cuts[key] = torch.zeros(_extent(key, modules, tensors), dtype=torch.bool)
                 cuts[key][member.local] |= cut[member.root]
+        if cut.any():
+            cut_groups.append(index)
+    if why and not others:
+        name = next(iter(why))
+        raise ShrinkError(
+            f"the ticket removes channels of layer '{name}' that have to stay ({why[name]}), and no others",
+            needed="a ticket over hidden layers", hint="leave that layer out of the ticket; nothing was changed",
+        )  # fmt: skip
     alive = {name: mask for name, mask in alive.items() if mask.any()}
     silenced = {}
     for name, gone in (dict(removed) | dict(carried)).items():
@@ -98,7 +131,8 @@ def make_plan(
         gone &= ~alive.get(name, nothing)
         if gone.any():
             silenced[name] = gone
-    return Plan(cuts, _plan_slices(cuts, model, modules, parameters), silenced, alive)
+    slices = _plan_slices(cuts, model, modules, parameters)
+    return Plan(cuts, slices, silenced, alive, whole, why, cut_groups)
 
 
 def _extent(key: CutKey, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor]) -> int:

@@ -1,16 +1,20 @@
 """Shrink a model to its ticket: physically, in place, in any model, with the optimizer taken along.
 
 The rule: *a channel is cut when, with the ticket's removed units silent, nothing but zeros would reach any layer that
-reads it*. A removed unit is silent when its scale and shift (or its filter) are zero, and it takes every norm that it
-alone feeds with it, unless the ticket names that norm itself. Where a removed channel cannot be cut (a residual sum
-whose other branch still writes it, a grouped convolution that would become lopsided), it is silenced instead. So in
-eval mode the shrunk model computes what the masked one computes, for every ticket. Group and layer norms are the
-exception that has no way out: their statistics are taken over the channels that remain. An add layer, which a zero does
-not leave alone, keeps what its cut channels added as a constant.
+reads it*. A removed unit is silent when its scale and shift (or its filter) are zero, and it takes with it what it
+alone feeds: every norm and depthwise convolution that the ticket does not name itself, and its part of parameters that
+belong to no layer. Where a removed channel cannot be cut (a residual sum whose other branch still writes it, a grouped
+convolution that would become lopsided), it is silenced instead. So in eval mode the shrunk model computes what the
+masked one computes, for every ticket. Group and layer norms are the exception that has no way out: their statistics are
+taken over the channels that remain. Channels that something else works across (a softmax, a mean over channels, a
+product of two activations), or whose way the model does not show, are left whole, alive, and are named in
+``Change.whole``; the rest is cut. An add layer, which a zero does not leave alone, keeps what its cut channels added as
+a constant.
 
-Groups of coupled channels come from torch-pruning's dependency graph. Which of them read only zeros is found by running
+Groups of coupled channels come from `earlybird.tickets.coupling`. Which of them read only zeros is found by running
 the model with every layer's output replaced: zeros where it is silent, random numbers elsewhere. The cut is then made,
-its outputs are compared layer by layer with those of the masked model, and it is taken back if they differ.
+its outputs are compared layer by layer with those of the masked model, and it is taken back if they differ: then the
+groups that are to blame are found by halving, and left whole.
 
 What is saved: seconds, MACs, bytes, in training and inference alike. The parameters stay the same objects, so
 optimizers, hooks and references of the user's loop go on working; momentum and every other optimizer state of a
@@ -23,7 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +56,7 @@ class Change:
         rounded: Layer name to channels that stayed only because of ``round_to``. Indices as in the ticket.
         kept: Layer name to the output channels that stayed, shape (n,), for every layer whose outputs changed.
         read: Layer name to which of its input channels stayed, boolean, for every layer whose inputs changed.
+        whole: Layer name to the reason why none of the channels in (a part of) it could go; they are as they were.
         parameters_before: Number of weights before.
         parameters_after: Number of weights after.
         seconds: Measured wall time.
@@ -62,6 +67,7 @@ class Change:
     rounded: Mapping[str, list[int]] = field(default_factory=dict)
     kept: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     read: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    whole: Mapping[str, str] = field(default_factory=dict)
     parameters_before: int = 0
     parameters_after: int = 0
     seconds: float = 0.0
@@ -75,6 +81,7 @@ class Change:
             "silenced": {name: list(channels) for name, channels in self.silenced.items()},
             "rounded": {name: list(channels) for name, channels in self.rounded.items()},
             "kept": {name: channels.tolist() for name, channels in self.kept.items()},
+            "whole": dict(self.whole),
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "seconds": self.seconds,
@@ -89,6 +96,7 @@ class Change:
             lines.append(f"  {name}: " + ", ".join(f"{side} {old} -> {new}" for side, (old, new) in sides.items()))
         for title, rows in (("not cut, but silent", self.silenced), ("kept by rounding", self.rounded)):
             lines.extend(f"  {name}: {len(channels)} {title}" for name, channels in rows.items() if channels)
+        lines.extend(f"  {name}: left whole: {why}" for name, why in self.whole.items())
         return "\n".join(lines)
 
 
@@ -148,27 +156,43 @@ def shrink(
         return Change(parameters_before=before, parameters_after=before, seconds=time.perf_counter() - start)
 
     call = as_call(example_inputs)
-    undo: list[Callable[[], None]] = []
+    together = wrapper is not None or is_sharded(model)
+    done: _Applied | None = None
     with gathered(model) as shards:
         try:
-            with all_or_none(wrapper is not None or is_sharded(model)):
+            with all_or_none(together):
                 groups = find_groups(model, call) if groups is None else groups
-                silent, carried = probe(model, call, removed)
-                plan = make_plan(model, groups, removed, silent, carried, round_to, scores or {})
-                check_optimizers(model, plan.slices, optimizers, shards)
+                bare = _bare(groups, removed)
+                silent, carried = probe(model, call, removed, bare)
                 shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-                layers = _cut_and_compare(model, call, plan, removed | carried, shards, undo)
-        except BaseException:
-            _take_back(undo)
+
+                def applied(spared: Mapping[int, str]) -> _Applied:
+                    plan = make_plan(model, groups, removed, silent, carried, round_to, scores or {}, spared)
+                    check_optimizers(model, plan.slices, optimizers, shards)
+                    return _cut_and_check(model, call, plan, removed | carried, bare)
+
+                try:
+                    done = applied({})
+                except ShrinkError as error:
+                    asked = [index for index, group in enumerate(groups) if not group.output and _asks(group, removed)]
+                    done = _without_culprits(applied, asked, error)
+                changed = (item for item in model.named_parameters() if item[0] in done.plan.slices)
+                shards.check({name: parameter.shape for name, parameter in changed})
+        except BaseException:  # on another rank, perhaps
+            _take_back([] if done is None else done.undo)
             raise
+        plan = done.plan
         _follow(model, plan, shapes, optimizers, shards)
     if wrapper is not None:
         data_parallel.refresh(wrapper)
     after = sum(parameter.numel() for parameter in model.parameters())
     seconds = time.perf_counter() - start
-    rounded = {name: mask for name, mask in plan.alive.items() if name in removed}
+    rounded = {name: mask & ~plan.whole.get(name, ~mask) for name, mask in plan.alive.items() if name in removed}
+    rounded = {name: mask for name, mask in rounded.items() if mask.any()}
     read = {name: ~cut for (name, side, _), cut in plan.cuts.items() if side != "out"}
-    change = Change(layers, _as_lists(plan.silenced), _as_lists(rounded), _kept(plan), read, before, after, seconds)
+    change = Change(
+        done.layers, _as_lists(plan.silenced), _as_lists(rounded), _kept(plan), read, plan.why, before, after, seconds
+    )
     followers = {id(owner): owner for module in model.modules() for owner in arounds(module, Follower)}  # type: ignore[type-abstract]
     for follower in followers.values():
         follower.follow(change)
@@ -205,37 +229,6 @@ def check_supported(
             )
 
 
-def _cut_and_compare(
-    model: nn.Module,
-    call: Call,
-    plan: Plan,
-    gone: Mapping[str, Tensor],
-    shards: Shards,
-    undo: list[Callable[[], None]],
-) -> dict[str, dict[str, tuple[int, int]]]:
-    """Cut the model, and raise unless it computes and trains as it should; ``undo`` would take the cut back."""
-    unheard = {name: mask & ~plan.alive.get(name, torch.zeros_like(mask)) for name, mask in gone.items()}
-    exact = not any(
-        isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and (name, "both", None) in plan.cuts
-        for name, module in model.named_modules()
-    )
-    wanted = outputs(model, call, unheard) if exact else None
-    layers = _cut(model, plan, undo)
-    shards.check({name: parameter.shape for name, parameter in model.named_parameters() if name in plan.slices})
-    compare(model, call, wanted, _kept(plan))
-    broken = training_error(model, call)
-    if broken is not None:
-        _take_back(undo)
-        if training_error(model, call) is None:  # some models cannot train on a batch of one, cut or not
-            raise ShrinkError(
-                f"{type(model).__name__} does not train after the cut: {type(broken).__name__}: {broken}",
-                needed="a ticket that leaves alone what feeds branches which only training enters",
-                hint="nothing was changed",
-            ) from broken
-        layers = _cut(model, plan, undo)
-    return layers
-
-
 def _kept(plan: Plan) -> dict[str, Tensor]:
     return {name: stay(cut) for (name, side, _), cut in plan.cuts.items() if side != "in"}
 
@@ -262,6 +255,97 @@ def _check_ticket(ticket: Ticket, model: nn.Module) -> dict[str, Tensor]:
     return removed
 
 
+def _asks(group: Group, removed: Mapping[str, Tensor]) -> bool:
+    return any(m.side != "in" and m.name in removed and bool(removed[m.name][m.local].any()) for m in group.members)
+
+
+def _bare(groups: list[Group], removed: Mapping[str, Tensor]) -> dict[str, tuple[int, Tensor]]:
+    """Return which channels of bare parameters belong to removed units alone: all layers that write them are asked."""
+    found: dict[str, tuple[int, Tensor]] = {}
+    for group in groups:
+        left = torch.zeros(group.size, dtype=torch.bool)
+        for member in group.members:
+            if member.side == "out":
+                gone = removed.get(member.name)
+                left[member.root if gone is None else member.root[~gone[member.local]]] = True
+        for member in group.members:
+            if member.dim is not None:
+                size = 1 + int(member.local.max())
+                dim, mask = found.get(member.name, (member.dim, torch.zeros(size, dtype=torch.bool)))
+                mask = torch.nn.functional.pad(mask, (0, max(size - len(mask), 0)))
+                mask[member.local] |= ~left[member.root]
+                found[member.name] = dim, mask
+    return {name: (dim, mask) for name, (dim, mask) in found.items() if mask.any()}
+
+
+class _Applied(NamedTuple):
+    """A cut that was made and found right: what was cut, the new widths, and what would take it back."""
+
+    plan: Plan
+    layers: dict[str, dict[str, tuple[int, int]]]
+    undo: list[Callable[[], None]]
+
+
+def _cut_and_check(
+    model: nn.Module, call: Call, plan: Plan, removed: Mapping[str, Tensor], bare: Mapping[str, tuple[int, Tensor]]
+) -> _Applied:
+    """Cut, and compare with the masked model; whatever is wrong is raised, and the cut taken back."""
+    unheard = {name: gone & ~plan.alive.get(name, torch.zeros_like(gone)) for name, gone in removed.items()}
+    gone = {name: (dim, cut) for (name, _, dim), cut in plan.cuts.items() if dim is not None and name in bare}
+    normed = {
+        name: stay(plan.cuts[name, "both", None])
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and (name, "both", None) in plan.cuts
+    }
+    wanted = outputs(model, call, unheard, gone, normed)
+    undo: list[Callable[[], None]] = []
+    try:
+        layers = _cut(model, plan, undo)
+        compare(model, call, wanted, _kept(plan))
+        broken = training_error(model, call)
+        if broken is not None:
+            _take_back(undo)
+            if training_error(model, call) is None:  # some models cannot train on a batch of one, cut or not
+                raise ShrinkError(
+                    f"{type(model).__name__} does not train after the cut: {type(broken).__name__}: {broken}",
+                    needed="a ticket that leaves alone what feeds branches which only training enters",
+                    hint="nothing was changed",
+                ) from broken
+            layers = _cut(model, plan, undo)
+    except BaseException:
+        _take_back(undo)
+        raise
+    return _Applied(plan, layers, undo)
+
+
+def _without_culprits(
+    applied: Callable[[Mapping[int, str]], _Applied], asked: list[int], error: ShrinkError
+) -> _Applied:
+    """Cut all groups but those that cannot be cut, which are found by halving; raise ``error`` where none is left."""
+
+    def culprits(some: list[int], error: ShrinkError) -> dict[int, str]:
+        if len(some) == 1:
+            return {some[0]: error.found}
+        found: dict[int, str] = {}
+        for part in (some[: len(some) // 2], some[len(some) // 2 :]):
+            try:
+                _take_back(applied({index: "" for index in asked if index not in part}).undo)
+            except ShrinkError as own:
+                found |= culprits(part, own)
+        return found or dict.fromkeys(some[len(some) // 2 :], error.found)  # only together do they break it
+
+    if not asked:
+        raise error
+    spared = culprits(asked, error)
+    if len(spared) == len(asked):
+        raise error
+    done = applied(spared)
+    if not done.plan.cuts:
+        _take_back(done.undo)
+        raise error
+    return done
+
+
 def _cut(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) -> dict[str, dict[str, tuple[int, int]]]:
     """Cut weights, buffers and sizes; what would take each step back is appended to ``undo``."""
     modules = dict(model.named_modules())
@@ -274,6 +358,11 @@ def _cut(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) -> dict[s
         if name in plan.slices:
             undo.append(partial(setattr, parameter, "data", parameter.data))
             parameter.data = _take(parameter.data, plan.slices[name])
+    for name, bare in model.named_buffers():
+        if name in plan.slices:
+            owner, _, own = name.rpartition(".")
+            undo.append(partial(setattr, modules[owner], own, bare))
+            setattr(modules[owner], own, _take(bare, plan.slices[name]))
     for parameter, at, rows in _silent_rows(modules, plan):
         undo.append(partial(setattr, parameter, "data", parameter.data))
         parameter.data = parameter.data.index_fill(at, rows, 0.0)
