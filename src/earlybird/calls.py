@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -63,25 +63,59 @@ def _sliced(inputs: Any, batch: int) -> Any:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the user's module inside DDP, DataParallel and torch.compile, whose own machinery must not run here."""
+    """Return the user's module inside DDP, DataParallel, torch.compile and Fabric, whose own machinery must not run."""
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
+            model = inner
+        elif isinstance(inner := getattr(model, "_original_module", None), nn.Module):  # of Fabric
             model = inner
         else:
             return model
 
 
 def as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return None, one or several optimizers as a list; anything else is an `InputError`."""
+    """Return None, one or several optimizers as a list, out of their wrappers; anything else is an `InputError`."""
     if optimizer is None:
         return []
-    found = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, torch.optim.Optimizer)
+    found = [_inside(one) for one in (optimizer if several else [optimizer])]
     for one in found:
         if not isinstance(one, torch.optim.Optimizer):
             raise InputError(f"optimizer is a {type(one).__name__}", needed="a torch.optim.Optimizer, or several")
     return found
+
+
+def _inside(optimizer: Any) -> Any:
+    """Return what Accelerate, Fabric and Lightning wrap. Others' wrappers may have state of their own, and stay."""
+    while type(optimizer).__module__.partition(".")[0] in ("accelerate", "lightning", "lightning_fabric"):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer):
+            break
+        optimizer = inner
+    return optimizer
+
+
+def after_gradients(args: tuple[Any, ...], kwargs: dict[str, Any], act: Callable[[], None]) -> Any:
+    """Let ``act`` run when an optimizer's step has its gradients; what a hook before the step returns.
+
+    Args:
+        args: Of the step, as the hook gets them: the optimizer, and maybe a closure.
+        kwargs: Of the step.
+        act: Runs now, or with ``step(closure)`` whenever the closure has computed gradients.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        act()
+        return None
+
+    def followed() -> Any:
+        loss = closure()
+        act()
+        return loss
+
+    return args[:1], {**kwargs, "closure": followed}
 
 
 def processes() -> int:

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from earlybird.calls import Call, Hook, as_optimizers, batch_size, first_sample, hook_owners, processes, unwrapped
+from earlybird.calls import (
+    Call,
+    Hook,
+    after_gradients,
+    as_optimizers,
+    batch_size,
+    first_sample,
+    hook_owners,
+    processes,
+    unwrapped,
+)
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count
@@ -247,32 +257,28 @@ class Search:
             raise InputError("no inputs to follow the model's graph with", hint="pass example_inputs=x to attach")
         return found
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._looked_at and not self._steps and self._skip == 0 and self.settings.score != "taylor":
             self._look()  # the published first look is at the untrained network
-        if _has_closure(args, kwargs):  # the gradients come inside the step
-            if self.settings.sparsity and self._steps == 0:
-                warnings.warn("step(closure) computes gradients anew, so 'sparsity' has no effect", stacklevel=3)
-            return
-        self._score(optimizer)
+        if self.drawn and not self._norms:
+            return None
+        return after_gradients(args, kwargs, lambda: self._on_gradients(optimizer))
+
+    def _on_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Score the channels, and add the L1 term."""
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer under GradScaler unscales in its own kernel
+        if self._taylor is not None and not self.drawn:
+            self._taylor.move(scale)
         if self.settings.sparsity and (not self.drawn or self.settings.sparsity_after):
             norms = [norm for norm in self._norms if norm.weight.grad is not None]
             if norms:
                 signs = torch._foreach_sign([norm.weight.detach() for norm in norms])
                 gradients: list[Tensor] = [norm.weight.grad for norm in norms]  # type: ignore[misc]
-                scale = getattr(optimizer, "grad_scale", None)  # as in _score: these gradients are still scaled
                 torch._foreach_add_(
                     gradients, signs, alpha=self.settings.sparsity * (1.0 if scale is None else float(scale))
                 )
 
-    def _score(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._taylor is not None and not self.drawn:
-            # a fused optimizer under GradScaler unscales in its own kernel
-            self._taylor.move(getattr(optimizer, "grad_scale", None))
-
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _has_closure(args, kwargs):
-            self._score(optimizer)
         self._steps += 1
         if self.drawn:
             return
@@ -478,6 +484,11 @@ def _check_processes(model: nn.Module, settings: EarlyBird, calibration: Any) ->
 
 
 def _check_partners(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        raise InputError(
+            "LBFGS keeps directions over all weights at once, which cannot be cut",
+            hint="use another optimizer, or draw and shrink before its first step (earlybird.draw, earlybird.shrink)",
+        )
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
@@ -501,10 +512,6 @@ def _check_initialisers(model: nn.Module) -> None:
                 needed="one for weights='reinitialise'",
                 hint="add it, pass fresh, a function that builds the model anew, or use weights='continue'",
             )
-
-
-def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    return kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:])
 
 
 def _mean_over_ranks(scores: dict[str, Tensor]) -> dict[str, Tensor]:
