@@ -33,6 +33,36 @@ def as_call(inputs: Any) -> Call:
     return Call(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
 
 
+def to_state(inputs: Any) -> Any:
+    """Return a call, or whatever is passed in one, as nested dicts and lists that a checkpoint can hold.
+
+    Raises:
+        TypeError: It holds something else than tensors, numbers, text, None and containers of them.
+    """
+    if isinstance(inputs, Call):
+        return {"args": to_state(inputs.args), "kwargs": to_state(inputs.kwargs)}
+    if isinstance(inputs, Mapping) and all(isinstance(key, str) for key in inputs):
+        return {key: to_state(value) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return [to_state(value) for value in inputs]
+    if inputs is None or isinstance(inputs, (Tensor, bool, int, float, str)):
+        return inputs
+    raise TypeError(f"a {type(inputs).__name__} cannot be saved")
+
+
+def call_from_state(state: Any, device: torch.device) -> Call:
+    """Rebuild on ``device`` the call that `to_state` was given."""
+
+    def rebuilt(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if isinstance(value, Mapping):
+            return {key: rebuilt(item) for key, item in value.items()}
+        return tuple(map(rebuilt, value)) if isinstance(value, (tuple, list)) else value
+
+    return Call(rebuilt(state["args"]), rebuilt(state["kwargs"]))
+
+
 def _children(inputs: Any) -> list[Any]:
     if isinstance(inputs, Mapping):
         return list(inputs.values())
@@ -62,39 +92,41 @@ def _sliced(inputs: Any, batch: int) -> Any:
     return inputs
 
 
+def inner(model: nn.Module) -> nn.Module | None:
+    """Return what DDP, DataParallel, torch.compile or Lightning Fabric has wrapped, or None for anything else."""
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return model.module
+    if any(isinstance(model, module._FabricModule) for name in _FABRIC if (module := sys.modules.get(name))):
+        return model._forward_module  # type: ignore[return-value]
+    found = getattr(model, "_orig_mod", None)
+    return found if isinstance(found, nn.Module) else None
+
+
+# as a package of its own, and as a part of lightning
+_FABRIC = ("lightning_fabric.wrappers", "lightning.fabric.wrappers")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the user's module inside DDP, DataParallel, torch.compile and Fabric, whose own machinery must not run."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
-            model = inner
-        elif isinstance(inner := getattr(model, "_original_module", None), nn.Module):  # of Fabric
-            model = inner
-        else:
-            return model
+    """Return the user's module inside all wrappers that `inner` knows; their own machinery must not run here."""
+    while (found := inner(model)) is not None:
+        model = found
+    return model
 
 
 def as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return None, one or several optimizers as a list, out of their wrappers; anything else is an `InputError`."""
+    """Return None, one or several optimizers as a list; anything else is an `InputError`.
+
+    A wrapper around an optimizer, as Fabric, Lightning and Accelerate put it there, is seen through.
+    """
     if optimizer is None:
         return []
-    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, torch.optim.Optimizer)
-    found = [_inside(one) for one in (optimizer if several else [optimizer])]
-    for one in found:
+    found = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    for number, one in enumerate(found):
         if not isinstance(one, torch.optim.Optimizer):
             raise InputError(f"optimizer is a {type(one).__name__}", needed="a torch.optim.Optimizer, or several")
+        while isinstance(wrapped := getattr(found[number], "optimizer", None), torch.optim.Optimizer):
+            found[number] = wrapped
     return found
-
-
-def _inside(optimizer: Any) -> Any:
-    """Return what Accelerate, Fabric and Lightning wrap. Others' wrappers may have state of their own, and stay."""
-    while type(optimizer).__module__.partition(".")[0] in ("accelerate", "lightning", "lightning_fabric"):
-        inner = getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, torch.optim.Optimizer):
-            break
-        optimizer = inner
-    return optimizer
 
 
 def after_gradients(args: tuple[Any, ...], kwargs: dict[str, Any], act: Callable[[], None]) -> Any:

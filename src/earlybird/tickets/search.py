@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from earlybird.calls import (
     Call,
@@ -20,9 +21,11 @@ from earlybird.calls import (
     after_gradients,
     as_optimizers,
     batch_size,
+    call_from_state,
     first_sample,
     hook_owners,
     processes,
+    to_state,
     unwrapped,
 )
 from earlybird.errors import InputError
@@ -31,7 +34,7 @@ from earlybird.settings import check_count
 from earlybird.step import Step
 from earlybird.tickets.coupling import Group, find_groups
 from earlybird.tickets.draw import draw_coupled, ranked, shuffle
-from earlybird.tickets.layers import fitting_multiple
+from earlybird.tickets.layers import fitting_multiple, width
 from earlybird.tickets.refit import dense_outputs, estimate_batch_norms, least_squares
 from earlybird.tickets.scores import TaylorMean, batch_norms, score_channels
 from earlybird.tickets.shrink import Change, shrink
@@ -67,6 +70,7 @@ class Search:
         fresh: Callable[[], nn.Module] | None,
         ledger: Ledger | None,
         seed: int,
+        averaged: nn.Module | Iterable[nn.Module],
     ) -> None:
         self.settings = settings
         self.ticket: Ticket | None = None
@@ -92,9 +96,10 @@ class Search:
         self._looked_at: list[int] = []
         self._groups: list[Group] | None = None
         self._ranked: Tensor | None = None  # which of all channels may go: distances are over these
-        self._rounded: dict[str, list[int]] = {}
         self._last_call: Call | None = None
+        self._sample: Call | None = None  # one of its rows, for those who resume
         self._autocast: tuple[str, torch.dtype] | None = None
+        self._averaged = [_averaged(one, model) for one in ([averaged] if isinstance(averaged, nn.Module) else averaged)]
         _check_partners(model, self._optimizers)
         if settings.weights == "reinitialise" and fresh is None:
             _check_initialisers(model)
@@ -176,13 +181,14 @@ class Search:
             "steps": self._steps,
             "drawn_at": self.drawn_at,
             "score": self.settings.score,
-            "layers": list(self._sizes),
+            "sizes": dict(self._sizes),
             "history": [dict(entry) for entry in self.history],
             "looked_at": list(self._looked_at),
             "ranked": [] if self._ranked is None else self._ranked.nonzero().flatten().tolist(),
             "masks": {str(ratio): torch.stack(masks) for ratio, masks in self._masks.items() if masks},
             "taylor": {} if self._taylor is None else self._taylor.state_dict(),
-            "rounded": self._rounded,
+            "change": None if self.change is None else self.change.to_json(),
+            "example": self._saved_example(),
             "ledger": self._ledger.state_dict() if self._own_ledger else {},
             "tickets": {
                 str(ratio): {
@@ -192,12 +198,14 @@ class Search:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state. When its ticket was drawn, the (still dense) model and optimizer are shrunk to it.
+        """Take over a saved state. When its ticket was drawn, a model and optimizer still dense are shrunk to it.
 
-        Load the weights and the optimizer's state after this, into the shapes that it leaves.
+        Load the weights and the optimizer's state after this, into the shapes that it leaves. Where weights are loaded
+        before there is an optimizer, let `EarlyBird.cut` shrink the model before; it is left as it is then.
 
         Raises:
-            InputError: The state belongs to another model or other keep ratios.
+            InputError: The state belongs to another model or other keep ratios, or is from before the draw and the
+                model is shrunk already. Nothing was changed.
         """
         if {float(ratio) for ratio in state["masks"]} - set(self.settings.ratios):
             raise InputError(
@@ -205,10 +213,15 @@ class Search:
             )
         if state["score"] != self.settings.score:
             raise InputError(f"the saved search has score '{state['score']}'", needed=f"'{self.settings.score}'")
-        sizes = {masks.shape[1] for masks in state["masks"].values()} | {sum(self._sizes.values())}
-        fits = not state["taylor"] or (self._taylor is not None and self._taylor.fits(state["taylor"]))
-        if list(state["layers"]) != list(self._sizes) or len(sizes) > 1 or not fits:
-            raise InputError("the saved search belongs to another model", needed="the model it was drawn from")
+        if self.drawn and state["change"] is None:
+            raise _from_before(state)
+        example = None if state["example"] is None else call_from_state(state["example"], self._device())
+        inputs = next((x for x in (self._example_inputs, self._last_call, self._sample) if x is not None), example)
+        cut_as_saved(self._model, self.settings, state, inputs, self._optimizers, self._averaged)
+        if state["taylor"] and (self._taylor is None or not self._taylor.fits(state["taylor"])):
+            raise _another_model()
+        self._sizes = {name: int(size) for name, size in state["sizes"].items()}
+        self._sample = self._sample or example
         self._steps = int(state["steps"])
         self.history = [dict(entry) for entry in state["history"]]
         self._looked_at = [int(step) for step in state["looked_at"]]
@@ -220,17 +233,11 @@ class Search:
         }
         if self._taylor is not None:
             self._taylor.load_state_dict(state["taylor"])
-        self.tickets = {}
-        for key, saved in state["tickets"].items():
-            parts = saved["mask"].bool().split(list(self._sizes.values()))
-            self.tickets[float(key)] = Ticket(dict(zip(self._sizes, parts)), provenance=saved["provenance"])
-        primary = self.tickets.get(self.settings.ratios[0])
-        if primary is not None and not self.drawn:
+        self.tickets = {float(ratio): _saved_ticket(state, ratio) for ratio in state["tickets"]}
+        if state["change"] is not None and not self.drawn:
             self.drawn_at = int(state["drawn_at"])
-            change = shrink(self._model, primary, first_sample(self._inputs()), optimizer=self._optimizers)
-            self._rounded = {name: list(channels) for name, channels in state["rounded"].items()}
-            self.change = replace(change, rounded=self._rounded)
-            self._finish(primary)
+            self.change = Change.from_json(state["change"])
+            self._finish(self.tickets[self.settings.ratios[0]])
             self._recount()
             if self._ledger.phase == "search":
                 self._ledger.enter("train")
@@ -256,6 +263,17 @@ class Search:
         if found is None:
             raise InputError("no inputs to follow the model's graph with", hint="pass example_inputs=x to attach")
         return found
+
+    def _saved_example(self) -> Any:
+        """Return one row of a batch that came along, where no example was given: whoever resumes may have none."""
+        sample = self._sample if self._last_call is None else first_sample(self._last_call)
+        try:
+            return None if sample is None else to_state(sample)
+        except TypeError:  # they have to give one
+            return None
+
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._looked_at and not self._steps and self._skip == 0 and self.settings.score != "taylor":
@@ -414,12 +432,13 @@ class Search:
                 self._model, ticket, inputs, optimizer=self._optimizers, groups=self._groups,
                 round_to=self._round_to(), scores=scores,
             )  # fmt: skip
-            self._rounded = {name: list(channels) for name, channels in self.change.rounded.items()}
-            ticket = _with_rounded(ticket, self._rounded)
+            ticket = _with_rounded(ticket, self.change.rounded)
             self.tickets[self.settings.ratios[0]] = ticket
             # From here on the model is the small one, whatever else may fail.
             self.drawn_at = self._steps
             self._finish(ticket)
+            for averaged in self._averaged:
+                shrink(averaged, ticket, inputs)
             if settings.weights == "reinitialise":
                 if self._fresh is None:
                     _reinitialise(self._model, self._seed)
@@ -456,9 +475,80 @@ class Search:
 
     def _finish(self, ticket: Ticket) -> None:
         self.ticket = ticket
+        if self._example_inputs is None and self._last_call is not None:
+            self._sample = first_sample(self._last_call)
         self._taylor = self._last_call = self._groups = None
         if not self.settings.sparsity_after:
             self._norms = []
+
+
+def cut_as_saved(
+    model: nn.Module,
+    settings: EarlyBird,
+    state: Mapping[str, Any],
+    example_inputs: Any,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    averaged: Iterable[nn.Module] = (),
+) -> None:
+    """Shrink what is still dense to the ticket of a saved search; see `EarlyBird.cut`."""
+    sizes = {name: int(size) for name, size in state["sizes"].items()}
+    primary = state["tickets"].get(str(settings.ratios[0]))
+    lengths = {masks.shape[1] for masks in state["masks"].values()} | {sum(sizes.values())}
+    modules = dict(model.named_modules())
+    if len(lengths) > 1 or any(name not in modules for name in sizes):
+        raise _another_model()
+    dense = all(width(modules[name]) == size for name, size in sizes.items())
+    if state["change"] is None or primary is None:
+        if not dense:
+            raise _from_before(state)
+        return
+    change, ticket = Change.from_json(state["change"]), _saved_ticket(state, str(settings.ratios[0]))
+    for one, own in ((model, optimizers), *((copy, ()) for copy in averaged)):
+        if _is_cut(one, change):
+            continue
+        if not dense:
+            raise _another_model()
+        if example_inputs is None:
+            raise InputError("no inputs to follow the model's graph with", hint="pass example_inputs=x")
+        shrink(one, ticket, first_sample(example_inputs), optimizer=own)
+
+
+def _is_cut(model: nn.Module, change: Change) -> bool:
+    """Tell whether ``model`` has the widths that ``change`` left."""
+    modules = dict(model.named_modules())
+    written = {name: sides["out"][1] for name, sides in change.layers.items() if "out" in sides and name in modules}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return parameters == change.parameters_after and all(
+        width(modules[name]) == channels for name, channels in written.items()
+    )
+
+
+def _saved_ticket(state: Mapping[str, Any], ratio: str) -> Ticket:
+    saved, sizes = state["tickets"][ratio], state["sizes"]
+    parts = saved["mask"].bool().cpu().split(list(sizes.values()))
+    return Ticket(dict(zip(sizes, parts)), provenance=saved["provenance"])
+
+
+def _another_model() -> InputError:
+    return InputError("the saved search belongs to another model", needed="the model it was drawn from")
+
+
+def _from_before(state: Mapping[str, Any]) -> InputError:
+    return InputError(
+        f"the saved search (step {state['steps']}) is from before its ticket was drawn, but this model is shrunk",
+        hint="build model and optimizer anew, and load into them",
+    )
+
+
+def _averaged(copy: nn.Module, model: nn.Module) -> nn.Module:
+    """Return what a moving average keeps, if it has the shapes of ``model``."""
+    found = unwrapped(copy.module if isinstance(copy, AveragedModel) else copy)
+    if {n: p.shape for n, p in found.named_parameters()} != {n: p.shape for n, p in model.named_parameters()}:
+        raise InputError(
+            f"the averaged {type(found).__name__} has other parameters than the model that is trained",
+            needed="a copy of it, such as torch.optim.swa_utils.AveragedModel(model)",
+        )
+    return found
 
 
 def _with_rounded(ticket: Ticket, rounded: Mapping[str, list[int]]) -> Ticket:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from earlybird.errors import CheckpointError, EarlybirdError
 from earlybird.files import read_tensors, write_json, write_tensors
 
-FORMAT = 4
+FORMAT = 5
 KEPT = 2
 
 
