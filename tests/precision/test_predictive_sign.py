@@ -280,28 +280,6 @@ def test_wrong_settings_name_the_value(settings, said):
         PredictiveSign(**settings)
 
 
-def test_closures_give_the_same_signs():
-    ends = []
-    for closures in (False, True):
-        model, optimizer, _ = begin("plain")
-        model.train()
-        for step in range(4):
-
-            def closure(model=model, optimizer=optimizer, step=step):
-                optimizer.zero_grad()
-                loss = model(images(seed=step)).square().mean()
-                loss.backward()
-                return loss
-
-            if closures:
-                optimizer.step(closure)
-            else:
-                closure()
-                optimizer.step()
-        ends.append(model.state_dict())
-    assert all(torch.equal(one, two) for one, two in zip(ends[0].values(), ends[1].values(), strict=True))
-
-
 def test_what_it_cannot_do_is_refused_by_name():
     model, optimizer, _ = begin("plain")
     with pytest.raises(InputError, match="another method decides how layer '0' computes"):

@@ -16,13 +16,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from earlybird.errors import InputError
 from earlybird.integrations.running import Running, require
+
+require("lightning", "2.6", "lightning")  # first, since other versions may lack what is imported
+import lightning.pytorch as pl  # noqa: E402
 
 __all__ = ["EarlyBirdCallback"]
 
@@ -42,11 +44,10 @@ class EarlyBirdCallback(pl.Callback):
         running: The running methods; ``running.methods['EarlyBird'].drawn``, for one.
 
     Raises:
-        InputError: A method cannot work in this loop, or another version of Lightning is installed.
+        InputError: A method cannot work in this loop.
     """
 
     def __init__(self, methods: Any, *, module: str | None = None, example_inputs: Any = None, seed: int = 0) -> None:
-        require("lightning", "2.6", "lightning")
         self.running = Running(methods, example_inputs, seed)
         own = "use it in a loop of your own"
         self.running.refuse("selection", "thins a loader, which is the Trainer's", f"thin it yourself, or {own}")

@@ -15,6 +15,9 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import accepted
 
+STATE_FILE = "earlybird.safetensors"
+"""In the folder of a checkpoint."""
+
 
 @runtime_checkable
 class Cutting(Protocol):
@@ -34,10 +37,13 @@ class Observing(Protocol):
 
 def require(package: str, supported: str, extra: str) -> None:
     """Raise an `InputError` unless the installed version of ``package`` begins with ``supported``, such as '2.6'."""
-    found = importlib.metadata.version(package)
-    if not re.match(rf"{re.escape(supported)}(\.|$)", found):
+    try:
+        found = f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        found = f"no {package}"
+    if not re.match(rf"{package} {re.escape(supported)}(\.|$)", found):
         raise InputError(
-            f"{package} {found} is installed", needed=f"{package} {supported}",
+            f"{found} is installed", needed=f"{package} {supported}",
             hint=f"pip install 'earlybird[{extra}]' '{package}=={supported}.*'",
         )  # fmt: skip
 

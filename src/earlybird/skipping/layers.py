@@ -54,7 +54,7 @@ from earlybird.blocks import (
     found_again,
     patterns_from,
 )
-from earlybird.calls import Hook, around, as_optimizers, first_sample, processes, unwrapped
+from earlybird.calls import Hook, after_gradients, around, as_optimizers, first_sample, processes, unwrapped
 from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
@@ -424,7 +424,10 @@ class LayerGates:
             self._run_macs[0] += macs * ran
             self._run_macs[1] += macs * count
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        return after_gradients(args, kwargs, self._on_gradients)
+
+    def _on_gradients(self) -> None:
         self._steps += 1
         if not self._gated:
             return

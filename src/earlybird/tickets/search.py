@@ -19,6 +19,7 @@ from earlybird.calls import (
     Call,
     Hook,
     after_gradients,
+    as_call,
     as_optimizers,
     batch_size,
     call_from_state,
@@ -265,10 +266,10 @@ class Search:
         return found
 
     def _saved_example(self) -> Any:
-        """Return one row of a batch that came along, where no example was given: whoever resumes may have none."""
-        sample = self._sample if self._last_call is None else first_sample(self._last_call)
+        """Return one row of what the model runs on: a loop that resumes may have no batch yet."""
+        found = next((x for x in (self._example_inputs, self._last_call, self._sample) if x is not None), None)
         try:
-            return None if sample is None else to_state(sample)
+            return None if found is None else to_state(first_sample(as_call(found)))
         except TypeError:  # they have to give one
             return None
 
