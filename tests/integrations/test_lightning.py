@@ -14,6 +14,7 @@ from torch.nn import functional
 import earlybird as eb
 from earlybird.errors import InputError
 from earlybird.integrations.lightning import EarlyBirdCallback
+from earlybird.precision.turning_points import TurningPoints
 from tests.integrations.loops import BATCHES, EPOCHS, assert_same, bare, bird, loader, network, schedule, sgd, width
 
 
@@ -122,9 +123,24 @@ def test_methods_compose_and_resume_together(tmp_path):
     module, _ = fit(tmp_path, first := callback(), keep_all(tmp_path), enable_checkpointing=True)
     again, _ = fit(tmp_path, second := callback(), checkpoint=tmp_path / "epoch=1.ckpt")
     assert first.running.methods["EarlyBird"].drawn
-    assert first.running.methods["ProgressivePrecision"].turning.state_dict()["losses"]
     assert_same(again, module)
     assert sorted(second.running.methods) == sorted(type(method).__name__ for method in methods)
+
+
+def test_methods_that_go_by_the_loss_are_told_the_mean_of_accumulated_batches(tmp_path, monkeypatch):
+    seen, losses = [], []
+    observe = TurningPoints.observe
+    monkeypatch.setattr(
+        TurningPoints, "observe", lambda self, loss: seen.append(float(loss)) or observe(self, loss)
+    )  # fmt: skip
+    step = Module.training_step
+    monkeypatch.setattr(
+        Module, "training_step", lambda *args: losses.append(step(*args)) or losses[-1]  # what Lightning divides by 2
+    )
+    callback = EarlyBirdCallback(eb.ProgressivePrecision(forward_ladder="3,8"))
+    fit(tmp_path, callback, epochs=1, accumulate_grad_batches=2)
+    means = torch.stack([loss.detach() for loss in losses]).view(-1, 2).mean(1)
+    assert seen == pytest.approx(means.tolist())
 
 
 def test_a_second_fit_goes_on_with_the_small_network(tmp_path):

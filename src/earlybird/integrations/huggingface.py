@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from earlybird.errors import InputError
@@ -89,11 +90,10 @@ class EarlyBirdCallback(TrainerCallback):
             )
         loader = kwargs["train_dataloader"]
         batches = len(loader) if hasattr(loader, "__len__") else None
-        batch = next(iter(self._trainer.get_train_dataloader())) if self.running.wants_batch else None
         self.running.attach(
             kwargs["model"],
             kwargs["optimizer"],
-            batch,
+            self._first_batch() if self.running.wants_batch else None,
             steps_per_epoch=None if batches is None else math.ceil(batches / args.gradient_accumulation_steps),
             total_steps=state.max_steps,
         )
@@ -115,6 +115,11 @@ class EarlyBirdCallback(TrainerCallback):
         """Take all hooks off; a further ``train`` goes on from here."""
         self._state = self.running.state_dict()
         self.running.detach()
+
+    def _first_batch(self) -> Any:
+        assert self._trainer is not None
+        with torch.random.fork_rng():  # the training's own batches come in the order in which they would have
+            return self._trainer._prepare_inputs(next(iter(self._trainer.get_train_dataloader())))
 
     def _cut(self, folder: str, model: nn.Module) -> None:
         """Shrink a dense model to what lies in a checkpoint's folder; one from before earlybird has nothing."""

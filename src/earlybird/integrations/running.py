@@ -80,6 +80,7 @@ class Running:
         """Raise an `InputError` if a method has ``attribute``: what it does cannot be done in this loop."""
         for name, method in {**self._settings, **self.methods}.items():
             if hasattr(method, attribute):
+                self.detach()
                 raise InputError(f"{name} {reason}", hint=hint)
 
     @property
