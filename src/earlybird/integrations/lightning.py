@@ -4,7 +4,7 @@
     trainer.fit(module, loader)                          # the ticket is drawn, and the model shrinks, in here
     trainer.fit(module, loader, ckpt_path="last.ckpt")   # of a fresh, full-size module: it is shrunk before it loads
 
-Methods are attached when the first batch comes, and forwarded to from then on. Their state lies with the callback's in
+Methods are attached when the training starts, and act by hooks of PyTorch from then on. Their state lies with the callback's in
 Lightning's checkpoint. Lightning loads weights before it makes optimizers: the module is cut in its own hook
 `on_load_checkpoint`, which comes before the weights, and the optimizer is made of the small parameters. Averaged copies
 of the module (`WeightAveraging`, `EMAWeightAveraging`, `StochasticWeightAveraging`) are cut with it.
@@ -74,12 +74,19 @@ class EarlyBirdCallback(pl.Callback):
 
         pl_module.on_load_checkpoint = cut_and_load  # type: ignore[method-assign]
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach: model and optimizers are made, their saved states are loaded."""
+        if not self.running.wants_batch:
+            self._attach(trainer, pl_module)
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Attach when the first batch comes."""
-        if self._attached:
-            return
+        """Attach when the first batch comes, where example inputs are made of it."""
+        if not self._attached:
+            self._attach(trainer, pl_module, batch)
+
+    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None) -> None:
         total = trainer.estimated_stepping_batches
         batches = trainer.num_training_batches
         self.running.attach(
