@@ -52,6 +52,7 @@ last = FOLDER / "last.ckpt"
 model = Classifier()
 loader = DataLoader(train, batch_size=64, shuffle=True)
 trainer.fit(model, loader, ckpt_path=last if last.exists() else None)
-trainer.test(model, DataLoader(test, batch_size=256))
+trainer.test(model, DataLoader(test, batch_size=len(test)), verbose=False)
+print(f"accuracy {trainer.callback_metrics['accuracy']:.1%}")
 print(bird.running.methods["EarlyBird"].change)
 print(bird.bill())

@@ -10,12 +10,13 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
 import earlybird as eb
 from earlybird.errors import InputError
 from earlybird.integrations.lightning import EarlyBirdCallback
 from earlybird.precision.turning_points import TurningPoints
-from tests.integrations.loops import BATCHES, EPOCHS, assert_same, bare, bird, loader, network, schedule, sgd, width
+from tests.integrations.loops import BATCHES, EPOCHS, assert_same, bare, bird, data, loader, network, schedule, sgd, width
 
 
 class Module(pl.LightningModule):
@@ -69,8 +70,12 @@ def optimizer_state(driver):
 
 
 def test_the_identity_ticket_equals_lightning_alone_to_the_bit(tmp_path):
-    plain, alone = fit(tmp_path)
-    module, driver = fit(tmp_path, callback := EarlyBirdCallback(bird(keep=1.0)))
+    def shuffled():
+        torch.manual_seed(1)
+        return DataLoader(data(), batch_size=16, shuffle=True)
+
+    plain, alone = fit(tmp_path, data=shuffled())
+    module, driver = fit(tmp_path, callback := EarlyBirdCallback(bird(keep=1.0)), data=shuffled())
     assert callback.running.methods["EarlyBird"].drawn
     assert_same(module, plain)
     assert all(map(torch.equal, optimizer_state(driver), optimizer_state(alone)))

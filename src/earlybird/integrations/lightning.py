@@ -74,8 +74,8 @@ class EarlyBirdCallback(pl.Callback):
 
         pl_module.on_load_checkpoint = cut_and_load  # type: ignore[method-assign]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Attach: model and optimizers are made, their saved states are loaded."""
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach: the optimizers are made, and saved weights are loaded."""
         if not self.running.wants_batch:
             self._attach(trainer, pl_module)
 
@@ -87,6 +87,7 @@ class EarlyBirdCallback(pl.Callback):
             self._attach(trainer, pl_module, batch)
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None) -> None:
+        trainer.fit_loop.setup_data()  # before this, the length of an epoch is unknown
         total = trainer.estimated_stepping_batches
         batches = trainer.num_training_batches
         self.running.attach(
