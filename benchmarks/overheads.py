@@ -1,9 +1,10 @@
 """Question: what do looking for the ticket, hooks, shrinking, data, checkpoints and start-up cost?
 
 Each figure has a limit, and its row in `results/overheads.jsonl` says whether it was kept. ``detector``, ``hooks``,
-``data`` and ``checkpoint`` are shares of the seconds of one process, so that a busy machine slows both sides alike. ``shrink`` and
-``startup`` are seconds, which a busy machine makes longer. Beside the seconds of ``earlybird --help``, ``startup`` has
-what importing the library adds to ``import torch``, as medians of ratios within a round; its commands take turns.
+``data`` and ``checkpoint`` are shares of the seconds of one process, so that a busy machine slows both sides alike.
+``shrink`` and ``startup`` are seconds, which a busy machine makes longer. Beside the seconds of ``earlybird --help``,
+``startup`` has what importing the library adds to ``import torch``, as medians of ratios within a round; its commands
+take turns.
 
     EARLYBIRD_DATA=... python benchmarks/overheads.py            # all, some five minutes
     EARLYBIRD_DATA=... python benchmarks/overheads.py detector shrink
@@ -333,7 +334,9 @@ def startup(rounds: int = 5) -> dict[str, Any]:
     }  # fmt: skip
 
 
-FIGURES = {"detector": detector, "hooks": hooks, "shrink": shrink, "data": data, "checkpoint": checkpoint, "startup": startup}
+FIGURES = {
+    "detector": detector, "hooks": hooks, "shrink": shrink, "data": data, "checkpoint": checkpoint, "startup": startup,
+}  # fmt: skip
 QUICK = ("detector", "shrink", "startup")
 
 

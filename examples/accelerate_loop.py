@@ -1,6 +1,6 @@
 """Accelerate: one line after prepare. Run it again after a stop, and it goes on from the last checkpoint.
 
-    accelerate launch examples/accelerate_loop.py        (or python examples/accelerate_loop.py)
+accelerate launch examples/accelerate_loop.py        (or python examples/accelerate_loop.py)
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """A training loop of one's own: two lines of earlybird. Run it again after a stop, and it goes on.
 
-    python examples/bare.py
+python examples/bare.py
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The Trainer of transformers: a callback. Run it again after a stop, and it goes on from the last checkpoint.
 
-    python examples/huggingface_trainer.py
+python examples/huggingface_trainer.py
 """
 
 from pathlib import Path

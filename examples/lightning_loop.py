@@ -1,6 +1,6 @@
 """Lightning: one callback. Run it again after a stop, and it goes on from the last checkpoint.
 
-    python examples/lightning_loop.py
+python examples/lightning_loop.py
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The examples run as they stand, and a second run, in a process of its own, goes on from the first one's checkpoint."""
+"""The examples run as they stand; a second run, in a process of its own, goes on from the first one's checkpoint."""
 
 import os
 import re

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -95,7 +95,7 @@ def _sliced(inputs: Any, batch: int) -> Any:
 def inner(model: nn.Module) -> nn.Module | None:
     """Return what DDP, DataParallel, torch.compile or Lightning Fabric has wrapped, or None for anything else."""
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return model.module
+        return model.module  # type: ignore[no-any-return]
     if any(isinstance(model, module._FabricModule) for name in _FABRIC if (module := sys.modules.get(name))):
         return model._forward_module  # type: ignore[return-value]
     found = getattr(model, "_orig_mod", None)

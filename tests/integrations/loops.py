@@ -22,9 +22,8 @@ def bird(**settings) -> eb.EarlyBird:
 
 def data() -> TensorDataset:
     generator = torch.Generator().manual_seed(5)
-    return TensorDataset(
-        torch.randn(16 * BATCHES, 3, 8, 8, generator=generator), torch.randint(0, 5, (16 * BATCHES,), generator=generator)
-    )
+    images = torch.randn(16 * BATCHES, 3, 8, 8, generator=generator)
+    return TensorDataset(images, torch.randint(0, 5, (16 * BATCHES,), generator=generator))
 
 
 def loader(batch_size: int = 16) -> DataLoader:

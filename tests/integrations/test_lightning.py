@@ -6,7 +6,7 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn import functional
@@ -16,7 +16,19 @@ import earlybird as eb
 from earlybird.errors import InputError
 from earlybird.integrations.lightning import EarlyBirdCallback
 from earlybird.precision.turning_points import TurningPoints
-from tests.integrations.loops import BATCHES, EPOCHS, assert_same, bare, bird, data, loader, network, schedule, sgd, width
+from tests.integrations.loops import (
+    BATCHES,
+    EPOCHS,
+    assert_same,
+    bare,
+    bird,
+    data,
+    loader,
+    network,
+    schedule,
+    sgd,
+    width,
+)
 
 
 class Module(pl.LightningModule):
@@ -104,9 +116,7 @@ def test_epochs_and_shares_of_the_run_are_those_of_the_trainer(tmp_path):
 
 @pytest.mark.parametrize("epoch", [0, 1, 2], ids=["before", "in the epoch of the draw", "after"])
 def test_resumed_in_a_fresh_module_it_ends_in_the_same_bits(tmp_path, epoch):
-    module, driver = fit(
-        tmp_path, callback := EarlyBirdCallback(bird()), keep_all(tmp_path), enable_checkpointing=True
-    )
+    module, driver = fit(tmp_path, callback := EarlyBirdCallback(bird()), keep_all(tmp_path), enable_checkpointing=True)
     path = tmp_path / f"epoch={epoch}.ckpt"
     again, resumed = fit(tmp_path, second := EarlyBirdCallback(bird()), checkpoint=path)
     assert second.running.methods["EarlyBird"].drawn_at == callback.running.methods["EarlyBird"].drawn_at == 6
@@ -140,7 +150,9 @@ def test_methods_that_go_by_the_loss_are_told_the_mean_of_accumulated_batches(tm
     )  # fmt: skip
     step = Module.training_step
     monkeypatch.setattr(
-        Module, "training_step", lambda *args: losses.append(step(*args)) or losses[-1]  # what Lightning divides by 2
+        Module,
+        "training_step",
+        lambda *args: losses.append(step(*args)) or losses[-1],  # what Lightning divides by 2
     )
     callback = EarlyBirdCallback(eb.ProgressivePrecision(forward_ladder="3,8"))
     fit(tmp_path, callback, epochs=1, accumulate_grad_batches=2)
@@ -195,9 +207,7 @@ def test_with_the_trainers_own_options_it_draws_and_resumes(tmp_path, options):
     assert callback.running.methods["EarlyBird"].drawn_at == 3
     for plugin, state in zip(plugins, states):
         plugin.scaler.load_state_dict(state)
-    again, _ = fit(
-        tmp_path, EarlyBirdCallback(bird(deadline="3it")), checkpoint=tmp_path / "epoch=1.ckpt", **options
-    )
+    again, _ = fit(tmp_path, EarlyBirdCallback(bird(deadline="3it")), checkpoint=tmp_path / "epoch=1.ckpt", **options)
     assert_same(again, module)
 
 
@@ -214,6 +224,13 @@ def test_the_moving_average_is_cut_with_the_module_and_resumes(tmp_path):
             tmp_path, *order(EarlyBirdCallback(bird()), average()), checkpoint=tmp_path / "epoch=1.ckpt",
         )  # fmt: skip
         assert_same(again, module)
+
+
+def test_stochastic_weight_averaging_is_cut_along(tmp_path):
+    average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=3)
+    module, _ = fit(tmp_path, callback := EarlyBirdCallback(bird()), average)
+    assert callback.running.methods["EarlyBird"].drawn_at == 6
+    assert width(average._average_model) == width(module) < width(network())
 
 
 def test_a_compiled_network_is_cut_and_specialises_anew(tmp_path):
@@ -244,7 +261,7 @@ class Two(Module):
 
     def configure_optimizers(self):
         last = [*self.net[-1].parameters(), self.scale]
-        rest = [parameter for parameter in self.net[:-1].parameters()]
+        rest = list(self.net[:-1].parameters())
         return torch.optim.Adam(rest, lr=1e-2), torch.optim.SGD(last, lr=0.1, momentum=0.9)
 
 

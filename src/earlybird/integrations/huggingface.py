@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from earlybird.errors import InputError
 from earlybird.files import read_state, write_state
@@ -62,7 +61,7 @@ class EarlyBirdCallback(TrainerCallback):
 
         def cut_before(load: Callable[..., None], folder: Callable[..., Any]) -> Callable[..., None]:
             def cut_and_load(*args: Any, **kwargs: Any) -> None:
-                self._cut(folder(*args, **kwargs), trainer.model)
+                self._cut(folder(*args, **kwargs), trainer)
                 load(*args, **kwargs)
 
             return cut_and_load
@@ -121,10 +120,11 @@ class EarlyBirdCallback(TrainerCallback):
         with torch.random.fork_rng():  # the training's own batches come in the order in which they would have
             return self._trainer._prepare_inputs(next(iter(self._trainer.get_train_dataloader())))
 
-    def _cut(self, folder: str, model: nn.Module) -> None:
+    def _cut(self, folder: str, trainer: Trainer) -> None:
         """Shrink a dense model to what lies in a checkpoint's folder; one from before earlybird has nothing."""
         path = Path(folder) / STATE_FILE
         if path.exists():
             state = read_state(path)
-            self.running.cut(model, state)
+            assert trainer.model is not None
+            self.running.cut(trainer.model, state)
             self._state = state

@@ -4,8 +4,8 @@
     trainer.fit(module, loader)                          # the ticket is drawn, and the model shrinks, in here
     trainer.fit(module, loader, ckpt_path="last.ckpt")   # of a fresh, full-size module: it is shrunk before it loads
 
-Methods are attached when the training starts, and act by hooks of PyTorch from then on. Their state lies with the callback's in
-Lightning's checkpoint. Lightning loads weights before it makes optimizers: the module is cut in its own hook
+Methods are attached when the training starts, and act by hooks of PyTorch from then on. Their state is the callback's
+in Lightning's checkpoint. Lightning loads weights before it makes optimizers: the module is cut in its own hook
 `on_load_checkpoint`, which comes before the weights, and the optimizer is made of the small parameters. Averaged copies
 of the module (`WeightAveraging`, `EMAWeightAveraging`, `StochasticWeightAveraging`) are cut with it.
 """
@@ -141,6 +141,6 @@ class EarlyBirdCallback(pl.Callback):
 
     def _averaged(self, trainer: pl.Trainer) -> list[nn.Module]:
         """Return the copies that Lightning's averaging callbacks keep."""
-        copies = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        copies = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
         modules = [copy.module if isinstance(copy, AveragedModel) else copy for copy in copies]
         return [self._module(module) for module in modules if isinstance(module, nn.Module)]

@@ -100,7 +100,8 @@ class Search:
         self._last_call: Call | None = None
         self._sample: Call | None = None  # one of its rows, for those who resume
         self._autocast: tuple[str, torch.dtype] | None = None
-        self._averaged = [_averaged(one, model) for one in ([averaged] if isinstance(averaged, nn.Module) else averaged)]
+        averages = [averaged] if isinstance(averaged, nn.Module) else averaged
+        self._averaged = [_averaged(one, model) for one in averages]
         _check_partners(model, self._optimizers)
         if settings.weights == "reinitialise" and fresh is None:
             _check_initialisers(model)
