@@ -1,9 +1,10 @@
-"""Question: what do looking for the ticket, shrinking, data, checkpoints and start-up cost?
+"""Question: what do looking for the ticket, hooks, shrinking, data, checkpoints and start-up cost?
 
-Each figure has a limit, and its row in `results/overheads.jsonl` says whether it was kept. ``detector``, ``data`` and
-``checkpoint`` are shares of the seconds of one process, so that a busy machine slows both sides alike. ``shrink`` and
-``startup`` are seconds, which a busy machine makes longer. Beside the seconds of ``earlybird --help``, ``startup`` has
-what importing the library adds to ``import torch``, as medians of ratios within a round; its commands take turns.
+Each figure has a limit, and its row in `results/overheads.jsonl` says whether it was kept. ``detector``, ``hooks``,
+``data`` and ``checkpoint`` are shares of the seconds of one process, so that a busy machine slows both sides alike.
+``shrink`` and ``startup`` are seconds, which a busy machine makes longer. Beside the seconds of ``earlybird --help``,
+``startup`` has what importing the library adds to ``import torch``, as medians of ratios within a round; its commands
+take turns.
 
     EARLYBIRD_DATA=... python benchmarks/overheads.py            # all, some five minutes
     EARLYBIRD_DATA=... python benchmarks/overheads.py detector shrink
@@ -20,18 +21,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import check_known, environment, machine, rows
+from common import check_known, environment, interleaved, machine, rows
 from records import by_machine, newest, record
 from step_times import batches, stepper
 from tables import origin
 from torch import nn
+from torch.nn import functional
 
 import earlybird as eb
 from earlybird.allocator import give_back, keep_freed
@@ -87,6 +90,125 @@ def detector(steps: int = 100) -> dict[str, Any]:
         "share": spent.seconds / total,
         "limit": 0.005,
         "detail": f"{1e3 * spent.seconds / steps:.2f} of {1e3 * total / steps:.0f} ms a step",
+    }
+
+
+@contextmanager
+def hooks_timed() -> Iterator[Spent]:
+    """Time every call of a hook of ours, on whatever model and optimizer, while in here."""
+    spent, inner = Spent(), Hook.__call__
+
+    def timed(hook: Hook, *args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return inner(hook, *args)
+        finally:
+            spent.seconds += time.perf_counter() - start
+            spent.calls += 1
+
+    Hook.__call__ = timed  # type: ignore[method-assign]
+    try:
+        yield spent
+    finally:
+        Hook.__call__ = inner  # type: ignore[method-assign]
+
+
+def in_lightning(model: nn.Module, methods: eb.EarlyBird, steps: int) -> tuple[float, float]:
+    """Return seconds a step in hooks and in the callback, before the draw and after it, in Lightning's loop."""
+    import lightning.pytorch as pl
+
+    from earlybird.integrations.lightning import EarlyBirdCallback
+
+    class Loop(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            images, labels = batch
+            return functional.cross_entropy(self.net(images), labels)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+    callback = EarlyBirdCallback(methods)
+    ours = Spent()
+
+    def timed(inner: Any, *args: Any) -> None:
+        start = time.perf_counter()
+        inner(*args)
+        ours.seconds += time.perf_counter() - start
+
+    for name in ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step"):
+        setattr(callback, name, partial(timed, getattr(callback, name)))
+    found = []
+    with hooks_timed() as spent:
+
+        class Reader(pl.Callback):
+            def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+                if trainer.global_step in (2, steps - 1, steps + 2, 2 * steps):
+                    found.append(spent.seconds + ours.seconds)
+
+        trainer = pl.Trainer(
+            max_steps=2 * steps, accelerator="cpu", callbacks=[callback, Reader()], logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        x, y = next(batches().epoch(0))
+        trainer.fit(Loop(), [(x[:2], y[:2])] * (2 * steps))  # how long a step takes is measured elsewhere
+    return (found[1] - found[0]) / (steps - 3), (found[3] - found[2]) / (steps - 2)
+
+
+def hooks(rounds: int = 25, steps: int = 99) -> dict[str, Any]:
+    """Share of a ResNet-20 step that hooks and callback take, before the draw and after it.
+
+    Steps with and without a search take turns, dense and small; beside these ratios, which are noisy, the seconds in
+    every hook are added up, over as many steps as the default makes from look to look.
+    """
+    batch = next(batches().epoch(0))
+
+    def begin() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = build("resnet20", classes=10).to(memory_format=torch.channels_last)
+        return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def method(deadline: str | None) -> eb.EarlyBird:
+        return eb.EarlyBird(skip="49it", look_every="49it", deadline=deadline, tolerance=0.0, window=9)
+
+    actions: dict[str, Any] = {}
+    for name, deadline in (("plain", None), ("searching", None), ("small", "1it"), ("drawn", "1it")):
+        model, optimizer = begin()
+        actions[name] = stepper(model, optimizer, *batch, True)
+        if name == "plain":
+            continue
+        search = method(deadline).attach(model, optimizer, steps_per_epoch=390)
+        actions[name]()
+        if name == "small":
+            search.detach()
+    times, _ = interleaved(actions, rounds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratios = {
+        one: statistics.median(mine / other for mine, other in zip(times[one], times[base]))
+        for one, base in (("searching", "plain"), ("drawn", "small"))
+    }
+    seconds = {}
+    for name in ("searching", "drawn"):
+        with hooks_timed() as spent:
+            for _ in range(49):
+                actions[name]()
+        seconds[name] = spent.seconds / 49
+    before, after = in_lightning(begin()[0], method(f"{steps}it"), steps)
+    shares = {"before": seconds["searching"] / medians["plain"], "after": seconds["drawn"] / medians["small"]}
+    return {
+        "share": shares["before"],
+        "limit": 0.005,
+        "share_after": shares["after"],
+        "lightning_share": before / medians["plain"],
+        "lightning_share_after": after / medians["small"],
+        "interleaved": ratios,
+        "detail": f"{1e3 * seconds['searching']:.3f} of {1e3 * medians['plain']:.0f} ms a step before the draw, "
+        f"{1e3 * seconds['drawn']:.3f} of {1e3 * medians['small']:.0f} ms after it ({shares['after']:.3%}); with "
+        f"Lightning's callback {1e3 * before:.3f} and {1e3 * after:.3f} ms; in turns with plain steps "
+        f"{ratios['searching']:.3f} and {ratios['drawn']:.3f} times as long",
     }
 
 
@@ -212,7 +334,9 @@ def startup(rounds: int = 5) -> dict[str, Any]:
     }  # fmt: skip
 
 
-FIGURES = {"detector": detector, "shrink": shrink, "data": data, "checkpoint": checkpoint, "startup": startup}
+FIGURES = {
+    "detector": detector, "hooks": hooks, "shrink": shrink, "data": data, "checkpoint": checkpoint, "startup": startup,
+}  # fmt: skip
 QUICK = ("detector", "shrink", "startup")
 
 

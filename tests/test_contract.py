@@ -14,7 +14,7 @@ from torch import nn
 from earlybird.errors import InputError
 from earlybird.methods import METHODS
 from earlybird.settings import accepted
-from tests.tickets.test_early_bird import sgd, train
+from tests.tickets.test_early_bird import batch, sgd, train
 from tests.tickets.topologies import images, make
 
 # Name to (settings that do nothing, settings that act within twelve steps).
@@ -119,6 +119,32 @@ class TestContract:
     @pytest.mark.parametrize("stop", [1, 5, 8, 11])
     def test_stopped_and_resumed_ends_in_the_same_bits(self, name, stop):
         check_resumes_to_the_bit((name,), stop)
+
+    def test_a_step_with_a_closure_trains_as_one_without(self, name):
+        """Lightning always steps with one."""
+        ends = []
+        for closures in (False, True):
+            model = make("residual")
+            optimizer = sgd(model)
+            attach(name, model, optimizer, acting=True)
+            model.train()
+            for step in range(STEPS):
+
+                def closure(model=model, optimizer=optimizer, step=step):
+                    x, y = batch(step)
+                    optimizer.zero_grad()
+                    loss = nn.functional.cross_entropy(model(x), y)
+                    loss.backward()
+                    return loss
+
+                if closures:
+                    optimizer.step(closure)
+                else:
+                    closure()
+                    optimizer.step()
+            ends.append(model.state_dict())
+        for (key, one), two in zip(ends[0].items(), ends[1].values(), strict=True):
+            assert torch.equal(one, two), key
 
     def test_the_bill_adds_up_and_counts_every_step(self, name):
         model = make("residual")

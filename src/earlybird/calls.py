@@ -34,6 +34,36 @@ def as_call(inputs: Any) -> Call:
     return Call(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
 
 
+def to_state(inputs: Any) -> Any:
+    """Return a call, or whatever is passed in one, as nested dicts and lists that a checkpoint can hold.
+
+    Raises:
+        TypeError: It holds something else than tensors, numbers, text, None and containers of them.
+    """
+    if isinstance(inputs, Call):
+        return {"args": to_state(inputs.args), "kwargs": to_state(inputs.kwargs)}
+    if isinstance(inputs, Mapping) and all(isinstance(key, str) for key in inputs):
+        return {key: to_state(value) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return [to_state(value) for value in inputs]
+    if inputs is None or isinstance(inputs, (Tensor, bool, int, float, str)):
+        return inputs
+    raise TypeError(f"a {type(inputs).__name__} cannot be saved")
+
+
+def call_from_state(state: Any, device: torch.device) -> Call:
+    """Rebuild on ``device`` the call that `to_state` was given."""
+
+    def rebuilt(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if isinstance(value, Mapping):
+            return {key: rebuilt(item) for key, item in value.items()}
+        return tuple(map(rebuilt, value)) if isinstance(value, (tuple, list)) else value
+
+    return Call(rebuilt(state["args"]), rebuilt(state["kwargs"]))
+
+
 def _children(inputs: Any) -> list[Any]:
     if isinstance(inputs, Mapping):
         return list(inputs.values())
@@ -111,6 +141,27 @@ def given_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
 def is_distributed() -> bool:
     """Whether this process belongs to a group, if only of one."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def after_gradients(args: tuple[Any, ...], kwargs: dict[str, Any], act: Callable[[], None]) -> Any:
+    """Let ``act`` run when an optimizer's step has its gradients; what a hook before the step returns.
+
+    Args:
+        args: Of the step, as the hook gets them: the optimizer, and maybe a closure.
+        kwargs: Of the step.
+        act: Runs now, or with ``step(closure)`` whenever the closure has computed gradients.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        act()
+        return None
+
+    def followed() -> Any:
+        loss = closure()
+        act()
+        return loss
+
+    return args[:1], {**kwargs, "closure": followed}
 
 
 def processes() -> int:

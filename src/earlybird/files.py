@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from earlybird.errors import EarlybirdError, InputError
 
@@ -113,12 +115,12 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
     """Write ``tensors`` and string ``metadata`` as one safetensors file, atomically.
 
     Tensors that share memory, which the format does not have, are written one by one.
     """
-    plain: dict[str, torch.Tensor] = {}
+    plain: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous().cpu()
@@ -129,7 +131,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadat
     return write_atomically(path, lambda temporary: save_file(plain, temporary, metadata=dict(metadata)))
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file as ``(tensors, metadata)``.
 
     Raises:
@@ -143,6 +145,75 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged or is not a safetensors file ({error})") from error
+
+
+def write_state(path: str | Path, state: Mapping[str, Any]) -> Path:
+    """Write what a ``state_dict()`` of ours returned (see `pack`) as one safetensors file, atomically."""
+    tensors: dict[str, Tensor] = {}
+    tree = pack(state, "", tensors)
+    return write_tensors(path, tensors, {"state": json.dumps(tree)})
+
+
+def read_state(path: str | Path) -> Any:
+    """Read what `write_state` wrote.
+
+    Raises:
+        InputError: The file is missing or is not a whole file of that kind.
+    """
+    tensors, metadata = read_tensors(path)
+    if "state" not in metadata:
+        raise InputError(f"{path} holds no state", needed="a file that earlybird wrote beside a checkpoint")
+    return unpack(json.loads(metadata["state"]), tensors)
+
+
+def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Move tensors out of a nested value into ``tensors``; what is left can be written as JSON.
+
+    Args:
+        value: Nested dicts (text keys) and lists of tensors, numbers, text, True/False, None.
+        name: Begins the names of the tensors.
+        tensors: Gets them.
+    """
+    if isinstance(value, Tensor):
+        strides = value.stride() if value.stride() != _contiguous_stride(value) and _is_dense(value) else None
+        tensors[name] = value
+        return {"$tensor": name} if strides is None else {"$tensor": name, "stride": list(strides)}
+    if isinstance(value, Mapping):
+        if any(not isinstance(key, str) or key.startswith("$") for key in value):
+            raise TypeError(f"keys of '{name}' must be text that does not begin with '$'")
+        return {key: pack(item, f"{name}/{key}" if name else key, tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [pack(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": repr(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"'{name}' is a {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return what `pack` was given, lists in place of tuples; tensors have the strides they had."""
+    if isinstance(value, dict):
+        if "$tensor" in value:
+            tensor = tensors[value["$tensor"]]
+            if "stride" not in value:
+                return tensor
+            return torch.empty_strided(tensor.shape, value["stride"], dtype=tensor.dtype).copy_(tensor)
+        if "$float" in value:
+            return float(value["$float"])
+        return {key: unpack(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [unpack(item, tensors) for item in value]
+    return value
+
+
+def _contiguous_stride(tensor: Tensor) -> tuple[int, ...]:
+    return torch.empty(tensor.shape, device="meta").stride()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    # preserve_format keeps the strides of dense, non-overlapping tensors, and of no others
+    return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride() == tensor.stride()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -287,19 +287,35 @@ class TestLoops:
         after = search.state_dict()["taylor"]
         assert all(torch.equal(before[name], after[name]) for name in before)
 
-    def test_closures_score_the_gradients_of_their_own_step(self):
-        model, optimizer, search = self.start(deadline=None, skip="90it")
+    @pytest.mark.filterwarnings("ignore:no agreement")
+    @pytest.mark.parametrize("settings", [{}, {"score": "bn_scale", "sparsity": 1e-2}], ids=["taylor", "sparsity"])
+    def test_closures_train_score_and_draw_as_without(self, settings):
+        """Lightning always steps with one."""
+        ends = []
+        for closures in (False, True):
+            model, optimizer, search = self.start(deadline="8it", **settings)
+            model.train()
+            for step in range(10):
 
-        def closure():
-            optimizer.zero_grad()
-            loss = functional.cross_entropy(model(batch(0)[0]), batch(0)[1])
-            loss.backward()
-            return loss
+                def closure(model=model, optimizer=optimizer, step=step):
+                    optimizer.zero_grad()
+                    loss = functional.cross_entropy(model(batch(step)[0]), batch(step)[1])
+                    loss.backward()
+                    return loss
 
-        optimizer.step(closure)
-        scores = search.state_dict()["taylor"]
-        assert len(scores) == 6
-        assert all(score.any() for score in scores.values())
+                if closures:
+                    optimizer.step(closure)
+                else:
+                    closure()
+                    optimizer.step()
+            assert search.drawn
+            ends.append(model.state_dict())
+        assert all(torch.equal(one, two) for one, two in zip(ends[0].values(), ends[1].values(), strict=True))
+
+    def test_lbfgs_is_refused_before_the_first_step(self):
+        model = make("plain")
+        with pytest.raises(InputError, match="LBFGS keeps directions over all weights at once"):
+            eb.EarlyBird(**QUICK).attach(model, torch.optim.LBFGS(model.parameters()))
 
     def test_frozen_norms_stay_whole(self):
         model = make("plain")

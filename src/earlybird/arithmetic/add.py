@@ -26,7 +26,7 @@ distances would lose its differences in eight bits; a layer may have a bias, as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from torch.utils.hooks import RemovableHandle
 from earlybird.arithmetic import add_kernel
 from earlybird.arithmetic.add_kernel import Window
 from earlybird.arithmetic.fixed_point import check_fraction_bits, floor_to
-from earlybird.calls import Hook
+from earlybird.calls import Hook, after_gradients
 from earlybird.cost.arithmetic import Arithmetic
 from earlybird.errors import InputError
 
@@ -361,21 +361,10 @@ def adapt_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, eta: flo
         if isinstance(layer, (AddConv2d, AddLinear)) and id(layer.weight) in held
     ]  # fmt: skip
 
-    def rescale(optimizer: torch.optim.Optimizer) -> None:
-        # a fused optimizer under GradScaler unscales in its own kernel
-        rescale_gradients(filters, eta, getattr(optimizer, "grad_scale", None))
-
     def before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            rescale(optimizer)
-            return None
-
-        def adapted() -> Any:
-            loss = closure()
-            rescale(optimizer)
-            return loss
-
-        return args[:1], {**kwargs, "closure": adapted}
+        # a fused optimizer under GradScaler unscales in its own kernel
+        return after_gradients(
+            args, kwargs, lambda: rescale_gradients(filters, eta, getattr(optimizer, "grad_scale", None))
+        )
 
     return optimizer.register_step_pre_hook(Hook(before_step))

@@ -31,7 +31,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from earlybird.calls import Hook, around, given_optimizers, hook_owners, unwrapped
+from earlybird.calls import Hook, after_gradients, around, given_optimizers, hook_owners, unwrapped
 from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for
@@ -222,7 +222,7 @@ class BlockFloating:
             optimizers[0].register_step_post_hook(Hook(self._after_step, self)),
         ]
         if settings.block_state:
-            self._handles += [one.register_step_pre_hook(Hook(self._round_gradients, self)) for one in optimizers]
+            self._handles += [one.register_step_pre_hook(Hook(self._before_step, self)) for one in optimizers]
             self._handles += [one.register_step_post_hook(Hook(self._round_state, self)) for one in optimizers]
 
     def bill(self) -> Any:
@@ -292,7 +292,10 @@ class BlockFloating:
         self._steps += 1
         self._follow()
 
-    def _round_gradients(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        return after_gradients(args, kwargs, lambda: self._round_gradients(optimizer))
+
+    def _round_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         noise = self._noise(optimizer, 0)
         for parameter in _held(optimizer) if self.active else ():
             if parameter.grad is not None:

@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from earlybird.blocks import Block, check_free, counted, find_blocks, patterns_from
-from earlybird.calls import Hook, around, first_sample, given_optimizers, unwrapped
+from earlybird.calls import Hook, after_gradients, around, first_sample, given_optimizers, unwrapped
 from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for
@@ -728,7 +728,10 @@ class FractionalBits:
             if names:
                 ledger.reroute(names, images, arithmetic, training=training)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        return after_gradients(args, kwargs, self._on_gradients)
+
+    def _on_gradients(self) -> None:
         self._steps += 1
         if not self.blocks:
             return

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from earlybird.calls import Hook, around, given_optimizers, unwrapped
+from earlybird.calls import Hook, after_gradients, around, given_optimizers, unwrapped
 from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for, ledgers_on
@@ -131,7 +131,7 @@ class PredictiveSign:
 
         Args:
             model: The module that is trained, on the device where it will be.
-            optimizer: The one that holds the weights, or several. Its ``step`` takes no closure.
+            optimizer: The one that holds the weights, or several.
             steps_per_epoch: Optimizer steps in an epoch; needed when ``sign_from`` is given in epochs.
             total_steps: Optimizer steps of the training; needed when ``sign_from`` is a share of it.
             ledger: Where to record; by default an own one, which `SignPrediction.bill` reads.
@@ -391,12 +391,10 @@ class SignPrediction:
         bits, gradient = self.settings.sign_bits, self.settings.sign_gradient_bits
         return Arithmetic(activation=bits, weight=bits, gradient=gradient, whole=PASSES, weight_pass=weight_pass)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:]):
-            raise InputError(
-                "step(closure) computes gradients after signs would have been taken",
-                hint="call loss.backward() yourself, and step() without a closure",
-            )
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        return after_gradients(args, kwargs, lambda: self._take_signs(optimizer))
+
+    def _take_signs(self, optimizer: torch.optim.Optimizer) -> None:
         self._note()
         if self._steps < self._begin:
             return

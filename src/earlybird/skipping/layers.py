@@ -54,7 +54,7 @@ from earlybird.blocks import (
     found_again,
     patterns_from,
 )
-from earlybird.calls import Hook, around, first_sample, given_optimizers, processes, unwrapped
+from earlybird.calls import Hook, after_gradients, around, first_sample, given_optimizers, processes, unwrapped
 from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for
@@ -412,7 +412,10 @@ class LayerGates:
             self._run_macs[0] += macs * ran
             self._run_macs[1] += macs * count
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        return after_gradients(args, kwargs, self._on_gradients)
+
+    def _on_gradients(self) -> None:
         self._steps += 1
         if not self._gated:
             return

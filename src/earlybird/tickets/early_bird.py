@@ -34,13 +34,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
+from earlybird.calls import call_from_state, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger
 from earlybird.settings import check_share, option
@@ -48,7 +49,7 @@ from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch, after
 from earlybird.tickets.draw import Coupled, Scope, draw
 from earlybird.tickets.scores import SCORES
-from earlybird.tickets.search import Search
+from earlybird.tickets.search import Search, cut_as_saved
 from earlybird.tickets.shrink import shrink
 
 
@@ -191,6 +192,7 @@ class EarlyBird:
         fresh: Callable[[], nn.Module] | None = None,
         ledger: Ledger | None = None,
         seed: int = 0,
+        averaged: nn.Module | Iterable[nn.Module] = (),
     ) -> Search:
         """Start the search; from here on an ordinary training loop does the rest.
 
@@ -210,6 +212,8 @@ class EarlyBird:
                 ``reset_parameters``, which may draw from another distribution than the model's own definition.
             ledger: Where to record; by default an own one, which `Search.bill` reads.
             seed: For weights that are drawn anew.
+            averaged: A copy of the model that holds a moving average of its weights, such as
+                `torch.optim.swa_utils.AveragedModel`, or several: cut together with it.
 
         Returns:
             The running search.
@@ -220,5 +224,33 @@ class EarlyBird:
             ShrinkError: The graph of the model cannot be followed (with ``example_inputs``; else at the first look).
         """
         return Search(
-            self, model, optimizer, example_inputs, steps_per_epoch, total_steps, calibration, fresh, ledger, seed
-        )
+            self, model, optimizer, example_inputs, steps_per_epoch, total_steps, calibration, fresh, ledger, seed,
+            averaged,
+        )  # fmt: skip
+
+    def cut(
+        self,
+        model: nn.Module,
+        state: Mapping[str, Any],
+        *,
+        example_inputs: Any = None,
+        averaged: Iterable[nn.Module] = (),
+    ) -> None:
+        """Shrink a dense ``model`` to the ticket of a saved search, without an optimizer.
+
+        For loops that load weights before there is one: cut, load the weights, make the optimizer, `attach`, and let
+        `Search.load_state_dict` take over the state. What is shrunk already, and a search that has not drawn, change
+        nothing.
+
+        Args:
+            model: The module that is trained.
+            state: What `Search.state_dict` returned.
+            example_inputs: As for `attach`; by default one row of a batch that the search had saved.
+            averaged: As for `attach`.
+
+        Raises:
+            InputError: The state belongs to another model, or is from before the draw and the model is shrunk.
+        """
+        if example_inputs is None and state["example"] is not None:
+            example_inputs = call_from_state(state["example"], next(model.parameters()).device)
+        cut_as_saved(unwrapped(model), self, state, example_inputs, averaged=averaged)

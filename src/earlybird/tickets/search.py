@@ -8,22 +8,27 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from earlybird import data_parallel, ranks
 from earlybird.calls import (
     Call,
     Hook,
+    after_gradients,
+    as_call,
     batch_size,
+    call_from_state,
     first_sample,
     given_optimizers,
     hook_owners,
     is_distributed,
     processes,
+    to_state,
     unwrapped,
 )
 from earlybird.errors import InputError
@@ -33,7 +38,7 @@ from earlybird.sharded import gathered, is_sharded, local
 from earlybird.step import Step
 from earlybird.tickets.coupling import Group, find_groups
 from earlybird.tickets.draw import draw_coupled, ranked, shuffle
-from earlybird.tickets.layers import fitting_multiple
+from earlybird.tickets.layers import fitting_multiple, width
 from earlybird.tickets.refit import dense_outputs, estimate_batch_norms, least_squares, share_statistics
 from earlybird.tickets.scores import TaylorMean, batch_norms, score_channels
 from earlybird.tickets.shrink import Change, check_supported, shrink
@@ -69,6 +74,7 @@ class Search:
         fresh: Callable[[], nn.Module] | None,
         ledger: Ledger | None,
         seed: int,
+        averaged: nn.Module | Iterable[nn.Module],
     ) -> None:
         self.settings = settings
         self.ticket: Ticket | None = None
@@ -94,9 +100,11 @@ class Search:
         self._looked_at: list[int] = []
         self._groups: list[Group] | None = None
         self._ranked: Tensor | None = None  # which of all channels may go: distances are over these
-        self._rounded: dict[str, list[int]] = {}
         self._last_call: Call | None = None
+        self._sample: Call | None = None  # one of its rows, for those who resume
         self._autocast: tuple[str, torch.dtype] | None = None
+        averages = [averaged] if isinstance(averaged, nn.Module) else averaged
+        self._averaged = [_averaged(one, model) for one in averages]
         _check_partners(model, self._optimizers)
         self._check_ranks(total_steps, calibration)
         if settings.weights == "reinitialise" and fresh is None:
@@ -182,13 +190,14 @@ class Search:
             "steps": self._steps,
             "drawn_at": self.drawn_at,
             "score": self.settings.score,
-            "layers": list(self._sizes),
+            "sizes": dict(self._sizes),
             "history": [dict(entry) for entry in self.history],
             "looked_at": list(self._looked_at),
             "ranked": [] if self._ranked is None else self._ranked.nonzero().flatten().tolist(),
             "masks": {str(ratio): torch.stack(masks) for ratio, masks in self._masks.items() if masks},
             "taylor": {} if self._taylor is None else self._taylor.state_dict(),
-            "rounded": self._rounded,
+            "change": None if self.change is None else self.change.to_json(),
+            "example": self._saved_example(),
             "ledger": self._ledger.state_dict() if self._own_ledger else {},
             "tickets": {
                 str(ratio): {
@@ -198,14 +207,15 @@ class Search:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state. When its ticket was drawn, the (still dense) model and optimizer are shrunk to it.
+        """Take over a saved state. When its ticket was drawn, a model and optimizer still dense are shrunk to it.
 
-        In a distributed run, all ranks save, and all take over, at the same point.
-
-        Load the weights and the optimizer's state after this, into the shapes that it leaves.
+        In a distributed run, all ranks save, and all take over, at the same point. Load the weights and the optimizer's
+        state after this, into the shapes that it leaves. Where weights are loaded before there is an optimizer, let
+        `EarlyBird.cut` shrink the model before; it is left as it is then.
 
         Raises:
-            InputError: The state belongs to another model or other keep ratios.
+            InputError: The state belongs to another model or other keep ratios, or is from before the draw and the
+                model is shrunk already. Nothing was changed.
         """
         if {float(ratio) for ratio in state["masks"]} - set(self.settings.ratios):
             raise InputError(
@@ -213,10 +223,15 @@ class Search:
             )
         if state["score"] != self.settings.score:
             raise InputError(f"the saved search has score '{state['score']}'", needed=f"'{self.settings.score}'")
-        sizes = {masks.shape[1] for masks in state["masks"].values()} | {sum(self._sizes.values())}
-        fits = not state["taylor"] or (self._taylor is not None and self._taylor.fits(state["taylor"]))
-        if list(state["layers"]) != list(self._sizes) or len(sizes) > 1 or not fits:
-            raise InputError("the saved search belongs to another model", needed="the model it was drawn from")
+        if self.drawn and state["change"] is None:
+            raise _from_before(state)
+        example = None if state["example"] is None else call_from_state(state["example"], self._device())
+        inputs = next((x for x in (self._example_inputs, self._last_call, self._sample) if x is not None), example)
+        cut_as_saved(self._model, self.settings, state, inputs, self._optimizers, self._averaged)
+        if state["taylor"] and (self._taylor is None or not self._taylor.fits(state["taylor"])):
+            raise _another_model()
+        self._sizes = {name: int(size) for name, size in state["sizes"].items()}
+        self._sample = self._sample or example
         self._steps = int(state["steps"])
         self.history = [dict(entry) for entry in state["history"]]
         self._looked_at = [int(step) for step in state["looked_at"]]
@@ -228,18 +243,12 @@ class Search:
         }
         if self._taylor is not None:
             self._taylor.load_state_dict(state["taylor"])
-        self.tickets = {}
-        for key, saved in state["tickets"].items():
-            parts = saved["mask"].bool().split(list(self._sizes.values()))
-            self.tickets[float(key)] = Ticket(dict(zip(self._sizes, parts)), provenance=saved["provenance"])
-        primary = self.tickets.get(self.settings.ratios[0])
-        if primary is not None and not self.drawn:
+        self.tickets = {float(ratio): _saved_ticket(state, ratio) for ratio in state["tickets"]}
+        if state["change"] is not None and not self.drawn:
             self.drawn_at = int(state["drawn_at"])
-            change = shrink(self._model, primary, first_sample(self._inputs()), optimizer=self._optimizers)
-            self._rounded = {name: list(channels) for name, channels in state["rounded"].items()}
-            self.change = replace(change, rounded=self._rounded)
-            self._finish(primary)
-            self._refresh_wrapper(change)
+            self.change = Change.from_json(state["change"])
+            self._finish(self.tickets[self.settings.ratios[0]])
+            self._refresh_wrapper(self.change)
             self._recount()
             if self._ledger.phase == "search":
                 self._ledger.enter("train")
@@ -273,34 +282,41 @@ class Search:
             raise InputError("no inputs to follow the model's graph with", hint="pass example_inputs=x to attach")
         return found
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _saved_example(self) -> Any:
+        """Return one row of what the model runs on: a loop that resumes may have no batch yet."""
+        found = next((x for x in (self._example_inputs, self._last_call, self._sample) if x is not None), None)
+        try:
+            return None if found is None else to_state(first_sample(as_call(found)))
+        except TypeError:  # they have to give one
+            return None
+
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._steps and not self.drawn:
             _check_partners(self._model, self._optimizers, again=True)
         if not self._looked_at and not self._steps and self._skip == 0 and self.settings.score != "taylor":
             self._look()  # the published first look is at the untrained network
-        if _has_closure(args, kwargs):  # the gradients come inside the step
-            if self.settings.sparsity and self._steps == 0:
-                warnings.warn("step(closure) computes gradients anew, so 'sparsity' has no effect", stacklevel=3)
-            return
-        self._score(optimizer)
+        if self.drawn and not self._norms:
+            return None
+        return after_gradients(args, kwargs, lambda: self._on_gradients(optimizer))
+
+    def _on_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Score the channels, and add the L1 term."""
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer under GradScaler unscales in its own kernel
+        if self._taylor is not None and not self.drawn:
+            self._taylor.move(scale)
         if self.settings.sparsity and (not self.drawn or self.settings.sparsity_after):
             norms = [norm for norm in self._norms if norm.weight.grad is not None]
             if norms:
                 signs = torch._foreach_sign([local(norm.weight.detach()) for norm in norms])
                 gradients = [local(norm.weight.grad) for norm in norms]  # type: ignore[arg-type]
-                scale = getattr(optimizer, "grad_scale", None)  # as in _score: these gradients are still scaled
                 torch._foreach_add_(
                     gradients, signs, alpha=self.settings.sparsity * (1.0 if scale is None else float(scale))
                 )
 
-    def _score(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._taylor is not None and not self.drawn:
-            # a fused optimizer under GradScaler unscales in its own kernel
-            self._taylor.move(getattr(optimizer, "grad_scale", None))
-
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _has_closure(args, kwargs):
-            self._score(optimizer)
         self._steps += 1
         if self.drawn:
             return
@@ -443,12 +459,13 @@ class Search:
                     round_to=self._round_to(), scores=scores,
                 )  # fmt: skip
             self._refresh_wrapper(self.change)
-            self._rounded = {name: list(channels) for name, channels in self.change.rounded.items()}
-            ticket = _with_rounded(ticket, self._rounded)
+            ticket = _with_rounded(ticket, self.change.rounded)
             self.tickets[self.settings.ratios[0]] = ticket
             # From here on the model is the small one, whatever else may fail.
             self.drawn_at = self._steps
             self._finish(ticket)
+            for averaged in self._averaged:
+                shrink(averaged, ticket, inputs)
             if settings.weights == "reinitialise":
                 with gathered(self._model):
                     if self._fresh is None:
@@ -510,9 +527,80 @@ class Search:
 
     def _finish(self, ticket: Ticket) -> None:
         self.ticket = ticket
+        if self._example_inputs is None and self._last_call is not None:
+            self._sample = first_sample(self._last_call)
         self._taylor = self._last_call = self._groups = None
         if not self.settings.sparsity_after:
             self._norms = []
+
+
+def cut_as_saved(
+    model: nn.Module,
+    settings: EarlyBird,
+    state: Mapping[str, Any],
+    example_inputs: Any,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    averaged: Iterable[nn.Module] = (),
+) -> None:
+    """Shrink what is still dense to the ticket of a saved search; see `EarlyBird.cut`."""
+    sizes = {name: int(size) for name, size in state["sizes"].items()}
+    primary = state["tickets"].get(str(settings.ratios[0]))
+    lengths = {masks.shape[1] for masks in state["masks"].values()} | {sum(sizes.values())}
+    modules = dict(model.named_modules())
+    if len(lengths) > 1 or any(name not in modules for name in sizes):
+        raise _another_model()
+    dense = all(width(modules[name]) == size for name, size in sizes.items())
+    if state["change"] is None or primary is None:
+        if not dense:
+            raise _from_before(state)
+        return
+    change, ticket = Change.from_json(state["change"]), _saved_ticket(state, str(settings.ratios[0]))
+    for one, own in ((model, optimizers), *((copy, ()) for copy in averaged)):
+        if _is_cut(one, change):
+            continue
+        if not dense:
+            raise _another_model()
+        if example_inputs is None:
+            raise InputError("no inputs to follow the model's graph with", hint="pass example_inputs=x")
+        shrink(one, ticket, first_sample(example_inputs), optimizer=own)
+
+
+def _is_cut(model: nn.Module, change: Change) -> bool:
+    """Tell whether ``model`` has the widths that ``change`` left."""
+    modules = dict(model.named_modules())
+    written = {name: sides["out"][1] for name, sides in change.layers.items() if "out" in sides and name in modules}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return parameters == change.parameters_after and all(
+        width(modules[name]) == channels for name, channels in written.items()
+    )
+
+
+def _saved_ticket(state: Mapping[str, Any], ratio: str) -> Ticket:
+    saved, sizes = state["tickets"][ratio], state["sizes"]
+    parts = saved["mask"].bool().cpu().split(list(sizes.values()))
+    return Ticket(dict(zip(sizes, parts)), provenance=saved["provenance"])
+
+
+def _another_model() -> InputError:
+    return InputError("the saved search belongs to another model", needed="the model it was drawn from")
+
+
+def _from_before(state: Mapping[str, Any]) -> InputError:
+    return InputError(
+        f"the saved search (step {state['steps']}) is from before its ticket was drawn, but this model is shrunk",
+        hint="build model and optimizer anew, and load into them",
+    )
+
+
+def _averaged(copy: nn.Module, model: nn.Module) -> nn.Module:
+    """Return what a moving average keeps, if it has the shapes of ``model``."""
+    found = unwrapped(copy.module if isinstance(copy, AveragedModel) else copy)
+    if {n: p.shape for n, p in found.named_parameters()} != {n: p.shape for n, p in model.named_parameters()}:
+        raise InputError(
+            f"the averaged {type(found).__name__} has other parameters than the model that is trained",
+            needed="a copy of it, such as torch.optim.swa_utils.AveragedModel(model)",
+        )
+    return found
 
 
 def _with_rounded(ticket: Ticket, rounded: Mapping[str, list[int]]) -> Ticket:
@@ -524,6 +612,11 @@ def _with_rounded(ticket: Ticket, rounded: Mapping[str, list[int]]) -> Ticket:
 
 
 def _check_partners(model: nn.Module, optimizers: list[torch.optim.Optimizer], *, again: bool = False) -> None:
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        raise InputError(
+            "LBFGS keeps directions over all weights at once, which cannot be cut",
+            hint="use another optimizer, or draw and shrink before its first step (earlybird.draw, earlybird.shrink)",
+        )
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
@@ -554,10 +647,6 @@ def _check_initialisers(model: nn.Module) -> None:
                 needed="one for weights='reinitialise'",
                 hint="add it, pass fresh, a function that builds the model anew, or use weights='continue'",
             )
-
-
-def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    return kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:])
 
 
 def _joined(batches: Iterable[Any]) -> tuple[Any, list[Any]]:

@@ -87,6 +87,16 @@ class Change:
             "seconds": self.seconds,
         }
 
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> Change:
+        """Rebuild what `to_json` wrote; ``read`` stays empty."""
+        layers = {
+            name: {side: (int(before), int(after)) for side, (before, after) in sides.items()}
+            for name, sides in state["layers"].items()
+        }
+        kept = {name: torch.tensor(channels, dtype=torch.int64) for name, channels in state["kept"].items()}
+        return cls(**{**state, "layers": layers, "kept": kept})
+
     def __str__(self) -> str:
         lines = [
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters "

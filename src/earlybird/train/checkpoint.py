@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.errors import CheckpointError, EarlybirdError
-from earlybird.files import read_tensors, write_json, write_tensors
+from earlybird.files import pack, read_tensors, unpack, write_json, write_tensors
 
-FORMAT = 4
+FORMAT = 5
 KEPT = 2
 
 
@@ -47,7 +47,7 @@ def save(folder: Path, step: int, recipe: str, state: Mapping[str, Any]) -> Path
         EarlybirdError: The disk is full; older checkpoints are untouched.
     """
     tensors: dict[str, Tensor] = {}
-    tree = _pack(state, "", tensors)
+    tree = pack(state, "", tensors)
     for path in _records(folder):
         if _step(path) > step:
             path.unlink(missing_ok=True)
@@ -124,7 +124,7 @@ def _read(path: Path, recipe: str) -> tuple[int, dict[str, Any]]:
         if _digest(data) != digest:
             raise _Damaged(f"{data.name} does not match its checksum")
         tensors, _ = read_tensors(data)
-        return step, _unpack(tree, tensors)
+        return step, unpack(tree, tensors)
     except (*_UNREADABLE, EarlybirdError) as error:
         raise _Damaged(_line(error)) from error
 
@@ -150,49 +150,6 @@ def _line(error: BaseException) -> str:
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Move tensors out of a nested value into ``tensors``; what is left can be written as JSON."""
-    if isinstance(value, Tensor):
-        strides = value.stride() if value.stride() != _contiguous_stride(value) and _is_dense(value) else None
-        tensors[name] = value
-        return {"$tensor": name} if strides is None else {"$tensor": name, "stride": list(strides)}
-    if isinstance(value, Mapping):
-        if any(not isinstance(key, str) or key.startswith("$") for key in value):
-            raise TypeError(f"keys of '{name}' must be text that does not begin with '$'")
-        return {key: _pack(item, f"{name}/{key}" if name else key, tensors) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_pack(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"$float": repr(value)}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"'{name}' is a {type(value).__name__}, which a checkpoint cannot hold")
-
-
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        if "$tensor" in value:
-            tensor = tensors[value["$tensor"]]
-            if "stride" not in value:
-                return tensor
-            return torch.empty_strided(tensor.shape, value["stride"], dtype=tensor.dtype).copy_(tensor)
-        if "$float" in value:
-            return float(value["$float"])
-        return {key: _unpack(item, tensors) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_unpack(item, tensors) for item in value]
-    return value
-
-
-def _contiguous_stride(tensor: Tensor) -> tuple[int, ...]:
-    return torch.empty(tensor.shape, device="meta").stride()
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    # preserve_format keeps the strides of dense, non-overlapping tensors, and of no others
-    return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride() == tensor.stride()
 
 
 def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
