@@ -80,6 +80,19 @@ class Shuffled(Net):
         return x.view(len(x), 2, x.shape[1] // 2, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
 
 
+class Picked(Net):
+    """PyTorch's own shuffle, and channels picked by numbers that are made on the way."""
+
+    width = 2
+
+    def build(self):
+        self.a, self.norm_a = conv(8, 4), nn.BatchNorm2d(4)
+
+    def middle(self, x):
+        x = functional.relu(self.norm_a(self.a(functional.channel_shuffle(x, 2))))
+        return x.gather(1, torch.arange(2).view(1, 2, 1, 1).expand(len(x), -1, *x.shape[2:]) * 0)
+
+
 class Gated(Net):
     """Halves of one layer are multiplied: a gated linear unit, once in one operator and once by hand."""
 
@@ -186,7 +199,7 @@ def without(model: nn.Module, change: eb.Change) -> None:
 MECHANISMS = {
     kind.__name__: kind
     for kind in (
-        ChannelsLast, Excited, Shuffled, Gated, Unfolded, Merged, Windows, Projected, Pyramid, NonLocal,
+        ChannelsLast, Excited, Shuffled, Picked, Gated, Unfolded, Merged, Windows, Projected, Pyramid, NonLocal,
     )
 }  # fmt: skip
 

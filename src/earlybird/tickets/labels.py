@@ -39,6 +39,7 @@ _MOVES = {
     "squeeze", "stack", "t", "transpose", "unbind", "unfold", "unsafe_chunk", "unsafe_split",
     "unsafe_split_with_sizes", "unsqueeze", "view",
 }  # fmt: skip
+_INDEXED = {"embedding", "gather", "index", "index_select"}
 _RESHAPES = {"_reshape_alias", "_unsafe_view", "reshape", "view"}
 _POINTWISE = {
     "_prelu_kernel", "_to_copy", "bernoulli", "copy", "dropout", "empty_like", "fill", "full_like", "hardswish",
@@ -56,6 +57,7 @@ _ALONG = {"_log_softmax", "_safe_softmax", "_softmax", "cummax", "cumprod", "cum
 _SCATTERS = {"index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce"}
 _SPATIAL = re.compile(r"_?(adaptive_)?(avg|max)_pool(\d)d|_?upsample_\w+?(\d)d|_?(reflection|replication)_pad(\d)d")
 _PRODUCTS = {"div", "masked_fill", "mul"}
+_SHUFFLES = {"channel_shuffle", "native_channel_shuffle"}
 _EVEN = {"split", "unsafe_chunk", "unsafe_split"}
 
 
@@ -80,8 +82,6 @@ class Labels(TorchDispatchMode):
         self._summed: list[np.ndarray] = []
         self._fixed: list[tuple[np.ndarray, str]] = []
         self._split: list[Tensor] = []
-
-    # units
 
     def new(self, count: int, *, written: bool = True) -> Tensor:
         """Return ``count`` new units, shape (count,); ``written`` where a layer computes them."""
@@ -154,8 +154,6 @@ class Labels(TorchDispatchMode):
                 found = self.join(found, found.narrow(dim, 0, 1), "a reshape that mixes channels", product=True)
                 found = self.find(found.narrow(dim, 0, 1)).double()
 
-    # tensors
-
     def of(self, tensor: Tensor) -> Tensor | None:
         """Return the labels of a tensor, None where no unit is in it."""
         found: Tensor | None = self._labels.get(tensor)
@@ -185,8 +183,6 @@ class Labels(TorchDispatchMode):
         if rows.shape[1] > 1:
             rows = self.join(rows, rows[:, :1], why, product=True)[:, :1]
         return rows[:, 0].expand(tensor.shape[dim])
-
-    # operators
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -233,10 +229,11 @@ class Labels(TorchDispatchMode):
                 self.put(result, None)
 
     def _move(self, func: Any, name: str, args: Any, kwargs: Any, output: Any) -> None:
+        data = args[0]
+
         def labels(tensor: Tensor) -> Tensor:
-            if tensor.dtype in (torch.bool, torch.uint8, torch.int32, torch.int64) and name not in ("cat", "stack"):
-                found = self._labels.get(tensor)
-                return tensor.cpu() if found is None else found
+            if name in _INDEXED and tensor is not data:
+                return tensor.cpu()
             found = self.of(tensor)
             return torch.zeros((), dtype=torch.double).expand(tensor.shape) if found is None else found
 
@@ -245,11 +242,14 @@ class Labels(TorchDispatchMode):
         func = torch.reshape if name in _RESHAPES else func
         moved = func(*tree_map_only(Tensor, labels, args), **tree_map_only(Tensor, labels, kwargs))
         for result, found in zip(tree_leaves(output), tree_leaves(moved)):
-            if isinstance(result, Tensor) and found.dtype == torch.double:
+            if isinstance(result, Tensor):
                 narrow = _narrow(found)
                 self.put(result, narrow)
                 if name in _RESHAPES and len(_varied(narrow)) > 1:
                     self._split.append(narrow)
+        if name in _SHUFFLES:
+            rows = labels(args[0]).unflatten(1, (args[1], -1))
+            self._split.append(_narrow(rows))
         if name in _EVEN:
             parts = [_narrow(found) for found in tree_leaves(moved)]
             if len({part.shape for part in parts}) == 1 and parts[0].numel() > 1:
@@ -261,7 +261,8 @@ class Labels(TorchDispatchMode):
         for tensor in tensors:
             labels = self.of(tensor)
             if labels is not None:
-                labels = _narrow(labels).view((1,) * (rank - labels.dim()) + _narrow(labels).shape)
+                labels = _narrow(labels)
+                labels = labels.view((1,) * (rank - labels.dim()) + labels.shape)
                 found = labels if found is None else self.join(found, labels, why, product=product)
         if found is not None:
             varied = [dim - rank for dim in _varied(found)]
