@@ -93,6 +93,17 @@ class Picked(Net):
         return x.gather(2, torch.arange(x.shape[2]).flip(0).view(1, 1, -1, 1).expand(x.shape))
 
 
+class Tempered(Net):
+    """Parameters with one value for all channels: a temperature, a map of positions, one for each image's row."""
+
+    def build(self):
+        self.temperature, self.positions = nn.Parameter(torch.rand(1) + 0.5), nn.Parameter(torch.rand(1, 1, 8, 8))
+        self.rows, self.zero = nn.Parameter(torch.rand(8, 1)), nn.Parameter(torch.rand(()))
+
+    def middle(self, x):
+        return x * self.temperature * (1 + self.positions) * self.rows * self.zero
+
+
 class Gated(Net):
     """Halves of one layer are multiplied: a gated linear unit, once in one operator and once by hand."""
 
@@ -199,7 +210,8 @@ def without(model: nn.Module, change: eb.Change) -> None:
 MECHANISMS = {
     kind.__name__: kind
     for kind in (
-        ChannelsLast, Excited, Shuffled, Picked, Gated, Unfolded, Merged, Windows, Projected, Pyramid, NonLocal,
+        ChannelsLast, Excited, Shuffled, Picked, Tempered, Gated, Unfolded, Merged, Windows, Projected, Pyramid,
+        NonLocal,
     )
 }  # fmt: skip
 

@@ -75,7 +75,7 @@ class Labels(TorchDispatchMode):
         self.where = ""
         self.bare: dict[str, Tensor] = {}
         self.even: list[list[Tensor]] = []  # parts of equal size, by their units
-        self._bare_names = {id(tensor): name for name, tensor in bare.items() if tensor.numel() <= _LARGEST}
+        self._bare_names = {id(tensor): name for name, tensor in bare.items() if 1 < tensor.numel() <= _LARGEST}
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._parent = np.zeros(1, dtype=np.int64)
         self._written = np.zeros(1, dtype=bool)
@@ -141,6 +141,10 @@ class Labels(TorchDispatchMode):
                 parent[:] = shorter
             a, b = parent[a], parent[b]
         np.logical_or.at(self._written, parent[pairs], self._written[pairs])
+
+    def _is_written(self, labels: Tensor) -> bool:
+        units = labels[labels > 0].long().numpy()
+        return bool(self._written[self._parent[units]].any())
 
     def settle(self) -> None:
         """Tie what was split over two dimensions along the outer ones, where nobody has read it otherwise.
@@ -257,17 +261,25 @@ class Labels(TorchDispatchMode):
 
     def _meet(self, tensors: Sequence[Tensor], rank: int, why: str, product: bool = False) -> Tensor | None:
         """Tie what is combined element by element, with broadcasting."""
-        found: Tensor | None = None
-        for tensor in tensors:
+        known: dict[int, Tensor] = {}
+        for index, tensor in enumerate(tensors):
             labels = self.of(tensor)
             if labels is not None:
                 labels = _narrow(labels)
-                labels = labels.view((1,) * (rank - labels.dim()) + labels.shape)
+                known[index] = labels.view((1,) * (rank - labels.dim()) + labels.shape)
+        written = [labels for labels in known.values() if self._is_written(labels)]
+        along = {dim for labels in written for dim in _varied(labels)}
+        found: Tensor | None = None
+        for index, labels in list(known.items()):
+            # a parameter with one value for all channels (a temperature, a map of positions) belongs to none of them
+            if any(labels.shape[dim] == 1 for dim in along) and not self._is_written(labels) and (labels > 0).any():
+                del known[index]
+            else:
                 found = labels if found is None else self.join(found, labels, why, product=product)
         if found is not None:
             varied = [dim - rank for dim in _varied(found)]
-            for tensor in tensors:
-                if self.of(tensor) is None:
+            for index, tensor in enumerate(tensors):
+                if index not in known:
                     if any(tensor.dim() >= -dim and _extends(tensor, dim) for dim in varied):
                         self.fix(found, why)
                     elif tensor.numel() > 1 and not bool((found > 0).any()):
@@ -277,6 +289,8 @@ class Labels(TorchDispatchMode):
     def _reduce(self, tensor: Tensor, given: _Arguments, results: Sequence[Tensor], why: str, *, keep: bool) -> None:
         labels = self.of(tensor)
         if labels is None:  # what it is divided by, weighted with, ...
+            return
+        if not tensor.dim():
             return
         labels = _narrow(labels)
         dims = given["dim"] if given["dim"] is not None else list(range(tensor.dim()))
