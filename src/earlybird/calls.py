@@ -279,13 +279,16 @@ class Hook:
 
     def __init__(self, call: Callable[..., Any] | None, owner: Any = None) -> None:
         self.call, self.owner = call, owner
+        self._outside: tuple[Any, Any] = (None, None)  # a call, and itself outside of dynamo's graphs
 
     def __call__(self, *args: Any) -> Any:  # noqa: D102
         if self.call is None or Hook.idle:
             return None
         if "torch._dynamo" not in sys.modules:  # imported by whoever compiles; importing it here would take a second
             return self.call(*args)
-        return torch.compiler.disable(self.call)(*args)
+        if self._outside[0] is not self.call:
+            self._outside = (self.call, torch.compiler.disable(self.call))
+        return self._outside[1](*args)
 
     __call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets
 

@@ -80,6 +80,30 @@ class Shuffled(Net):
         return x.view(len(x), 2, x.shape[1] // 2, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
 
 
+class Picked(Net):
+    """PyTorch's own shuffle, and rows picked by numbers that are made on the way."""
+
+    width = 4
+
+    def build(self):
+        self.a, self.norm_a = conv(8, 4), nn.BatchNorm2d(4)
+
+    def middle(self, x):
+        x = functional.relu(self.norm_a(self.a(functional.channel_shuffle(x, 2))))
+        return x.gather(2, torch.arange(x.shape[2]).flip(0).view(1, 1, -1, 1).expand(x.shape))
+
+
+class Tempered(Net):
+    """Parameters with one value for all channels: a temperature, a map of positions, one for each image's row."""
+
+    def build(self):
+        self.temperature, self.positions = nn.Parameter(torch.rand(1) + 0.5), nn.Parameter(torch.rand(1, 1, 8, 8))
+        self.rows, self.zero = nn.Parameter(torch.rand(8, 1)), nn.Parameter(torch.rand(()))
+
+    def middle(self, x):
+        return x * self.temperature * (1 + self.positions) * self.rows * self.zero
+
+
 class Gated(Net):
     """Halves of one layer are multiplied: a gated linear unit, once in one operator and once by hand."""
 
@@ -186,7 +210,8 @@ def without(model: nn.Module, change: eb.Change) -> None:
 MECHANISMS = {
     kind.__name__: kind
     for kind in (
-        ChannelsLast, Excited, Shuffled, Gated, Unfolded, Merged, Windows, Projected, Pyramid, NonLocal,
+        ChannelsLast, Excited, Shuffled, Picked, Tempered, Gated, Unfolded, Merged, Windows, Projected, Pyramid,
+        NonLocal,
     )
 }  # fmt: skip
 

@@ -39,6 +39,7 @@ _MOVES = {
     "squeeze", "stack", "t", "transpose", "unbind", "unfold", "unsafe_chunk", "unsafe_split",
     "unsafe_split_with_sizes", "unsqueeze", "view",
 }  # fmt: skip
+_INDEXED = {"embedding", "gather", "index", "index_select"}
 _RESHAPES = {"_reshape_alias", "_unsafe_view", "reshape", "view"}
 _POINTWISE = {
     "_prelu_kernel", "_to_copy", "bernoulli", "copy", "dropout", "empty_like", "fill", "full_like", "hardswish",
@@ -56,6 +57,7 @@ _ALONG = {"_log_softmax", "_safe_softmax", "_softmax", "cummax", "cumprod", "cum
 _SCATTERS = {"index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce"}
 _SPATIAL = re.compile(r"_?(adaptive_)?(avg|max)_pool(\d)d|_?upsample_\w+?(\d)d|_?(reflection|replication)_pad(\d)d")
 _PRODUCTS = {"div", "masked_fill", "mul"}
+_SHUFFLES = {"channel_shuffle", "native_channel_shuffle"}
 _EVEN = {"split", "unsafe_chunk", "unsafe_split"}
 
 
@@ -73,15 +75,13 @@ class Labels(TorchDispatchMode):
         self.where = ""
         self.bare: dict[str, Tensor] = {}
         self.even: list[list[Tensor]] = []  # parts of equal size, by their units
-        self._bare_names = {id(tensor): name for name, tensor in bare.items() if tensor.numel() <= _LARGEST}
+        self._bare_names = {id(tensor): name for name, tensor in bare.items() if 1 < tensor.numel() <= _LARGEST}
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._parent = np.zeros(1, dtype=np.int64)
         self._written = np.zeros(1, dtype=bool)
         self._summed: list[np.ndarray] = []
         self._fixed: list[tuple[np.ndarray, str]] = []
         self._split: list[Tensor] = []
-
-    # units
 
     def new(self, count: int, *, written: bool = True) -> Tensor:
         """Return ``count`` new units, shape (count,); ``written`` where a layer computes them."""
@@ -142,6 +142,10 @@ class Labels(TorchDispatchMode):
             a, b = parent[a], parent[b]
         np.logical_or.at(self._written, parent[pairs], self._written[pairs])
 
+    def _is_written(self, labels: Tensor) -> bool:
+        units = labels[labels > 0].long().numpy()
+        return bool(self._written[self._parent[units]].any())
+
     def settle(self) -> None:
         """Tie what was split over two dimensions along the outer ones, where nobody has read it otherwise.
 
@@ -153,8 +157,6 @@ class Labels(TorchDispatchMode):
             for dim in varied[:-1]:
                 found = self.join(found, found.narrow(dim, 0, 1), "a reshape that mixes channels", product=True)
                 found = self.find(found.narrow(dim, 0, 1)).double()
-
-    # tensors
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """Return the labels of a tensor, None where no unit is in it."""
@@ -185,8 +187,6 @@ class Labels(TorchDispatchMode):
         if rows.shape[1] > 1:
             rows = self.join(rows, rows[:, :1], why, product=True)[:, :1]
         return rows[:, 0].expand(tensor.shape[dim])
-
-    # operators
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -233,10 +233,11 @@ class Labels(TorchDispatchMode):
                 self.put(result, None)
 
     def _move(self, func: Any, name: str, args: Any, kwargs: Any, output: Any) -> None:
+        data = args[0]
+
         def labels(tensor: Tensor) -> Tensor:
-            if tensor.dtype in (torch.bool, torch.uint8, torch.int32, torch.int64) and name not in ("cat", "stack"):
-                found = self._labels.get(tensor)
-                return tensor.cpu() if found is None else found
+            if name in _INDEXED and tensor is not data:
+                return tensor.cpu()
             found = self.of(tensor)
             return torch.zeros((), dtype=torch.double).expand(tensor.shape) if found is None else found
 
@@ -245,11 +246,14 @@ class Labels(TorchDispatchMode):
         func = torch.reshape if name in _RESHAPES else func
         moved = func(*tree_map_only(Tensor, labels, args), **tree_map_only(Tensor, labels, kwargs))
         for result, found in zip(tree_leaves(output), tree_leaves(moved)):
-            if isinstance(result, Tensor) and found.dtype == torch.double:
+            if isinstance(result, Tensor):
                 narrow = _narrow(found)
                 self.put(result, narrow)
                 if name in _RESHAPES and len(_varied(narrow)) > 1:
                     self._split.append(narrow)
+        if name in _SHUFFLES:
+            rows = labels(args[0]).unflatten(1, (args[1], -1))
+            self._split.append(_narrow(rows))
         if name in _EVEN:
             parts = [_narrow(found) for found in tree_leaves(moved)]
             if len({part.shape for part in parts}) == 1 and parts[0].numel() > 1:
@@ -257,16 +261,25 @@ class Labels(TorchDispatchMode):
 
     def _meet(self, tensors: Sequence[Tensor], rank: int, why: str, product: bool = False) -> Tensor | None:
         """Tie what is combined element by element, with broadcasting."""
-        found: Tensor | None = None
-        for tensor in tensors:
+        known: dict[int, Tensor] = {}
+        for index, tensor in enumerate(tensors):
             labels = self.of(tensor)
             if labels is not None:
-                labels = _narrow(labels).view((1,) * (rank - labels.dim()) + _narrow(labels).shape)
+                labels = _narrow(labels)
+                known[index] = labels.view((1,) * (rank - labels.dim()) + labels.shape)
+        written = [labels for labels in known.values() if self._is_written(labels)]
+        along = {dim for labels in written for dim in _varied(labels)}
+        found: Tensor | None = None
+        for index, labels in list(known.items()):
+            # a parameter with one value for all channels (a temperature, a map of positions) belongs to none of them
+            if any(labels.shape[dim] == 1 for dim in along) and not self._is_written(labels) and (labels > 0).any():
+                del known[index]
+            else:
                 found = labels if found is None else self.join(found, labels, why, product=product)
         if found is not None:
             varied = [dim - rank for dim in _varied(found)]
-            for tensor in tensors:
-                if self.of(tensor) is None:
+            for index, tensor in enumerate(tensors):
+                if index not in known:
                     if any(tensor.dim() >= -dim and _extends(tensor, dim) for dim in varied):
                         self.fix(found, why)
                     elif tensor.numel() > 1 and not bool((found > 0).any()):
@@ -276,6 +289,8 @@ class Labels(TorchDispatchMode):
     def _reduce(self, tensor: Tensor, given: _Arguments, results: Sequence[Tensor], why: str, *, keep: bool) -> None:
         labels = self.of(tensor)
         if labels is None:  # what it is divided by, weighted with, ...
+            return
+        if not tensor.dim():
             return
         labels = _narrow(labels)
         dims = given["dim"] if given["dim"] is not None else list(range(tensor.dim()))
