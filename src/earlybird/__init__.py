@@ -29,6 +29,7 @@ _HOMES = {
     "Search": "earlybird.tickets.search",
     "Ticket": "earlybird.tickets.ticket",
     "draw": "earlybird.tickets.draw",
+    "draw_units": "earlybird.tickets.draw",
     "shrink": "earlybird.tickets.shrink",
     "Change": "earlybird.tickets.shrink",
     "Step": "earlybird.step",
@@ -38,7 +39,7 @@ _HOMES = {
 __all__ = [
     "BatchDropping", "Bill", "BlockFloat", "Change", "EarlyBird", "FractionalPrecision", "LayerSkipping", "Ledger",
     "PredictiveSign", "ProgressivePrecision", "ProgressiveResizing", "Search", "ShiftAdd", "Step", "StochasticDepth",
-    "Ticket", "__version__", "draw", "shrink",
+    "Ticket", "__version__", "draw", "draw_units", "shrink",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from earlybird.skipping.pixels import ProgressiveResizing
     from earlybird.skipping.stochastic_depth import StochasticDepth
     from earlybird.step import Step
-    from earlybird.tickets.draw import draw
+    from earlybird.tickets.draw import draw, draw_units
     from earlybird.tickets.early_bird import EarlyBird
     from earlybird.tickets.search import Search
     from earlybird.tickets.shrink import Change, shrink

@@ -134,10 +134,14 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_execution(model: nn.Module) -> Iterator[None]:
-    """Run eagerly, with autograd, outside autocast, whatever the caller has switched on."""
+    """Run eagerly, with autograd, outside autocast and fused encoders, whatever the caller has switched on."""
     first = next(model.parameters(), None)
     device = "cpu" if first is None else first.device.type
+    fused = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
+        # torch.nn.TransformerEncoder nests what it pads before it sees that hooks keep its layers from taking that
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
+        torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device, enabled=False))

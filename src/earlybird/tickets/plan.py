@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from earlybird.errors import InputError, ShrinkError
 from earlybird.tickets.coupling import Group
 from earlybird.tickets.layers import Conv, TransposedConv, is_depthwise, layer_of, width
+from earlybird.tickets.units import CutKey, Units, attributes_of, cuts_of, inputs_of
 
 # A key in place of a dimension: each block of a grouped convolution keeps its own inputs.
 IN_BLOCKS = "in blocks"
 Slices = dict[int | str, Tensor]
-# Layer (or bare parameter) name, side, and for bare parameters the dimension.
-CutKey = tuple[str, str, int | None]
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,16 @@ class Plan:
         slices: Parameter name to the indices that stay, by dimension.
         silenced: Layer name to the mask of channels that the ticket removes, but that stay and fall silent.
         alive: Layer name to the mask of channels that stay, alive, because of rounding; with the norms that they feed.
+        unheard: Layer name to the mask of inputs that heads and neurons write which go.
+        attributes: Module name and attribute to its new value, beside the sizes of the layers that are cut.
     """
 
     cuts: dict[CutKey, Tensor]
     slices: dict[str, Slices]
     silenced: dict[str, Tensor]
     alive: dict[str, Tensor]
+    unheard: dict[str, Tensor]
+    attributes: dict[tuple[str, str], object]
 
 
 def make_plan(
@@ -42,10 +45,22 @@ def make_plan(
     removed: Mapping[str, Tensor],
     silent: Mapping[str, Tensor],
     carried: Mapping[str, Tensor],
+    chosen: Mapping[str, tuple[Units, Tensor]],
     round_to: int,
     scores: Mapping[str, Tensor],
 ) -> Plan:
-    """Decide, group by group, which channels go, and translate that into slices of parameters."""
+    """Decide, group by group, which channels go, and translate that into slices of parameters.
+
+    Args:
+        model: What is cut.
+        groups: Its coupled channels.
+        removed: Layer name to the mask of channels that the ticket removes.
+        silent: From `earlybird.tickets.proof.probe`, as ``carried``.
+        carried: Norm to the mask of channels that only removed ones feed.
+        chosen: Heads and neurons by name, with the mask of those that go.
+        round_to: Multiple for the number of channels.
+        scores: Layer name to scores of channels.
+    """
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     cuts: dict[CutKey, Tensor] = {}
@@ -97,7 +112,19 @@ def make_plan(
         gone &= ~alive.get(name, nothing)
         if gone.any():
             silenced[name] = gone
-    return Plan(cuts, _plan_slices(cuts, model, modules, parameters), silenced, alive)
+    unheard: dict[str, Tensor] = {}
+    attributes: dict[tuple[str, str], object] = {}
+    for units, gone in chosen.values():
+        for key, cut in cuts_of(units, gone, model).items():
+            if key in cuts:
+                raise ShrinkError(
+                    f"the ticket cuts layer '{key[0]}' twice: its channels, and the {units.kind}s of '{units.name}'",
+                    hint="leave one of the two out of the ticket; nothing was changed",
+                )
+            cuts[key] = cut
+        unheard[units.reads] = inputs_of(units, gone, model)
+        attributes |= attributes_of(units, gone, model)
+    return Plan(cuts, _plan_slices(cuts, model, modules, parameters), silenced, alive, unheard, attributes)
 
 
 def _extent(key: CutKey, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from earlybird.calls import Call, tensors_in, undisturbed
 from earlybird.errors import ShrinkError
@@ -87,9 +88,19 @@ def _run(model: nn.Module, call: Call, how: str) -> Any:
         ) from error
 
 
-def outputs(model: nn.Module, call: Call, unheard: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Run the model, with the channels in ``unheard`` silent, and return each layer's outputs in the order they run."""
+def outputs(
+    model: nn.Module, call: Call, unheard: Mapping[str, Tensor], unread: Mapping[str, Tensor]
+) -> list[tuple[str, Tensor]]:
+    """Run the model, with some channels silent, and return each layer's outputs in the order they run.
+
+    Args:
+        model: Left as found.
+        call: What it is called with.
+        unheard: Layer name to the mask of outputs that are silent.
+        unread: Layer name to the mask of inputs that are silent.
+    """
     found: list[tuple[str, Tensor]] = []
+    whole: list[tuple[nn.Parameter, Tensor]] = []
 
     def silence(module: nn.Module, args: Any, output: Tensor, gone: Tensor) -> Tensor:
         dim = _channel_dim(module, output)
@@ -97,16 +108,29 @@ def outputs(model: nn.Module, call: Call, unheard: Mapping[str, Tensor]) -> list
             gone.to(output.device).view([-1 if d == dim else 1 for d in range(output.dim())]), 0.0
         )
 
+    def leave(module: nn.Module, args: tuple[Tensor, ...], gone: Tensor) -> tuple[Tensor, ...]:
+        return (args[0].masked_fill(gone.to(args[0].device), 0.0), *args[1:])
+
     def note(module: nn.Module, args: Any, output: Tensor, name: str) -> None:
         found.append((name, output))
 
     with undisturbed(model), torch.no_grad():
         for name, module in model.named_modules():
+            if name in unread and isinstance(module, NonDynamicallyQuantizableLinear):
+                # torch's attention takes its weight and does not call it: what reads the silent ones is zero instead
+                whole.append((module.weight, module.weight.data))
+                module.weight.data = module.weight.data.masked_fill(unread[name].to(module.weight.device), 0.0)
+            elif name in unread:
+                module.register_forward_pre_hook(partial(leave, gone=unread[name]))
             if name in unheard:
                 module.register_forward_hook(partial(silence, gone=unheard[name]))
             if mixes_channels(module):
                 module.register_forward_hook(partial(note, name=name))
-        output = _run(model, call, "with its channels silenced")
+        try:
+            output = _run(model, call, "with its channels silenced")
+        finally:
+            for weight, data in whole:
+                weight.data = data
     return found + [("", tensor) for tensor in tensors_in(output)]
 
 

@@ -8,6 +8,9 @@ eval mode the shrunk model computes what the masked one computes, for every tick
 exception that has no way out: their statistics are taken over the channels that remain. An add layer, which a zero does
 not leave alone, keeps what its cut channels added as a constant.
 
+Attention heads and feed-forward neurons (`earlybird.tickets.units`) are cut in the same way, but what reads them is known
+by name, and the hidden width stays.
+
 Groups of coupled channels come from torch-pruning's dependency graph. Which of them read only zeros is found by running
 the model with every layer's output replaced: zeros where it is silent, random numbers elsewhere. The cut is then made,
 its outputs are compared layer by layer with those of the masked model, and it is taken back if they differ.
@@ -19,6 +22,7 @@ parameter's shape is sliced with it.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -30,12 +34,13 @@ from torch import Tensor, nn
 
 from earlybird.arithmetic.add import AddConv2d, AddLinear
 from earlybird.calls import arounds, as_call, as_optimizers, unwrapped
-from earlybird.errors import InputError, ShrinkError
+from earlybird.errors import InputError, ShrinkError, nearest
 from earlybird.tickets.coupling import Group, find_groups
 from earlybird.tickets.layers import layer_of, set_width, width
 from earlybird.tickets.plan import IN_BLOCKS, Plan, Slices, check_optimizers, make_plan, stay
 from earlybird.tickets.proof import compare, outputs, probe, training_error
 from earlybird.tickets.ticket import Ticket
+from earlybird.tickets.units import KINDS, units_of
 
 
 @dataclass(frozen=True)
@@ -111,12 +116,14 @@ def shrink(
 
     Args:
         model: Any module. Its parameters stay the same objects; their contents, gradients and buffers are sliced.
-        ticket: Masks over output channels, by module name; `earlybird.draw` makes one.
+        ticket: Masks over output channels, by module name; `earlybird.draw` makes one. Or over heads and neurons, from
+            `earlybird.draw_units`; or both.
         example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments the model can run on (a batch
             of one is enough); used to follow the graph, never trained on.
         optimizer: One or several optimizers over the model's parameters. Every state tensor of a parameter's shape
             is sliced like the parameter; scalars stay; any other shape is an error.
-        round_to: Keep as many further channels as make each cut layer's width a multiple of this. What stayed
+        round_to: Keep as many further channels (not heads, not neurons) as make each cut layer's width a multiple of
+            this. What stayed
             because of it is in ``Change.rounded``; those channels are live, not silenced.
         scores: Layer name to scores ``(channels,)`` by which the channels to keep further are chosen; by default the
             scales of the norms, else the size of the filters.
@@ -136,14 +143,20 @@ def shrink(
         raise InputError(f"round_to is {round_to!r}", needed="a whole number of at least 1")
     optimizers = as_optimizers(optimizer)
     removed = _check_ticket(ticket, model)
+    chosen = units_of(ticket, model)
     before = sum(parameter.numel() for parameter in model.parameters())
-    if not any(bool(mask.any()) for mask in removed.values()):
+    if not any(bool(mask.any()) for mask in (*removed.values(), *(gone for _, gone in chosen.values()))):
         return Change(parameters_before=before, parameters_after=before, seconds=time.perf_counter() - start)
 
     call = as_call(example_inputs)
-    groups = find_groups(model, call) if groups is None else groups
-    silent, carried = probe(model, call, removed)
-    plan = make_plan(model, groups, removed, silent, carried, round_to, scores or {})
+    silent: dict[str, Tensor] = {}
+    carried: dict[str, Tensor] = {}
+    if not removed:  # heads and neurons are found by name
+        groups = []
+    else:
+        groups = find_groups(model, call) if groups is None else groups
+        silent, carried = probe(model, call, removed)
+    plan = make_plan(model, groups, removed, silent, carried, chosen, round_to, scores or {})
     check_optimizers(model, plan.slices, optimizers)
 
     unheard = {name: gone & ~plan.alive.get(name, torch.zeros_like(gone)) for name, gone in (removed | carried).items()}
@@ -152,7 +165,7 @@ def shrink(
         isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and (name, "both", None) in plan.cuts
         for name, module in model.named_modules()
     )
-    wanted = outputs(model, call, unheard) if exact else None
+    wanted = outputs(model, call, unheard, plan.unheard) if exact else None
     undo: list[Callable[[], None]] = []
     try:
         layers = _cut(model, plan, undo)
@@ -180,11 +193,32 @@ def shrink(
     followers = {id(owner): owner for module in model.modules() for owner in arounds(module, Follower)}  # type: ignore[type-abstract]
     for follower in followers.values():
         follower.follow(change)
+    if chosen and "transformers" in sys.modules:  # importing it here would take seconds
+        from earlybird.integrations.hf_files import record
+
+        record(model, ticket)
     return change
 
 
+def cut_to_shape(model: nn.Module, ticket: Ticket) -> None:
+    """Cut heads and neurons of a model whose weights are yet to be loaded: nothing is proven, and nothing need run.
+
+    Args:
+        model: May be on the meta device.
+        ticket: Over heads and neurons alone.
+
+    Raises:
+        InputError: The ticket does not belong to this model, or has channels, which need inputs to be followed with.
+        ShrinkError: Some layer cannot be cut; nothing was changed.
+    """
+    channels = _check_ticket(ticket, model)
+    if channels:
+        raise InputError(f"the ticket has channels, of layer '{next(iter(channels))}'", hint="use earlybird.shrink")
+    _cut(model, make_plan(model, [], {}, {}, {}, units_of(ticket, model), 1, {}), [])
+
+
 def _check_ticket(ticket: Ticket, model: nn.Module) -> dict[str, Tensor]:
-    """Return the mask of removed channels of each layer that the ticket names."""
+    """Return the mask of removed channels of each layer whose channels the ticket names."""
     if not isinstance(ticket, Ticket):
         raise InputError(f"ticket is a {type(ticket).__name__}", needed="an earlybird.Ticket")
     modules = dict(model.named_modules())
@@ -192,10 +226,15 @@ def _check_ticket(ticket: Ticket, model: nn.Module) -> dict[str, Tensor]:
     for name, mask in ticket.masks.items():
         if name not in modules:
             raise InputError(
-                f"the ticket names layer '{name}', which the model does not have", hint="use the ticket's own model"
+                f"the ticket names layer '{name}', which the model does not have",
+                hint=nearest(name, modules, "use the ticket's own model"),
             )
+        if ticket.kinds[name] in KINDS:
+            continue
         if ticket.kinds[name] != "channel":
-            raise InputError(f"units of '{name}' are of kind '{ticket.kinds[name]}'", needed="kind 'channel'")
+            raise InputError(
+                f"units of '{name}' are of kind '{ticket.kinds[name]}'", needed="kind 'channel', 'head' or 'neuron'"
+            )
         channels = width(modules[name])
         if channels is None:
             raise InputError(f"layer '{name}' ({type(modules[name]).__name__}) has no output channels to mask")
@@ -220,6 +259,9 @@ def _cut(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) -> dict[s
     for parameter, at, rows in _silent_rows(modules, plan):
         undo.append(partial(setattr, parameter, "data", parameter.data))
         parameter.data = parameter.data.index_fill(at, rows, 0.0)
+    for (name, attribute), value in plan.attributes.items():
+        undo.append(partial(setattr, modules[name], attribute, getattr(modules[name], attribute)))
+        setattr(modules[name], attribute, value)
     layers: dict[str, dict[str, tuple[int, int]]] = {}
     for (name, side, dim), cut in plan.cuts.items():
         before, after = cut.numel(), int((~cut).sum())
