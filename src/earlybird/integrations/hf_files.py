@@ -6,8 +6,8 @@ So the keys of the config go on saying what the model was built with, and one ke
     "earlybird_ticket": {"bert.encoder.layer.0.attention": {"kind": "head", "kept": 3, "of": 4, "mask": "1011"}, ...}
 
 `earlybird.shrink` writes it, ``save_pretrained`` and Trainer checkpoints take it along, and `load` cuts the model down
-while ``from_pretrained`` builds it, before the weights are read. Plain ``from_pretrained`` refuses such a folder, since the
-shapes of the weights do not fit.
+while ``from_pretrained`` builds it, before the weights are read. Plain ``from_pretrained`` refuses such a folder, since
+the shapes of the weights do not fit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KEY = "earlybird_ticket"
 def record(model: nn.Module, ticket: Ticket) -> None:
     """Write the heads and neurons that ``ticket`` keeps into the config of every Hugging Face model in ``model``.
 
-    Masks are over the units that the config describes: of a model that is shrunk again, over those before the first cut.
+    Masks are over the units that the config describes: of a model shrunk twice, over those before the first cut.
 
     Args:
         model: Has just been shrunk.

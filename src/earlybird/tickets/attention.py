@@ -59,10 +59,9 @@ class PrunedAttention(nn.MultiheadAttention):
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        if self.in_proj_weight is None:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        else:
-            weights = self.in_proj_weight.chunk(3)
+        fused = self._parameters["in_proj_weight"]
+        apart = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        weights = apart if fused is None else fused.chunk(3)
         return [functional.linear(*parts) for parts in zip((query, key, value), weights, biases)]
 
     def _mask(

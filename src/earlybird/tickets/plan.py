@@ -115,13 +115,13 @@ def make_plan(
     unheard: dict[str, Tensor] = {}
     attributes: dict[tuple[str, str], object] = {}
     for units, gone in chosen.values():
-        for key, cut in cuts_of(units, gone, model).items():
-            if key in cuts:
+        for where, cut in cuts_of(units, gone, model).items():
+            if where in cuts:
                 raise ShrinkError(
-                    f"the ticket cuts layer '{key[0]}' twice: its channels, and the {units.kind}s of '{units.name}'",
+                    f"the ticket cuts layer '{where[0]}' twice: its channels, and the {units.kind}s of '{units.name}'",
                     hint="leave one of the two out of the ticket; nothing was changed",
                 )
-            cuts[key] = cut
+            cuts[where] = cut
         unheard[units.reads] = inputs_of(units, gone, model)
         attributes |= attributes_of(units, gone, model)
     return Plan(cuts, _plan_slices(cuts, model, modules, parameters), silenced, alive, unheard, attributes)

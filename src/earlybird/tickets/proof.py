@@ -100,7 +100,7 @@ def outputs(
         unread: Layer name to the mask of inputs that are silent.
     """
     found: list[tuple[str, Tensor]] = []
-    whole: list[tuple[nn.Parameter, Tensor]] = []
+    whole: list[tuple[Tensor, Tensor]] = []
 
     def silence(module: nn.Module, args: Any, output: Tensor, gone: Tensor) -> Tensor:
         dim = _channel_dim(module, output)
@@ -118,8 +118,9 @@ def outputs(
         for name, module in model.named_modules():
             if name in unread and isinstance(module, NonDynamicallyQuantizableLinear):
                 # torch's attention takes its weight and does not call it: what reads the silent ones is zero instead
-                whole.append((module.weight, module.weight.data))
-                module.weight.data = module.weight.data.masked_fill(unread[name].to(module.weight.device), 0.0)
+                weight = module.weight
+                whole.append((weight, weight.data))
+                weight.data = weight.data.masked_fill(unread[name].to(weight.device), 0.0)
             elif name in unread:
                 module.register_forward_pre_hook(partial(leave, gone=unread[name]))
             if name in unheard:

@@ -8,8 +8,8 @@ eval mode the shrunk model computes what the masked one computes, for every tick
 exception that has no way out: their statistics are taken over the channels that remain. An add layer, which a zero does
 not leave alone, keeps what its cut channels added as a constant.
 
-Attention heads and feed-forward neurons (`earlybird.tickets.units`) are cut in the same way, but what reads them is known
-by name, and the hidden width stays.
+Attention heads and feed-forward neurons (`earlybird.tickets.units`) are cut in the same way, but what reads them is
+known by name, and the hidden width stays.
 
 Groups of coupled channels come from torch-pruning's dependency graph. Which of them read only zeros is found by running
 the model with every layer's output replaced: zeros where it is silent, random numbers elsewhere. The cut is then made,

@@ -333,8 +333,8 @@ def _magnitude(units: Units, model: nn.Module) -> Tensor:
     everything = [(weight, at, 1)]
     for (name, dim), parts in units.writes.items():
         if dim is not None:
-            parameter = model.get_parameter(name)
-            everything += [(parameter, dim, parts)] if parameter.dim() > 1 else []
+            alone = model.get_parameter(name)
+            everything += [(alone, dim, parts)] if alone.dim() > 1 else []
             continue
         layer = model.get_submodule(name)
         rows = layer_of(layer)
