@@ -4,8 +4,8 @@ Small BERTs on SST-2 (sentences, no phrases; 6,920 train, 872 dev, 1,821 test). 
 task either begins with random weights, or with those of masked language modelling on the training sentences, made once
 and kept; or with a local folder (``--weights``). The WordPiece vocabulary is trained on the same sentences.
 
-Contestants, all with AdamW, linear warm-up and decay, and batches of sentences of similar length, padded to a multiple of
-8:
+Contestants, all with AdamW, linear warm-up and decay, and batches of sentences of similar length, padded to a multiple
+of 8:
 
 - ``full``: the whole network, all epochs;
 - ``early_bert``: searches for 0.2 epochs, draws, goes back to the weights from before, and trains the small network for
@@ -37,11 +37,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tokenizers
 import torch
-import transformers
 from common import WORK, append, check_known, condition, digest, load, machine, rows, spread, yardstick
 from torch import Tensor, nn
 from torch.nn import functional
@@ -50,6 +48,10 @@ import earlybird as eb
 from earlybird.calls import around
 from earlybird.cost.count import count
 from earlybird.tickets.units import find_units
+
+if TYPE_CHECKING:  # of the extra 'hf', which the page of results does not need
+    import tokenizers
+    import transformers
 
 NAME = "early_bert"
 PAD, UNKNOWN, BEGIN, END, MASK = range(5)
@@ -158,19 +160,19 @@ class Text:
     vocabulary: int = 0
 
 
-def read(task: Task, folder: Path, tokenizer: tokenizers.Tokenizer | None) -> Text:
+def tokenised(task: Task, folder: Path, tokenizer: tokenizers.Tokenizer | None) -> Text:
     """Return the tokenised sentences; without a tokenizer, one is trained on those for training."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
     lines = {}
     for split in ("train", "dev", "test"):
         text = (folder / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
         lines[split] = [line.rsplit("\t", 1) for line in text[: task.sentences]]
     if tokenizer is None:
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token=SPECIAL[UNKNOWN]))
-        tokenizer.normalizer = tokenizers.normalizers.BertNormalizer()
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-        trainer = tokenizers.trainers.WordPieceTrainer(
-            vocab_size=task.vocabulary, special_tokens=SPECIAL, show_progress=False
-        )
+        tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL[UNKNOWN]))
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=task.vocabulary, special_tokens=SPECIAL, show_progress=False)
         tokenizer.train_from_iterator((sentence for sentence, _ in lines["train"]), trainer)
     numbers = {
         split: [
@@ -244,6 +246,8 @@ class Sentiment(nn.Module):
 
 def build(task: Task, text: Text, weights: Path | None) -> nn.Module:
     """Return the network of a task, with the weights of a folder where there is one."""
+    import transformers
+
     classify = task.objective == "classify"
     kind = transformers.BertForSequenceClassification if classify else transformers.BertForMaskedLM
     if weights is None:
@@ -395,15 +399,17 @@ def pretrained(task: Task, text: Text, seed: int = 0) -> Path:
 
 def run(options: argparse.Namespace) -> None:
     """Do what has no row of this machine yet, seed by seed, every second one in reverse order."""
+    from tokenizers import Tokenizer
+
     torch.set_num_threads(options.threads or torch.get_num_threads())
     head = machine(torch.get_num_threads())
     deadline = time.monotonic() + 60 * options.budget
     tokenizer = None
     if options.weights is not None:
-        tokenizer = tokenizers.Tokenizer.from_file(str(options.weights / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(options.weights / "tokenizer.json"))
     for name in options.tasks:
         task = TASKS[name]
-        text = read(task, Path(os.environ["EARLYBIRD_DATA"]) / "sst2", tokenizer)
+        text = tokenised(task, Path(os.environ["EARLYBIRD_DATA"]) / "sst2", tokenizer)
         weights = options.weights or (pretrained(task, text) if task.pretrained else None)
         for seed in range(options.seeds or task.seeds):
             names = [who for who in CONTESTANTS if who in options.contestants]
@@ -472,10 +478,11 @@ def table() -> str:
             ]  # fmt: skip
             found.append(f"| {' | '.join(cells)} |")
         found.append("")
-    return "\n".join(found) or "no rows yet"
+    return "\n".join(found)
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def read(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options that ``words`` (default: of the command line) give."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     listed = lambda text: text.split(",")  # noqa: E731
     parser.add_argument("--tasks", type=listed, default=["sst2", "scratch", "mlm"], help=f"of {', '.join(TASKS)}")
@@ -491,11 +498,16 @@ def main(words: Sequence[str] | None = None) -> None:
         options.tasks = ["quick", "quick-mlm"]
     check_known(parser, "task", options.tasks, TASKS)
     check_known(parser, "contestant", options.contestants, CONTESTANTS)
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    options = read(words)
     if not options.table:
         if "EARLYBIRD_DATA" not in os.environ:
             sys.exit("EARLYBIRD_DATA is not set: it names the folder in which sst2/ lies")
         run(options)
-    print(table())
+    print(table() or "no rows yet")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
-import early_bert  # noqa: E402
-from early_bert import CONTESTANTS, MASK, PAD, Task, Text, batches, drop_layers, fit, pooled, share_left  # noqa: E402
+import early_bert
+from early_bert import CONTESTANTS, MASK, PAD, Task, Text, batches, drop_layers, fit, pooled, share_left
 
 TINY = {"layers": 2, "hidden": 16, "heads": 4, "neurons": 32, "vocabulary": 60, "batch": 8, "length": 16}
 

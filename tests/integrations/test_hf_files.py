@@ -101,6 +101,35 @@ def test_a_folder_that_was_never_shrunk_and_what_cannot_be_loaded(tmp_path):
         hf_files.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "keep", "said"),
+    [
+        ("llama", {"keep_heads": 0.5}, {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 14}),
+        ("bert", {"keep_heads": 1.0}, {"num_attention_heads": 4, "intermediate_size": 14}),
+        ("distilbert", {"keep_heads": 1.0}, {"n_heads": 4, "hidden_dim": 14}),
+        ("gpt2", {"keep_heads": 1.0}, {"n_head": 4, "n_inner": 38}),
+    ],
+)
+def test_layers_that_keep_equally_many_make_a_plain_model(name, keep, said, tmp_path):
+    model, inputs = make(name), MODELS[name][1]
+    eb.shrink(model, random_ticket(model, neuron_scope="layer", **keep), inputs)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert said.items() <= config.items()
+    assert "earlybird_ticket" not in config
+    again = type(model).from_pretrained(tmp_path)
+    for own, other in zip(run(again, inputs), run(model, inputs), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_heads_of_a_config_without_their_size_need_the_ticket(tmp_path):
+    model = make("bert")
+    eb.shrink(model, random_ticket(model, neuron_scope="layer"), PADDED)
+    assert model.config.num_attention_heads == 4
+    assert model.config.intermediate_size == 24
+    assert len(model.config.earlybird_ticket) == 4
+
+
 def test_plain_from_pretrained_refuses_the_folder(tmp_path):
     model = make("bert")
     eb.shrink(model, random_ticket(model), PADDED)

@@ -84,6 +84,23 @@ MODELS = {
         ),
         {**PADDED, "encoder_hidden_states": SEQUENCE}, [4, 4], [64],
     ),
+    "bart": (
+        lambda t: t.BartModel(
+            t.BartConfig(
+                **TEXT, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+                decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=24,
+            )
+        ),
+        {**PADDED, "decoder_input_ids": TOKENS}, [4, 4, 4], [24, 24],
+    ),
+    "opt": (
+        lambda t: t.OPTForCausalLM(
+            t.OPTConfig(**TEXT, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, ffn_dim=24)
+        ),
+        PADDED, [4], [24],
+    ),
+    "clip": (lambda t: t.CLIPVisionModel(t.CLIPVisionConfig(**IMAGE, **BERT)), PIXELS, [4, 4], [24, 24]),
+    "phi3": (lambda t: t.Phi3ForCausalLM(t.Phi3Config(**TEXT, **BERT, pad_token_id=0)), PADDED, [], [24, 24]),
     "encoder": (lambda t: Encoder(), {"x": SEQUENCE, "padding": PADDING}, [4, 4], [24, 24]),
     "encoder_unpadded": (lambda t: Encoder(norm_first=True, activation="gelu"), {"x": SEQUENCE}, [4, 4], [24, 24]),
     "encoder_biasless": (lambda t: Encoder(bias=False), {"x": SEQUENCE, "padding": PADDING}, [4, 4], [24, 24]),

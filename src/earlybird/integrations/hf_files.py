@@ -1,17 +1,20 @@
 """Folders of Hugging Face models that were shrunk: the ticket travels in ``config.json``.
 
 transformers builds a model from its config, and its configs have one number of heads and one of neurons for all layers.
-So the keys of the config go on saying what the model was built with, and one key more says what is left of it:
+Where all layers keep equally many, and the config can say so (heads need a ``head_dim`` of their own, as Llama's have
+it), it does, and the model is a plain one, for whoever reads such folders. Else the keys of the config go on saying
+what the model was built with, and one key more says what is left of it:
 
     "earlybird_ticket": {"bert.encoder.layer.0.attention": {"kind": "head", "kept": 3, "of": 4, "mask": "1011"}, ...}
 
 `earlybird.shrink` writes it, ``save_pretrained`` and Trainer checkpoints take it along, and `load` cuts the model down
-while ``from_pretrained`` builds it, before the weights are read. Plain ``from_pretrained`` refuses such a folder, since
-the shapes of the weights do not fit.
+while ``from_pretrained`` builds it, before the weights are read. Plain ``from_pretrained`` refuses a folder with such a
+key, since the shapes of the weights do not fit.
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +25,17 @@ from torch import nn
 from earlybird.errors import InputError, nearest
 from earlybird.tickets.shrink import cut_to_shape
 from earlybird.tickets.ticket import Ticket
-from earlybird.tickets.units import KINDS
+from earlybird.tickets.units import KINDS, find_units
 
 __all__ = ["load", "record", "ticket_of"]
 
 KEY = "earlybird_ticket"
+# What configs call the number of neurons of a layer.
+_NEURONS = ("intermediate_size", "n_inner", "hidden_dim")
 
 
 def record(model: nn.Module, ticket: Ticket) -> None:
-    """Write the heads and neurons that ``ticket`` keeps into the config of every Hugging Face model in ``model``.
+    """Let the config of every Hugging Face model in ``model`` say what is left: in its own words, or by the ticket.
 
     Masks are over the units that the config describes: of a model shrunk twice, over those before the first cut.
 
@@ -54,8 +59,41 @@ def record(model: nn.Module, ticket: Ticket) -> None:
             kinds[own] = ticket.kinds[prefix + own]
             whole = known.get(own, torch.ones_like(mask))
             known[own] = whole.masked_scatter(whole, mask)
-        if not all(bool(mask.all()) for mask in known.values()):
+        if _describe_plainly(module):
+            module.config.__dict__.pop(KEY, None)
+        elif known:
             setattr(module.config, KEY, {own: _described(kinds[own], mask) for own, mask in known.items()})
+
+
+def _describe_plainly(model: transformers.PreTrainedModel) -> bool:
+    """Set the numbers of heads and neurons in the model's config, if a model built from it is the one that is there."""
+    counts: dict[str, set[int]] = {kind: set() for kind in KINDS}
+    for units in find_units(model).values():
+        counts[units.kind].add(units.count)
+    if any(len(different) != 1 for different in counts.values()):
+        return False
+    (heads,), (neurons,) = counts["head"], counts["neuron"]
+    own = model.config
+    changed = {key: neurons for key in _NEURONS if hasattr(own, key)}
+    shared = getattr(own, "num_key_value_heads", None)
+    if hasattr(own, "head_dim"):
+        changed["num_attention_heads"] = heads * own.num_attention_heads // (shared or own.num_attention_heads)
+        if shared is not None:
+            changed["num_key_value_heads"] = heads
+    config = copy.deepcopy(own)
+    for key, value in changed.items():
+        setattr(config, key, value)
+    with torch.device("meta"):
+        twin = type(model)(config)
+    if _shapes(twin) != _shapes(model):
+        return False
+    for key, value in changed.items():
+        setattr(own, key, value)
+    return True
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def _described(kind: str, mask: torch.Tensor) -> dict[str, Any]:
