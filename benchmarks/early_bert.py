@@ -94,7 +94,6 @@ class Task:
     seeds: int = 5
 
 
-_QUICK = {"layers": 2, "hidden": 32, "heads": 4, "neurons": 64, "vocabulary": 500, "sentences": 400, "seeds": 1}
 TASKS = {
     "sst2": Task(
         "SST-2, 4 layers of 256, 20 epochs of masked language modelling before", pretrained=20, rate=2e-4,
@@ -104,8 +103,10 @@ TASKS = {
     "mlm": Task(
         "Masked language modelling on SST-2's sentences, 4 layers of 256", objective="mlm", epochs=30, ticket_epochs=20
     ),
-    "quick": Task("SST-2, 400 sentences, 2 layers of 32", pretrained=1, **_QUICK),
-    "quick-mlm": Task("Masked language modelling, 400 sentences, 2 layers of 32", objective="mlm", **_QUICK),
+    "quick": Task(
+        "SST-2, 400 sentences, 2 layers of 32", layers=2, hidden=32, neurons=64, vocabulary=500, pretrained=1,
+        sentences=400, seeds=1,
+    ),
 }  # fmt: skip
 
 
@@ -495,7 +496,7 @@ def read(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="print the tables of all rows and stop")
     options = parser.parse_args(words)
     if options.quick:
-        options.tasks = ["quick", "quick-mlm"]
+        options.tasks = ["quick"]
     check_known(parser, "task", options.tasks, TASKS)
     check_known(parser, "contestant", options.contestants, CONTESTANTS)
     return options

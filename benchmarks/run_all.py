@@ -78,7 +78,7 @@ def full(work: Path) -> list[Job]:
         ("speedrun_cifar10", ["--tasks", "speedrun"]),
         ("networks", ["--tasks", "resnet20,resnet18,preact_resnet29,mobilenet_v2", *together]),
         ("efficient_steps", ["--tasks", "dropping,skipping,ladder,signs,operations,search,together", *together]),
-        ("early_bert", []),
+        ("early_bert", ["--tasks", "sst2,scratch,mlm"]),
         ("paper_figures", ["--work", str(work / "paper"), *together]),
     ]
 
