@@ -100,6 +100,7 @@ def test_everything_runs_once_and_is_not_run_again(sst2, results, monkeypatch, c
     monkeypatch.setattr(
         early_bert, "TASKS", {"tiny": Task("tiny", pretrained=1, epochs=2, ticket_epochs=1, **TINY)}
     )  # fmt: skip
+    monkeypatch.setattr(early_bert, "yardstick", lambda threads: 0.01)
     words = ["--tasks", "tiny", "--seeds", "1", "--threads", "1"]
     early_bert.main(words)
     rows = [json.loads(line) for line in (results / "early_bert.jsonl").read_text().splitlines()]
