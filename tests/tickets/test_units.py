@@ -43,6 +43,18 @@ class Encoder(nn.Module):
         return self.head(hidden.mean(1))
 
 
+class Decoder(nn.Module):
+    """torch's own layer with a causal mask and cross-attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 24, dropout=0.0), 1)
+
+    def forward(self, x, memory):
+        causal = nn.Transformer.generate_square_subsequent_mask(len(x))
+        return self.layers(x, memory, tgt_mask=causal, tgt_is_causal=True)
+
+
 SEQUENCE = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(0))
 PADDING = torch.arange(7) >= torch.tensor([[7], [5], [4]])
 # Name to (model, inputs, number of heads of each attention, width of each feed-forward pair).
@@ -102,6 +114,7 @@ MODELS = {
     "clip": (lambda t: t.CLIPVisionModel(t.CLIPVisionConfig(**IMAGE, **BERT)), PIXELS, [4, 4], [24, 24]),
     "phi3": (lambda t: t.Phi3ForCausalLM(t.Phi3Config(**TEXT, **BERT, pad_token_id=0)), PADDED, [], [24, 24]),
     "encoder": (lambda t: Encoder(), {"x": SEQUENCE, "padding": PADDING}, [4, 4], [24, 24]),
+    "decoder": (lambda t: Decoder(), {"x": SEQUENCE, "memory": SEQUENCE[:2]}, [4, 4], [24]),
     "encoder_unpadded": (lambda t: Encoder(norm_first=True, activation="gelu"), {"x": SEQUENCE}, [4, 4], [24, 24]),
     "encoder_biasless": (lambda t: Encoder(bias=False), {"x": SEQUENCE, "padding": PADDING}, [4, 4], [24, 24]),
 }  # fmt: skip

@@ -191,6 +191,11 @@ class UnitSearch:
         self.change: Change | None = None
         self.drawn_at: int | None = None
         self.history: list[dict[str, Any]] = []
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise InputError(
+                "the model is wrapped in DistributedDataParallel, whose buckets keep the sizes of before the cut",
+                hint="attach to the module inside, and wrap it anew in the step after which .drawn is true",
+            )
         self._model = model = unwrapped(model)
         self._optimizers = as_optimizers(optimizer)
         if not self._optimizers:
