@@ -1,1 +1,1 @@
-"""The loops that users have: each file forwards to the methods, and needs the library that it is named after."""
+"""earlybird in the training loops that users have, one file a framework; a bare loop and Fabric need none."""
