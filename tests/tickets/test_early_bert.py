@@ -235,6 +235,31 @@ def test_resumed_to_the_bit(stop, weights):
     assert again.drawn_at == search.drawn_at == 6
 
 
+def test_cut_before_there_is_an_optimizer():
+    model, optimizer, search = start()
+    train(model, optimizer, 8)
+    saved = copy.deepcopy((search.state_dict(), model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, 3, 8)
+    method, other = eb.EarlyBert(**QUICK), make("patches")
+    for _ in range(2):  # what is cut already is left alone
+        method.cut(other, saved[0])
+    other.load_state_dict(saved[1])
+    second = adam(other)
+    again = method.attach(other, second, example_inputs=images(2))
+    again.load_state_dict(saved[0])
+    second.load_state_dict(saved[2])
+    assert again.drawn
+    train(other, second, 3, 8)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert again.state_dict()["sizes"] == search.state_dict()["sizes"]
+    early, _, undecided = start()
+    method.cut(early, undecided.state_dict())  # nothing was drawn yet
+    assert early.layers[0].linear1.out_features == 24
+    with pytest.raises(InputError, match="another model"):
+        method.cut(other, undecided.state_dict())
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         "wrong",

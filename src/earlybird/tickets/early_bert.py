@@ -40,7 +40,7 @@ from earlybird.settings import check_count, check_share, option
 from earlybird.step import Step
 from earlybird.tickets.draw import Scope, draw_units
 from earlybird.tickets.search import Search
-from earlybird.tickets.shrink import Change, shrink
+from earlybird.tickets.shrink import Change, cut_to_shape, describe, shrink
 from earlybird.tickets.ticket import Ticket
 from earlybird.tickets.units import find_units, first_order, inputs_of, read_weight, score_units
 
@@ -161,6 +161,36 @@ class EarlyBert:
         """
         return UnitSearch(self, model, optimizer, example_inputs, steps_per_epoch, total_steps, ledger, seed)
 
+    def cut(
+        self,
+        model: nn.Module,
+        state: Mapping[str, Any],
+        *,
+        example_inputs: Any = None,
+        averaged: Iterable[nn.Module] = (),
+    ) -> None:
+        """Shrink a dense ``model`` to the ticket of a saved search, without an optimizer.
+
+        For loops that load weights before there is one: cut, load the weights, make the optimizer, `attach`, and let
+        `UnitSearch.load_state_dict` take over the state. What is shrunk already, and a search that has not drawn,
+        change nothing.
+
+        Args:
+            model: The module that is trained.
+            state: What `UnitSearch.state_dict` returned.
+            example_inputs: Not needed: the cut was proven when the ticket was drawn.
+            averaged: Copies of the model that hold moving averages of its weights.
+
+        Raises:
+            InputError: The state belongs to another model, or is from before the draw and the model is shrunk.
+        """
+        for one in (model, *averaged):
+            one = unwrapped(one)
+            if _is_to_be_cut(one, state):
+                ticket = _saved_ticket(state)
+                cut_to_shape(one, ticket)
+                describe(one, ticket)
+
 
 class UnitSearch:
     """A running search for heads and neurons, made by `EarlyBert.attach`; all its state is in `state_dict`.
@@ -169,7 +199,7 @@ class UnitSearch:
         settings: The hyper-parameters.
         drawn: Whether the ticket has been drawn and the model shrunk.
         ticket: The drawn ticket, or None.
-        change: What the shrink changed, or None.
+        change: What the shrink changed, or None; also None where `EarlyBert.cut` has shrunk the model before.
         drawn_at: Optimizer step after which the ticket was drawn, or None.
         history: One entry a look: ``{'step', 'epoch', 'keep', 'distances', 'kept'}``; ``distances`` are those of the
             newest mask to the others in the window, 0 to 1.
@@ -310,15 +340,16 @@ class UnitSearch:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state. When its ticket was drawn, the (still dense) model and optimizer are shrunk to it.
+        """Take over a saved state. When its ticket was drawn, a model and optimizer still dense are shrunk to it.
 
-        Load the weights and the optimizer's state after this, into the shapes that it leaves.
+        Load the weights and the optimizer's state after this, into the shapes that it leaves. Where weights are loaded
+        before there is an optimizer, let `EarlyBert.cut` shrink the model before; it is left as it is then.
 
         Raises:
-            InputError: The state belongs to another model, or to a search that rewinds where this one does not.
+            InputError: The state belongs to another model, or to a search that rewinds where this one does not, or is
+                from before the draw and the model is shrunk already.
         """
-        if dict(state["sizes"]) != self._sizes:
-            raise InputError("the saved search belongs to another model", needed="the model it was drawn from")
+        dense = _is_to_be_cut(self._model, state)
         if not state["ticket"] and set(state["before"]) != set(self._before):
             raise InputError(
                 f"the saved search {'rewinds' if state['before'] else 'continues'}",
@@ -328,17 +359,16 @@ class UnitSearch:
         self.history = [dict(entry) for entry in state["history"]]
         self._looked_at = [int(step) for step in state["looked_at"]]
         self._masks = list(state["masks"].bool())
-        for own, key in (
-            (self._coefficients, "coefficients"), (self._moments, "moments"), (self._taylor, "taylor"),
-        ):  # fmt: skip
-            own.copy_(state[key])
+        self._sizes = {name: int(size) for name, size in state["sizes"].items()}
+        device = self._coefficients.device
+        self._coefficients, self._moments, self._taylor = (
+            state[key].to(device, copy=True) for key in ("coefficients", "moments", "taylor")
+        )
         for name, value in self._before.items() if not state["ticket"] else ():
             value.copy_(state["before"][name])
         if state["ticket"] and not self.drawn:
-            saved = state["ticket"]
-            masks = {name: mask.bool() for name, mask in saved["masks"].items()}
             self.drawn_at = int(state["drawn_at"])
-            self._finish(Ticket(masks, saved["kinds"], saved["provenance"]))
+            self._finish(_saved_ticket(state), dense=dense)
             if self._ledger.phase == "search":
                 self._ledger.enter("train")
         if state["ledger"] and self._own_ledger:
@@ -463,16 +493,36 @@ class UnitSearch:
                     optimizer.state.clear()
         self._ledger.enter("train")
 
-    def _finish(self, ticket: Ticket) -> None:
+    def _finish(self, ticket: Ticket, *, dense: bool = True) -> None:
         inputs = first_sample(self._last_call if self._example_inputs is None else self._example_inputs)
-        if inputs is None:
+        if dense and inputs is None:
             raise InputError("no inputs to prove the cut with", hint="pass example_inputs=x to attach")
-        self.change = shrink(self._model, ticket, inputs, optimizer=self._optimizers)
+        if dense:
+            self.change = shrink(self._model, ticket, inputs, optimizer=self._optimizers)
         self.ticket = ticket
         self._before = {}
         self._last_call = None
         for ledger in {self._ledger, *hook_owners(self._model, Ledger)}:
             ledger.recount(self._model, inputs)
+
+
+def _is_to_be_cut(model: nn.Module, state: Mapping[str, Any]) -> bool:
+    """Tell whether ``model`` is what the search began with, and not what its ticket has left of it."""
+    counts = {name: units.count for name, units in find_units(model).items() if name in state["sizes"]}
+    if counts == {name: int(size) for name, size in state["sizes"].items()}:
+        return bool(state["ticket"])
+    if not state["ticket"] or counts != {name: kept for name, (kept, _) in _saved_ticket(state).widths.items()}:
+        raise InputError(
+            "the saved search belongs to another model",
+            needed="the model it was drawn from" + (", or what its ticket left of it" if state["ticket"] else ""),
+        )
+    return False
+
+
+def _saved_ticket(state: Mapping[str, Any]) -> Ticket:
+    saved = state["ticket"]
+    masks = {name: mask.bool() for name, mask in saved["masks"].items()}
+    return Ticket(masks, saved["kinds"], saved["provenance"])
 
 
 def _everything(model: nn.Module) -> dict[str, Tensor]:

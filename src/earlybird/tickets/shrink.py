@@ -193,11 +193,17 @@ def shrink(
     followers = {id(owner): owner for module in model.modules() for owner in arounds(module, Follower)}  # type: ignore[type-abstract]
     for follower in followers.values():
         follower.follow(change)
-    if chosen and "transformers" in sys.modules:  # importing it here would take seconds
+    if chosen:
+        describe(model, ticket)
+    return change
+
+
+def describe(model: nn.Module, ticket: Ticket) -> None:
+    """Let the configs of Hugging Face models in ``model``, which was cut to ``ticket``, say so."""
+    if "transformers" in sys.modules:  # importing it here would take seconds
         from earlybird.integrations.hf_files import record
 
         record(model, ticket)
-    return change
 
 
 def cut_to_shape(model: nn.Module, ticket: Ticket) -> None:
