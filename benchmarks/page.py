@@ -20,6 +20,7 @@ import int8_forward
 import networks
 import overheads
 import paper_figures
+import processes
 import roofline
 import scaling
 import speedrun_cifar10
@@ -61,6 +62,10 @@ def roofline_section(images: Path) -> str:
     return "\n\n".join([roofline.tables(rows(roofline.NAME)), pictures(images, roofline.draw(images))])
 
 
+def processes_section(images: Path) -> str:
+    return processes.table(rows(processes.NAME))
+
+
 def alternatives_section(images: Path) -> str:
     return alternatives.tables(rows(alternatives.NAME))
 
@@ -99,6 +104,7 @@ SECTIONS: dict[str, tuple[Any, Callable[[Path], str]]] = {
     "Transformers: heads and neurons": (early_bert, early_bert_section),
     "The figures of the Early-Bird paper": (paper_figures, paper_figures_section),
     "One step": (step_times, step_times_section),
+    "Several processes": (processes, processes_section),
     "What the machine could give": (roofline, roofline_section),
     "Other ways to compute a convolution": (alternatives, alternatives_section),
     "The kernel of the add layer": (add_layer, add_layer_section),
