@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from earlybird.calls import unwrapped
 from earlybird.errors import InputError, nearest
-from earlybird.settings import check_count, check_share
+from earlybird.settings import check_choice, check_count, check_share
 from earlybird.tickets.coupling import Group, Member, find_groups
 from earlybird.tickets.layers import width
 from earlybird.tickets.scores import score_channels
@@ -140,8 +140,7 @@ def draw_units(
     shares = {"head": check_share("keep_heads", keep_heads), "neuron": check_share("keep_neurons", keep_neurons)}
     scopes: dict[str, Scope] = {"head": head_scope, "neuron": neuron_scope}
     for name, scope in scopes.items():
-        if scope not in ("network", "layer"):
-            raise InputError(f"{name}_scope is {scope!r}", needed="'network' or 'layer'")
+        check_choice(f"{name}_scope", scope, ("network", "layer"))
     check_count("round_to", round_to, "64", optional=False)
     model = unwrapped(model)
     values = score_units(model, score, generator) if scores is None else scores

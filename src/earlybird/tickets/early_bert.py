@@ -33,10 +33,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from earlybird.calls import Call, Hook, as_optimizers, first_sample, hook_owners, unwrapped
+from earlybird.calls import Call, Hook, first_sample, given_optimizers, hook_owners, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
-from earlybird.settings import check_count, check_share, option
+from earlybird.settings import check_choice, check_count, check_number, check_share, option
 from earlybird.step import Step
 from earlybird.tickets.draw import Scope, draw_units
 from earlybird.tickets.search import Search
@@ -107,15 +107,13 @@ class EarlyBert:
             ("unit_score", SCORES), ("head_scope", ("layer", "network")), ("neuron_scope", ("network", "layer")),
             ("unit_weights", ("rewind", "continue")), ("unit_optimizer_state", ("reset", "keep")),
         ):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
+            check_choice(name, getattr(self, name), allowed)
         for name, optional in (
             ("head_sparsity", False), ("neuron_sparsity", False), ("coefficient_rate", True), ("unit_tolerance", True),
         ):  # fmt: skip
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (optional and value is None) and not (number and 0 <= value < float("inf")):
-                raise InputError(f"{name} is {value!r}", needed="a number of at least 0")
+            if not (optional and value is None):
+                check_number(name, value, lambda number: 0 <= number < float("inf"), "a number of at least 0")
         for name, least in (("unit_window", 2), ("round_neurons_to", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -227,9 +225,7 @@ class UnitSearch:
                 hint="attach to the module inside, and wrap it anew in the step after which .drawn is true",
             )
         self._model = model = unwrapped(model)
-        self._optimizers = as_optimizers(optimizer)
-        if not self._optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        self._optimizers = given_optimizers(optimizer)
         others: list[Search | UnitSearch] = [*hook_owners(model, Search), *hook_owners(model, UnitSearch)]
         if not all(search.drawn for search in others):
             raise InputError("a search is attached to this model already", hint="call its detach() first")
