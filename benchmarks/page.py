@@ -14,6 +14,7 @@ from typing import Any
 
 import add_layer
 import alternatives
+import early_bert
 import efficient_steps
 import int8_forward
 import networks
@@ -86,6 +87,10 @@ def paper_figures_section(images: Path) -> str:
     return "\n\n".join([*tables, pictures(images, paper_figures.draw(images))])
 
 
+def early_bert_section(images: Path) -> str:
+    return early_bert.table()
+
+
 def pictures(images: Path, named: dict[str, str]) -> str:
     """Return Markdown that shows the files of ``named``, which has file and text."""
     return "\n\n".join(f"![{text}]({images.name}/{file})" for file, text in named.items())
@@ -96,6 +101,7 @@ SECTIONS: dict[str, tuple[Any, Callable[[Path], str]]] = {
     "The fastest dense recipe, alone and with our methods": (speedrun_cifar10, speedrun_cifar10.section),
     "Other networks": (networks, networks.section),
     "Less on every step: samples, layers, bits, operations": (efficient_steps, efficient_steps.section),
+    "Transformers: heads and neurons": (early_bert, early_bert_section),
     "The figures of the Early-Bird paper": (paper_figures, paper_figures_section),
     "One step": (step_times, step_times_section),
     "Several processes": (processes, processes_section),

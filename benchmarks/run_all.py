@@ -28,7 +28,7 @@ RUNS = HERE.parent / "runs"
 Job = tuple[str, list[str]]
 """Script and its words."""
 
-BUDGETED = ("vgg16_cifar10", "speedrun_cifar10", "networks", "efficient_steps", "paper_figures")
+BUDGETED = ("vgg16_cifar10", "speedrun_cifar10", "networks", "efficient_steps", "early_bert", "paper_figures")
 """Scripts that take ``--budget MINUTES`` and go on where they stopped."""
 
 # one rival of each kind: all of them would take six minutes more
@@ -53,6 +53,7 @@ def quick(work: Path) -> list[Job]:
         ("networks", ["--tasks", "quick", "--contestants", "dense,ticket"]),
         ("speedrun_cifar10", ["--tasks", "quick", "--contestants", "dense,resized-ticket"]),
         ("efficient_steps", ["--tasks", "quick"]),
+        ("early_bert", ["--quick"]),
         ("paper_figures", ["--quick", "--work", str(work / "paper")]),
     ]
 
@@ -79,6 +80,7 @@ def full(work: Path) -> list[Job]:
         ("speedrun_cifar10", ["--tasks", "speedrun"]),
         ("networks", ["--tasks", "resnet20,resnet18,preact_resnet29,mobilenet_v2", *together]),
         ("efficient_steps", ["--tasks", "dropping,skipping,ladder,signs,operations,search,together", *together]),
+        ("early_bert", ["--tasks", "sst2,scratch,mlm"]),
         ("paper_figures", ["--work", str(work / "paper"), *together]),
     ]
 

@@ -23,6 +23,17 @@ SETTINGS = {
         {"keep": 1.0, "look_every": "2it", "skip": "2it", "deadline": "8it"},
         {"keep": 0.5, "look_every": "2it", "skip": "2it", "deadline": "8it", "window": 2, "round_to": 1},
     ),
+    "early_bert": (
+        {
+            "keep_heads": 1.0,
+            "keep_neurons": 1.0,
+            "draw_at": "8it",
+            "unit_look_every": "2it",
+            "unit_weights": "continue",
+            "unit_optimizer_state": "keep",
+        },
+        {"keep_heads": 0.5, "keep_neurons": 0.5, "draw_at": "7it", "unit_look_every": "2it", "coefficient_rate": 0.01},
+    ),
     "batch_dropping": ({"drop": 0.0}, {"drop": 0.5}),
     "layer_skipping": ({"layer_share": 1.0}, {"layer_share": 0.6}),
     "stochastic_depth": ({"depth_survival": 1.0}, {"depth_survival": 0.5}),
@@ -37,6 +48,13 @@ SETTINGS = {
     "progressive_resizing": ({"initial_scale": 1.0}, {"grow_from": "4it", "whole_from": "10it", "size_step": 1}),
 }
 STEPS = 14
+# Those of networks that the others are not for; and those of the others that are asked to work on them, too.
+TOPOLOGIES = {"early_bert": ("patches",)}
+ON_PATCHES = ("batch_dropping", "progressive_resizing", "progressive_precision")
+
+
+def topologies(*names: str) -> tuple[str, ...]:
+    return next((TOPOLOGIES[name] for name in names if name in TOPOLOGIES), ("residual", "plain", "depthwise"))
 
 
 def method_class(name: str) -> type:
@@ -56,17 +74,18 @@ def attach_all(order, model, optimizer):
 
 
 def check_resumes_to_the_bit(names, stop):
-    whole = make("residual")
+    topology = topologies(*names)[0]
+    whole = make(topology)
     optimizer = sgd(whole)
     attach_all(names, whole, optimizer)
     train(whole, optimizer, STEPS)
-    first = make("residual")
+    first = make(topology)
     first_optimizer = sgd(first)
     running = attach_all(names, first, first_optimizer)
     train(first, first_optimizer, stop)
     states = {name: method.state_dict() for name, method in running.items()}
     saved = copy.deepcopy((states, first.state_dict(), first_optimizer.state_dict()))
-    second = make("residual")
+    second = make(topology)
     second_optimizer = sgd(second)
     for name, method in attach_all(names, second, second_optimizer).items():
         method.load_state_dict(saved[0][name])
@@ -105,16 +124,16 @@ class TestContract:
         assert info.link.startswith("https://")
         assert all((info.citation, info.saves, info.limits))
 
-    @pytest.mark.parametrize("topology", ["plain", "residual", "depthwise"])
-    def test_doing_nothing_equals_plain_pytorch_to_the_bit(self, name, topology):
-        plain = make(topology)
-        train(plain, sgd(plain), STEPS)
-        model = make(topology)
-        optimizer = sgd(model)
-        attach(name, model, optimizer, acting=False)
-        train(model, optimizer, STEPS)
-        for (key, one), two in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
-            assert torch.equal(one, two), key
+    def test_doing_nothing_equals_plain_pytorch_to_the_bit(self, name):
+        for topology in topologies(name):
+            plain = make(topology)
+            train(plain, sgd(plain), STEPS)
+            model = make(topology)
+            optimizer = sgd(model)
+            attach(name, model, optimizer, acting=False)
+            train(model, optimizer, STEPS)
+            for (key, one), two in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+                assert torch.equal(one, two), (topology, key)
 
     @pytest.mark.parametrize("stop", [1, 5, 8, 11])
     def test_stopped_and_resumed_ends_in_the_same_bits(self, name, stop):
@@ -147,7 +166,7 @@ class TestContract:
             assert torch.equal(one, two), key
 
     def test_the_bill_adds_up_and_counts_every_step(self, name):
-        model = make("residual")
+        model = make(topologies(name)[0])
         optimizer = sgd(model)
         begun = time.perf_counter()
         running = attach(name, model, optimizer, acting=True)
@@ -162,7 +181,7 @@ class TestContract:
         assert running.bill().total.steps.value == STEPS
 
     def test_parameters_stay_in_the_optimizer_exactly_once(self, name):
-        model = make("residual")
+        model = make(topologies(name)[0])
         optimizer = sgd(model)
         attach(name, model, optimizer, acting=True)
         train(model, optimizer, STEPS)
@@ -180,7 +199,8 @@ ALTERNATIVES = (
     {"progressive_precision", "fractional_precision", "predictive_sign", "block_float", "shift_add"},
     {"layer_skipping", "stochastic_depth", "fractional_precision"},
 )
-PAIRS = list(itertools.permutations(METHODS, 2))
+COMMON = [name for name in METHODS if name not in TOPOLOGIES]
+PAIRS = list(itertools.permutations(COMMON, 2))
 # layers are replaced before other methods hang on them or on their blocks; the shipped loop sees to that
 LATE = [(first, "shift_add") for first in ("layer_skipping", "stochastic_depth")]
 REFUSED = [pair for pair in PAIRS if pair in LATE or any(set(pair) <= those for those in ALTERNATIVES)]
@@ -188,7 +208,9 @@ MANY = (
     ("early_bird", "progressive_resizing", "batch_dropping", "layer_skipping", "progressive_precision"),
     ("early_bird", "batch_dropping", "stochastic_depth", "block_float"),
 )
-TOGETHER = [pair for pair in itertools.combinations(METHODS, 2) if not {pair, pair[::-1]} <= set(REFUSED)] + [*MANY]
+PATCHED = [(name, other) for name in TOPOLOGIES for other in ON_PATCHES]
+TOGETHER = [pair for pair in itertools.combinations(COMMON, 2) if not {pair, pair[::-1]} <= set(REFUSED)]
+TOGETHER += [*MANY, *PATCHED]
 
 
 @pytest.mark.parametrize("pair", REFUSED, ids=["-".join(pair) for pair in REFUSED])
@@ -208,7 +230,7 @@ class TestComposition:
         for order in (names, names[::-1]):
             if order in LATE:
                 continue
-            model = make("residual")
+            model = make(topologies(*order)[0])
             optimizer = sgd(model)
             running = attach_all(order, model, optimizer)
             train(model, optimizer, STEPS)

@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 # Loaded on first use, so that `earlybird --help` answers before torch is imported.
 _HOMES = {
     "EarlyBird": "earlybird.tickets.early_bird",
+    "EarlyBert": "earlybird.tickets.early_bert",
+    "UnitSearch": "earlybird.tickets.early_bert",
     "BatchDropping": "earlybird.skipping.batches",
     "LayerSkipping": "earlybird.skipping.layers",
     "StochasticDepth": "earlybird.skipping.stochastic_depth",
@@ -29,6 +31,7 @@ _HOMES = {
     "Search": "earlybird.tickets.search",
     "Ticket": "earlybird.tickets.ticket",
     "draw": "earlybird.tickets.draw",
+    "draw_units": "earlybird.tickets.draw",
     "shrink": "earlybird.tickets.shrink",
     "Change": "earlybird.tickets.shrink",
     "Step": "earlybird.step",
@@ -36,9 +39,9 @@ _HOMES = {
     "Bill": "earlybird.cost.bill",
 }
 __all__ = [
-    "BatchDropping", "Bill", "BlockFloat", "Change", "EarlyBird", "FractionalPrecision", "LayerSkipping", "Ledger",
-    "PredictiveSign", "ProgressivePrecision", "ProgressiveResizing", "Search", "ShiftAdd", "Step", "StochasticDepth",
-    "Ticket", "__version__", "draw", "shrink",
+    "BatchDropping", "Bill", "BlockFloat", "Change", "EarlyBert", "EarlyBird", "FractionalPrecision",
+    "LayerSkipping", "Ledger", "PredictiveSign", "ProgressivePrecision", "ProgressiveResizing", "Search", "ShiftAdd",
+    "Step", "StochasticDepth", "Ticket", "UnitSearch", "__version__", "draw", "draw_units", "shrink",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -54,7 +57,8 @@ if TYPE_CHECKING:
     from earlybird.skipping.pixels import ProgressiveResizing
     from earlybird.skipping.stochastic_depth import StochasticDepth
     from earlybird.step import Step
-    from earlybird.tickets.draw import draw
+    from earlybird.tickets.draw import draw, draw_units
+    from earlybird.tickets.early_bert import EarlyBert, UnitSearch
     from earlybird.tickets.early_bird import EarlyBird
     from earlybird.tickets.search import Search
     from earlybird.tickets.shrink import Change, shrink

@@ -79,6 +79,7 @@ def export_weights(run: str | Path, path: str | Path, *, model: str | None = Non
         "format": FORMAT,
         "blueprint": blueprint.to_json(),
         "order": json.dumps(list(ticket.masks) if ticket else []),
+        "kinds": json.dumps(dict(ticket.kinds) if ticket else {}),
         "provenance": json.dumps(dict(ticket.provenance) if ticket else {}),
     }
     return write_tensors(path, {**weights, **masks}, metadata)
@@ -250,7 +251,8 @@ def _from_file(path: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]]
     try:
         blueprint = Blueprint.from_json(metadata["blueprint"])
         masks = {name: tensors.pop(_MASK + name).to(torch.bool) for name in json.loads(metadata["order"])}
-        ticket = Ticket(masks, provenance=json.loads(metadata["provenance"])) if masks else None
+        kinds = json.loads(metadata.get("kinds", "{}"))  # older exports have channels alone
+        ticket = Ticket(masks, kinds, json.loads(metadata["provenance"])) if masks else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path} is a damaged export ({type(error).__name__}: {error})", hint="export the run again"

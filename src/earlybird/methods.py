@@ -46,6 +46,14 @@ METHODS: dict[str, MethodInfo] = {
             limits="training that ends soon after the draw, and layers already so narrow that the device idles",
         ),
         MethodInfo(
+            name="early_bert",
+            path="earlybird.tickets.early_bert:EarlyBert",
+            citation="Chen et al., EarlyBERT: Efficient BERT Training via Early-bird Lottery Tickets, ACL 2021",
+            link="https://arxiv.org/abs/2101.00063",
+            saves="measured seconds and bytes, counted MACs and modelled joules of transformers, from the draw on",
+            limits="small transformers, where embeddings and classifier are most of the work, and short trainings",
+        ),
+        MethodInfo(
             name="progressive_resizing",
             path="earlybird.skipping.pixels:ProgressiveResizing",
             citation="Howard, Training ImageNet in 3 hours for 25 minutes, fast.ai 2018; settings of MosaicML Composer",

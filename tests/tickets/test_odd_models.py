@@ -373,15 +373,6 @@ class TestLoops:
         targets = dense_outputs(Twice(), images(8))
         assert set(targets) == {"a", "c", "head"}
 
-    def test_ddp_is_refused_before_anything_happens(self):
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        try:
-            model = nn.parallel.DistributedDataParallel(make("plain"))
-            with pytest.raises(InputError, match="attach to the module inside"):
-                eb.EarlyBird(**QUICK).attach(model, sgd(model), example_inputs=images(2))
-        finally:
-            torch.distributed.destroy_process_group()
-
     @pytest.mark.filterwarnings("ignore:no agreement")
     def test_a_search_that_resumes_after_the_draw_goes_on_with_its_bill(self):
         model, optimizer, search = self.start()

@@ -108,11 +108,29 @@ TOPOLOGIES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+class Patches(nn.Module):
+    """A small vision transformer of torch's own layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 2, 2)
+        self.layers = nn.Sequential(
+            *(nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True) for _ in range(2))
+        )
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {"patches": Patches}
+
+
 def make(name: str, seed: int = 0) -> nn.Module:
     """Build a topology whose norms have lively scales, shifts and statistics, so that nothing agrees by accident."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = TOPOLOGIES[name]()
+        model = (TOPOLOGIES | TRANSFORMERS)[name]()
         for module in model.modules():
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 nn.init.uniform_(module.weight, 0.2, 2.0)

@@ -111,3 +111,22 @@ class _Initialised(nn.Module):
 
 def initialised(classes: int, in_channels: int) -> nn.Module:
     return _Initialised(classes, in_channels)
+
+
+class _Patches(nn.Module):
+    """A small vision transformer of torch's own layers."""
+
+    def __init__(self, classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 16, 2, 2)
+        self.norm = nn.BatchNorm2d(16)
+        self.layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.layer(self.norm(self.stem(images)).flatten(2).transpose(1, 2)).mean(1))
+        return logits
+
+
+def patches(classes: int, in_channels: int) -> nn.Module:
+    return _Patches(classes, in_channels)

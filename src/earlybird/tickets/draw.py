@@ -27,12 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.calls import unwrapped
-from earlybird.errors import InputError
-from earlybird.settings import check_share
+from earlybird.errors import InputError, nearest
+from earlybird.settings import check_choice, check_count, check_share
 from earlybird.tickets.coupling import Group, Member, find_groups
 from earlybird.tickets.layers import width
 from earlybird.tickets.scores import score_channels
 from earlybird.tickets.ticket import Ticket
+from earlybird.tickets.units import Units, find_units, score_units
 
 Coupled = Literal["whole", "group"]
 Scope = Literal["network", "layer"]
@@ -99,6 +100,85 @@ def draw(
     if macs_share is not None:
         provenance["macs_share"] = macs_share
     return Ticket(masks, provenance=provenance)
+
+
+def draw_units(
+    model: nn.Module,
+    *,
+    keep_heads: float = 2 / 3,
+    keep_neurons: float = 0.6,
+    score: str = "magnitude",
+    scores: Mapping[str, Tensor] | None = None,
+    head_scope: Scope = "layer",
+    neuron_scope: Scope = "network",
+    round_to: int = 1,
+    generator: torch.Generator | None = None,
+) -> Ticket:
+    """Draw a ticket over the attention heads and feed-forward neurons of a transformer. Pure: nothing is changed.
+
+    Chen et al., EarlyBERT, ACL 2021, arXiv 2101.00063: heads are ranked layer by layer, neurons over the network.
+    Deviation: of n ranked ones exactly ``round(keep * n)`` stay, ties broken by order; published, those above the
+    quantile, one less. At least one head and one neuron stay in each layer.
+
+    Args:
+        model: See `earlybird.tickets.units.find_units`.
+        keep_heads: Share of the heads that stay, in (0, 1]; 1 leaves them out of the ticket.
+        keep_neurons: The same of neurons.
+        score: ``'magnitude'``, ``'taylor'`` (needs gradients) or ``'random'`` (needs ``generator``).
+        scores: Name to scores ``(units,)``, instead of ``score``; larger stays. Learned coefficients, say.
+        head_scope: Rank each ``'layer'`` by itself, or the ``'network'`` as a whole.
+        neuron_scope: The same for neurons.
+        round_to: Neurons of a layer are rounded up to a multiple of this.
+        generator: For random scores.
+
+    Returns:
+        The ticket; its kinds are ``'head'`` and ``'neuron'``.
+
+    Raises:
+        InputError: No heads and neurons, an option or a score out of its range.
+    """
+    shares = {"head": check_share("keep_heads", keep_heads), "neuron": check_share("keep_neurons", keep_neurons)}
+    scopes: dict[str, Scope] = {"head": head_scope, "neuron": neuron_scope}
+    for name, scope in scopes.items():
+        check_choice(f"{name}_scope", scope, ("network", "layer"))
+    check_count("round_to", round_to, "64", optional=False)
+    model = unwrapped(model)
+    values = score_units(model, score, generator) if scores is None else scores
+    found = find_units(model)
+    _check_unit_scores(values, found)
+    masks: dict[str, Tensor] = {}
+    for kind, scope in scopes.items():
+        ranked = {
+            name: value.detach().float().cpu() for name, value in values.items()
+            if found[name].kind == kind and shares[kind] < 1
+        }  # fmt: skip
+        if ranked:
+            masks |= _rank(ranked, shares[kind], scope=scope, round_to=round_to if kind == "neuron" else 1)
+    if not masks:  # everything stays
+        masks = {name: torch.ones(found[name].count, dtype=torch.bool) for name in values}
+    return Ticket(
+        masks,
+        {name: found[name].kind for name in masks},
+        {
+            "score": score if scores is None else "given", "keep_heads": keep_heads, "keep_neurons": keep_neurons,
+            "head_scope": head_scope, "neuron_scope": neuron_scope,
+        },
+    )  # fmt: skip
+
+
+def _check_unit_scores(scores: Mapping[str, Tensor], found: Mapping[str, Units]) -> None:
+    if not scores:
+        raise InputError("no scores to rank", needed="scores of at least one layer")
+    for name, value in scores.items():
+        if name not in found:
+            raise InputError(f"scores of '{name}', which has no heads or neurons", hint=nearest(name, found))
+        if value.shape != (found[name].count,):
+            raise InputError(
+                f"scores of '{name}' have shape {tuple(value.shape)}",
+                needed=f"({found[name].count},), one a {found[name].kind}",
+            )
+        if not torch.isfinite(value).all():
+            raise InputError(f"scores of '{name}' are not finite", needed="finite scores")
 
 
 def _check_scores(scores: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -371,8 +451,9 @@ def _rank(
     scope: Scope = "network",
     strict: bool = False,
     least: float = 0.0,
+    round_to: int = 1,
 ) -> dict[str, Tensor]:
-    """Keep the best of all channels, or of each layer; every layer keeps one at least, and its share ``least``."""
+    """Keep the best of all, or of each layer; every layer keeps one at least, its share ``least``, and a multiple."""
     sizes = [value.numel() for value in scores.values()]
     if scope == "layer":
         counts = [round(keep * size) for size in sizes]
@@ -389,6 +470,7 @@ def _rank(
     masks: dict[str, Tensor] = {}
     for (name, score), count, size in zip(scores.items(), counts, sizes):
         count = max(count, round(least * size), 1)
+        count = min(-(-count // round_to) * round_to, size)
         masks[name] = torch.zeros(size, dtype=torch.bool)
         masks[name][score.argsort(descending=True, stable=True)[:count]] = True
     return masks

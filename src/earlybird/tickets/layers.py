@@ -53,6 +53,8 @@ _CONV = Layer(_AFFINE, (("weight", 1),), ("out_channels",), ("in_channels",))
 _TRANSPOSED = Layer((("weight", 1), ("bias", 0)), (("weight", 0),), ("out_channels",), ("in_channels",))
 _DEPTHWISE = Layer(_AFFINE, (), ("out_channels", "in_channels", "groups"))
 _DENSE = Layer(_AFFINE, (("weight", 1),), ("out_channels",), ("in_channels",), channel_dim=-1)
+# of transformers: a linear layer whose weight lies the other way round
+_CONV1D = Layer((("weight", 1), ("bias", 0)), (("weight", 0),), ("nf",), ("nx",), channel_dim=-1)
 _LINEAR = Layer(_AFFINE, (("weight", 1),), ("out_features",), ("in_features",), channel_dim=-1)
 _RUNNING = Layer(_AFFINE, (), ("num_features",), buffers=("running_mean", "running_var"))
 _GROUP_NORM = Layer(_AFFINE, (), ("num_channels",))
@@ -81,6 +83,8 @@ def _like(module: nn.Module | None) -> Layer | None:
         if is_depthwise(module):
             return _DEPTHWISE
         return _TRANSPOSED if isinstance(module, TransposedConv) else _CONV
+    if module is not None and _is_conv1d(module):
+        return _CONV1D
     for kind, layer in (
         (nn.Linear, _LINEAR), (BatchNorm, _RUNNING), (InstanceNorm, _RUNNING), (nn.GroupNorm, _GROUP_NORM),
         (nn.LayerNorm, _LAYER_NORM), (nn.PReLU, _PRELU), (nn.Embedding, _EMBEDDING),
@@ -109,6 +113,11 @@ def is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, Conv) and module.groups > 1 and module.groups == module.in_channels == module.out_channels
 
 
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the ``Conv1D`` of transformers, which need not be installed."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a batch, instance, group or layer norm."""
     return isinstance(module, (BatchNorm, InstanceNorm, nn.GroupNorm, nn.LayerNorm))
@@ -116,7 +125,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def mixes_channels(module: nn.Module) -> bool:
     """Whether each of its outputs depends on all of its inputs: a convolution (not depthwise) or a linear layer."""
-    return is_dense(module) or (isinstance(module, Conv) and not is_depthwise(module))
+    return is_dense(module) or _is_conv1d(module) or (isinstance(module, Conv) and not is_depthwise(module))
 
 
 def width(module: nn.Module, side: Side = "out") -> int | None:

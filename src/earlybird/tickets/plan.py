@@ -12,12 +12,11 @@ from earlybird.errors import InputError, ShrinkError
 from earlybird.sharded import Shards
 from earlybird.tickets.coupling import Group
 from earlybird.tickets.layers import Conv, TransposedConv, is_depthwise, layer_of, width
+from earlybird.tickets.units import CutKey, Units, attributes_of, cuts_of, inputs_of
 
 # A key in place of a dimension: each block of a grouped convolution keeps its own inputs.
 IN_BLOCKS = "in blocks"
 Slices = dict[int | str, Tensor]
-# Layer (or bare parameter) name, side, and for bare parameters the dimension.
-CutKey = tuple[str, str, int | None]
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ class Plan:
         whole: Layer name to the mask of those whose group is left whole.
         why: Layer name to the reason for that.
         groups: Which of the groups are cut, as indices.
+        unread: Layer name to the mask of inputs that heads and neurons write which go.
+        attributes: Module name and attribute to its new value, beside the sizes of the layers that are cut.
     """
 
     cuts: dict[CutKey, Tensor]
@@ -42,6 +43,8 @@ class Plan:
     whole: dict[str, Tensor]
     why: dict[str, str]
     groups: list[int]
+    unread: dict[str, Tensor]
+    attributes: dict[tuple[str, str], object]
 
 
 def make_plan(
@@ -50,13 +53,23 @@ def make_plan(
     removed: Mapping[str, Tensor],
     silent: Mapping[str, Tensor],
     carried: Mapping[str, Tensor],
+    chosen: Mapping[str, tuple[Units, Tensor]],
     round_to: int,
     scores: Mapping[str, Tensor],
     spared: Mapping[int, str],
 ) -> Plan:
     """Decide, group by group, which channels go, and translate that into slices of parameters.
 
-    Groups that stay whole, whatever is asked, are those that are outputs and those in ``spared`` (index to reason).
+    Args:
+        model: What is cut.
+        groups: Its coupled channels.
+        removed: Layer name to the mask of channels that the ticket removes.
+        silent: From `earlybird.tickets.proof.probe`, as ``carried``.
+        carried: Norm to the mask of channels that only removed ones feed.
+        chosen: Heads and neurons by name, with the mask of those that go.
+        round_to: Multiple for the number of channels.
+        scores: Layer name to scores of channels.
+        spared: Index of a group to the reason why it stays whole, whatever is asked; so do those that are outputs.
 
     Raises:
         InputError: Every channel of a layer would go.
@@ -131,8 +144,20 @@ def make_plan(
         gone &= ~alive.get(name, nothing)
         if gone.any():
             silenced[name] = gone
+    unheard_by: dict[str, Tensor] = {}
+    attributes: dict[tuple[str, str], object] = {}
+    for units, gone in chosen.values():
+        for where, cut in cuts_of(units, gone, model).items():
+            if where in cuts:
+                raise ShrinkError(
+                    f"the ticket cuts layer '{where[0]}' twice: its channels, and the {units.kind}s of '{units.name}'",
+                    hint="leave one of the two out of the ticket; nothing was changed",
+                )
+            cuts[where] = cut
+        unheard_by[units.reads] = inputs_of(units, gone, model)
+        attributes |= attributes_of(units, gone, model)
     slices = _plan_slices(cuts, model, modules, parameters)
-    return Plan(cuts, slices, silenced, alive, whole, why, cut_groups)
+    return Plan(cuts, slices, silenced, alive, whole, why, cut_groups, unheard_by, attributes)
 
 
 def _extent(key: CutKey, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor]) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from earlybird.calls import Call, tensors_in, undisturbed
 from earlybird.errors import ShrinkError
@@ -107,24 +108,34 @@ def _without(model: nn.Module, bare: BareMasks) -> Iterator[None]:
 
 
 def outputs(
-    model: nn.Module, call: Call, unheard: Mapping[str, Tensor], bare: BareMasks, normed: Mapping[str, Tensor]
+    model: nn.Module,
+    call: Call,
+    unheard: Mapping[str, Tensor],
+    unread: Mapping[str, Tensor],
+    bare: BareMasks,
+    normed: Mapping[str, Tensor],
 ) -> list[tuple[str, Tensor]]:
     """Run the model with some channels silent, and return each layer's outputs in the order they run.
 
     Args:
-        model: The model, not yet cut.
+        model: The model, not yet cut; it is left as found.
         call: What it runs on.
         unheard: Layer name to the mask of silent channels of its output.
+        unread: Layer name to the mask of silent channels of its input.
         bare: Parameters and buffers that are silent in places.
         normed: Names of group and layer norms to the channels that they take their statistics over.
     """
     found: list[tuple[str, Tensor]] = []
+    whole: list[tuple[Tensor, Tensor]] = []
 
     def silence(module: nn.Module, args: Any, output: Tensor, gone: Tensor) -> Tensor:
         dim = channel_dim(module, output.shape)
         return output.masked_fill(
             gone.to(output.device).view([-1 if d == dim else 1 for d in range(output.dim())]), 0.0
         )
+
+    def leave(module: nn.Module, args: tuple[Tensor, ...], gone: Tensor) -> tuple[Tensor, ...]:
+        return (args[0].masked_fill(gone.to(args[0].device), 0.0), *args[1:])
 
     def note(module: nn.Module, args: Any, output: Tensor, name: str) -> None:
         found.append((name, output))
@@ -133,11 +144,22 @@ def outputs(
         for name, module in model.named_modules():
             if name in normed:
                 module.register_forward_hook(partial(_renormed, keep=normed[name]), with_kwargs=True)
+            if name in unread and isinstance(module, NonDynamicallyQuantizableLinear):
+                # torch's attention takes its weight and does not call it: what reads the silent ones is zero instead
+                weight = module.weight
+                whole.append((weight, weight.data))
+                weight.data = weight.data.masked_fill(unread[name].to(weight.device), 0.0)
+            elif name in unread:
+                module.register_forward_pre_hook(partial(leave, gone=unread[name]))
             if name in unheard:
                 module.register_forward_hook(partial(silence, gone=unheard[name]))
             if mixes_channels(module):
                 module.register_forward_hook(partial(note, name=name))
-        output = _run(model, call, "with its channels silenced")
+        try:
+            output = _run(model, call, "with its channels silenced")
+        finally:
+            for weight, data in whole:
+                weight.data = data
     return found + [("", tensor) for tensor in tensors_in(output)]
 
 

@@ -11,6 +11,9 @@ product of two activations), or whose way the model does not show, are left whol
 ``Change.whole``; the rest is cut. An add layer, which a zero does not leave alone, keeps what its cut channels added as
 a constant.
 
+Attention heads and feed-forward neurons (`earlybird.tickets.units`) are cut in the same way, but what reads them is
+known by name, and the hidden width stays.
+
 Groups of coupled channels come from `earlybird.tickets.coupling`. Which of them read only zeros is found by running
 the model with every layer's output replaced: zeros where it is silent, random numbers elsewhere. The cut is then made,
 its outputs are compared layer by layer with those of the masked model, and it is taken back if they differ: then the
@@ -23,6 +26,7 @@ parameter's shape is sliced with it.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +39,7 @@ from torch import Tensor, nn
 from earlybird import data_parallel
 from earlybird.arithmetic.add import AddConv2d, AddLinear
 from earlybird.calls import Call, arounds, as_call, as_optimizers, unwrapped
-from earlybird.errors import InputError, ShrinkError
+from earlybird.errors import InputError, ShrinkError, nearest
 from earlybird.ranks import all_or_none
 from earlybird.sharded import Shards, gathered, is_sharded, spread, whole
 from earlybird.tickets.coupling import Group, find_groups
@@ -43,6 +47,7 @@ from earlybird.tickets.layers import layer_of, set_width, width
 from earlybird.tickets.plan import IN_BLOCKS, Plan, Slices, check_optimizers, make_plan, stay
 from earlybird.tickets.proof import compare, outputs, probe, training_error
 from earlybird.tickets.ticket import Ticket
+from earlybird.tickets.units import KINDS, units_of
 
 
 @dataclass(frozen=True)
@@ -135,12 +140,14 @@ def shrink(
 
     Args:
         model: Any module. Its parameters stay the same objects; their contents, gradients and buffers are sliced.
-        ticket: Masks over output channels, by module name; `earlybird.draw` makes one.
+        ticket: Masks over output channels, by module name; `earlybird.draw` makes one. Or over heads and neurons, from
+            `earlybird.draw_units`; or both.
         example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments the model can run on (a batch
             of one is enough); used to follow the graph, never trained on.
         optimizer: One or several optimizers over the model's parameters. Every state tensor of a parameter's shape
             is sliced like the parameter; scalars stay; any other shape is an error.
-        round_to: Keep as many further channels as make each cut layer's width a multiple of this. What stayed
+        round_to: Keep as many further channels (not heads, not neurons) as make each cut layer's width a multiple of
+            this. What stayed
             because of it is in ``Change.rounded``; those channels are live, not silenced.
         scores: Layer name to scores ``(channels,)`` by which the channels to keep further are chosen; by default the
             scales of the norms, else the size of the filters.
@@ -161,8 +168,9 @@ def shrink(
     optimizers = as_optimizers(optimizer)
     check_supported(model, optimizers, wrapper)
     removed = _check_ticket(ticket, model)
+    chosen = units_of(ticket, model)
     before = sum(parameter.numel() for parameter in model.parameters())
-    if not any(bool(mask.any()) for mask in removed.values()):
+    if not any(bool(mask.any()) for mask in (*removed.values(), *(gone for _, gone in chosen.values()))):
         return Change(parameters_before=before, parameters_after=before, seconds=time.perf_counter() - start)
 
     call = as_call(example_inputs)
@@ -171,13 +179,19 @@ def shrink(
     with gathered(model) as shards:
         try:
             with all_or_none(together):
-                groups = find_groups(model, call) if groups is None else groups
-                bare = _bare(groups, removed)
-                silent, carried = probe(model, call, removed, bare)
+                silent: dict[str, Tensor] = {}
+                carried: dict[str, Tensor] = {}
+                bare: dict[str, tuple[int, Tensor]] = {}
+                if not removed:  # heads and neurons are found by name
+                    groups = []
+                else:
+                    groups = find_groups(model, call) if groups is None else groups
+                    bare = _bare(groups, removed)
+                    silent, carried = probe(model, call, removed, bare)
                 shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
                 def applied(spared: Mapping[int, str]) -> _Applied:
-                    plan = make_plan(model, groups, removed, silent, carried, round_to, scores or {}, spared)
+                    plan = make_plan(model, groups, removed, silent, carried, chosen, round_to, scores or {}, spared)
                     check_optimizers(model, plan.slices, optimizers, shards)
                     return _cut_and_check(model, call, plan, removed | carried, bare)
 
@@ -206,6 +220,8 @@ def shrink(
     followers = {id(owner): owner for module in model.modules() for owner in arounds(module, Follower)}  # type: ignore[type-abstract]
     for follower in followers.values():
         follower.follow(change)
+    if chosen:
+        describe(model, ticket)
     return change
 
 
@@ -243,8 +259,33 @@ def _kept(plan: Plan) -> dict[str, Tensor]:
     return {name: stay(cut) for (name, side, _), cut in plan.cuts.items() if side != "in"}
 
 
+def describe(model: nn.Module, ticket: Ticket) -> None:
+    """Let the configs of Hugging Face models in ``model``, which was cut to ``ticket``, say so."""
+    if "transformers" in sys.modules:  # importing it here would take seconds
+        from earlybird.integrations.hf_files import record
+
+        record(model, ticket)
+
+
+def cut_to_shape(model: nn.Module, ticket: Ticket) -> None:
+    """Cut heads and neurons of a model whose weights are yet to be loaded: nothing is proven, and nothing need run.
+
+    Args:
+        model: May be on the meta device.
+        ticket: Over heads and neurons alone.
+
+    Raises:
+        InputError: The ticket does not belong to this model, or has channels, which need inputs to be followed with.
+        ShrinkError: Some layer cannot be cut; nothing was changed.
+    """
+    channels = _check_ticket(ticket, model)
+    if channels:
+        raise InputError(f"the ticket has channels, of layer '{next(iter(channels))}'", hint="use earlybird.shrink")
+    _cut(model, make_plan(model, [], {}, {}, {}, units_of(ticket, model), 1, {}, {}), [])
+
+
 def _check_ticket(ticket: Ticket, model: nn.Module) -> dict[str, Tensor]:
-    """Return the mask of removed channels of each layer that the ticket names."""
+    """Return the mask of removed channels of each layer whose channels the ticket names."""
     if not isinstance(ticket, Ticket):
         raise InputError(f"ticket is a {type(ticket).__name__}", needed="an earlybird.Ticket")
     modules = dict(model.named_modules())
@@ -252,10 +293,15 @@ def _check_ticket(ticket: Ticket, model: nn.Module) -> dict[str, Tensor]:
     for name, mask in ticket.masks.items():
         if name not in modules:
             raise InputError(
-                f"the ticket names layer '{name}', which the model does not have", hint="use the ticket's own model"
+                f"the ticket names layer '{name}', which the model does not have",
+                hint=nearest(name, modules, "use the ticket's own model"),
             )
+        if ticket.kinds[name] in KINDS:
+            continue
         if ticket.kinds[name] != "channel":
-            raise InputError(f"units of '{name}' are of kind '{ticket.kinds[name]}'", needed="kind 'channel'")
+            raise InputError(
+                f"units of '{name}' are of kind '{ticket.kinds[name]}'", needed="kind 'channel', 'head' or 'neuron'"
+            )
         channels = width(modules[name])
         if channels is None:
             raise InputError(f"layer '{name}' ({type(modules[name]).__name__}) has no output channels to mask")
@@ -307,7 +353,7 @@ def _cut_and_check(
         for name, module in model.named_modules()
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and (name, "both", None) in plan.cuts
     }
-    wanted = outputs(model, call, unheard, gone, normed)
+    wanted = outputs(model, call, unheard, plan.unread, gone, normed)
     undo: list[Callable[[], None]] = []
     try:
         layers = _cut(model, plan, undo)
@@ -376,6 +422,9 @@ def _cut(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) -> dict[s
     for parameter, at, rows in _silent_rows(modules, plan):
         undo.append(partial(setattr, parameter, "data", parameter.data))
         parameter.data = parameter.data.index_fill(at, rows, 0.0)
+    for (name, attribute), value in plan.attributes.items():
+        undo.append(partial(setattr, modules[name], attribute, getattr(modules[name], attribute)))
+        setattr(modules[name], attribute, value)
     layers: dict[str, dict[str, tuple[int, int]]] = {}
     for (name, side, dim), cut in plan.cuts.items():
         before, after = cut.numel(), int((~cut).sum())

@@ -1,6 +1,6 @@
 """The ticket: which units of a network stay.
 
-A ticket names boolean masks over *units* (output channels here; heads, neurons or single weights for other methods),
+A ticket names boolean masks over *units* (output channels, attention heads, feed-forward neurons),
 says what kind each mask is, and where it came from. It is immutable, small (a bit a channel in spirit, a byte on disk),
 and, with the original model definition, enough to rebuild the shrunk network.
 """
