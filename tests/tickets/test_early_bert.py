@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import earlybird as eb
 from earlybird.errors import InputError, ShrinkError
+from earlybird.tickets import early_bert
 from earlybird.tickets.early_bert import FLOOR
 from tests.tickets.test_early_bird import sgd, train
 from tests.tickets.topologies import images, make
@@ -286,6 +287,11 @@ class TestRefusals:
         eb.EarlyBert(**QUICK, unit_score="magnitude").attach(model, sgd(model))
         with pytest.raises(InputError, match="attached to this model already"):
             eb.EarlyBert(**QUICK, unit_score="magnitude").attach(model, sgd(model))
+
+    def test_shards(self, monkeypatch):
+        monkeypatch.setattr(early_bert, "is_sharded", lambda model: True)
+        with pytest.raises(InputError, match="fully_shard"):
+            start()
 
     def test_steps_without_gradients(self):
         _, optimizer, search = start()

@@ -143,6 +143,24 @@ def ddp_with_an_identity_ticket_is_plain_ddp(rank, reference):
         assert torch.equal(one, two), name
 
 
+def ddp_searches_for_heads_and_neurons(rank, reference):
+    ends = []
+    for inside in (False, True):
+        model = make("patches")
+        optimizer = adamw(model)
+        wrapped = DistributedDataParallel(model)
+        method = eb.EarlyBert(draw_at="4it", unit_look_every="2it", keep_heads=0.5, keep_neurons=0.5)
+        search = method.attach(model if inside else wrapped, optimizer, example_inputs=images(2))
+        train(wrapped, optimizer, rank)
+        assert search.drawn_at == 4
+        assert search.change.parameters_after < search.change.parameters_before
+        assert_agreed(model, optimizer)
+        assert all(torch.equal(*on_all_ranks(mask.float())[:2]) for mask in search.ticket.masks.values())
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+        search.detach()
+    assert torch.equal(*ends)
+
+
 def ddp_in_all_its_ways(rank, reference):
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
@@ -409,6 +427,7 @@ TWO = (
     ddp_equals_one_process,
     ddp_with_an_identity_ticket_is_plain_ddp,
     ddp_in_all_its_ways,
+    ddp_searches_for_heads_and_neurons,
     gradients_reduced_by_hand,
     a_ddp_run_goes_on_from_its_state,
     fsdp_equals_one_process,

@@ -33,10 +33,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from earlybird import data_parallel
 from earlybird.calls import Call, Hook, first_sample, given_optimizers, hook_owners, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_choice, check_count, check_number, check_share, option
+from earlybird.sharded import is_sharded
 from earlybird.step import Step
 from earlybird.tickets.draw import Scope, draw_units
 from earlybird.tickets.search import Search
@@ -140,7 +142,8 @@ class EarlyBert:
         """Start the search; from here on an ordinary training loop does the rest.
 
         Args:
-            model: A transformer (see `earlybird.tickets.units.find_units`); with the weights to which it will go back.
+            model: A transformer (see `earlybird.tickets.units.find_units`), with the weights to which it will go back;
+                wrappers of torch.compile and DistributedDataParallel are seen through.
             optimizer: The optimizer over its parameters; the draw happens inside its ``step()``. Of several, all are
                 sliced, and the first one keeps the clock.
             example_inputs: A tensor, tuple or dict the model runs on, on which the cut is proven; a batch of one is
@@ -219,13 +222,14 @@ class UnitSearch:
         self.change: Change | None = None
         self.drawn_at: int | None = None
         self.history: list[dict[str, Any]] = []
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            raise InputError(
-                "the model is wrapped in DistributedDataParallel, whose buckets keep the sizes of before the cut",
-                hint="attach to the module inside, and wrap it anew in the step after which .drawn is true",
-            )
+        self._wrapper = data_parallel.wrapper_of(model)  # of several processes, as far as it is known
         self._model = model = unwrapped(model)
         self._optimizers = given_optimizers(optimizer)
+        if is_sharded(model):
+            raise InputError(
+                "fully_shard keeps the rows of a weight on different ranks, and coefficients are learned from all",
+                hint="use DistributedDataParallel, or eb.draw_units and eb.shrink",
+            )
         others: list[Search | UnitSearch] = [*hook_owners(model, Search), *hook_owners(model, UnitSearch)]
         if not all(search.drawn for search in others):
             raise InputError("a search is attached to this model already", hint="call its detach() first")
@@ -376,6 +380,7 @@ class UnitSearch:
     def _remember_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module.training and not self.drawn:
             self._last_call = Call(args, kwargs)
+            self._wrapper = data_parallel.active_wrapper() or self._wrapper
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.drawn and not _has_closure(args, kwargs):  # of a closure, the gradients come inside the step
@@ -494,8 +499,9 @@ class UnitSearch:
         if dense and inputs is None:
             raise InputError("no inputs to prove the cut with", hint="pass example_inputs=x to attach")
         if dense:
-            self.change = shrink(self._model, ticket, inputs, optimizer=self._optimizers)
+            self.change = shrink(self._wrapper or self._model, ticket, inputs, optimizer=self._optimizers)
         self.ticket = ticket
+        self._wrapper = None  # it may be replaced by another; nobody should keep it
         self._before = {}
         self._last_call = None
         for ledger in {self._ledger, *hook_owners(self._model, Ledger)}:
