@@ -22,7 +22,7 @@ from earlybird.files import read_state, write_state
 from earlybird.integrations.running import STATE_FILE, Running, require
 
 require("accelerate", "1", "hf")  # first, since other versions may lack what is imported
-from accelerate import Accelerator  # noqa: E402
+from accelerate.accelerator import Accelerator  # noqa: E402
 
 __all__ = ["attach"]
 

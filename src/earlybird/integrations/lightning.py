@@ -126,7 +126,7 @@ class EarlyBirdCallback(pl.Callback):
         """Return what goes into Lightning's checkpoint."""
         return self.running.state_dict() if self._attached else self._state
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Keep what lay in Lightning's checkpoint until the methods are attached."""
         self.running.check(state_dict)
         self._state = dict(state_dict)
@@ -141,6 +141,6 @@ class EarlyBirdCallback(pl.Callback):
 
     def _averaged(self, trainer: pl.Trainer) -> list[nn.Module]:
         """Return the copies that Lightning's averaging callbacks keep."""
-        copies = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+        copies = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
         modules = [copy.module if isinstance(copy, AveragedModel) else copy for copy in copies]
         return [self._module(module) for module in modules if isinstance(module, nn.Module)]
