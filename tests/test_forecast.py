@@ -117,6 +117,28 @@ def test_what_is_forecast_is_what_the_run_counts(tmp_path: Path, method: dict[st
     assert found.seconds is not None
 
 
+def test_points_in_steps_are_steps_of_the_shorter_run() -> None:
+    """As in the run: with half of the batches left out, a ticket that is due at step 40 is drawn after 40 of them."""
+    run = on_paper(
+        data="digits", epochs=10, width=0.25, method="early_bird,batch_dropping=0.5", deadline="40it", skip="0it",
+        look_every="8it",
+    )  # fmt: skip
+    dense = run.dense[0].steps
+    assert [stretch.steps for stretch in run.stretches] == [40, pytest.approx(dense / 2 - 40, abs=1)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "layer_skipping,stochastic_depth", "layer_skipping,fractional_precision", "progressive_precision,block_float",
+        "block_float,fractional_precision", "predictive_sign,block_float", "shift_add,fractional_precision",
+    ],
+)  # fmt: skip
+def test_what_a_run_refuses_has_no_bill_on_paper_either(names: str) -> None:
+    with pytest.raises(InputError, match="leave one of the two methods out"):
+        on_paper(data="digits", model="resnet20", width=0.25, epochs=1, method=names)
+
+
 def test_no_time_is_claimed() -> None:
     text = str(on_paper(data="digits", epochs=2, method="batch_dropping=0.5"))
     assert "nothing was run" in text

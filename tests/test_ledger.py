@@ -306,7 +306,13 @@ def test_two_optimizers_for_one_batch_are_one_step(ledger: Ledger) -> None:
     for _ in range(4):
         step(model, first, second)
     record = ledger.phases["train"]
-    assert (record.steps, record.images, record.work[32].updates) == (4, 40, 8)
+    assert (record.steps, record.images, record.work[32].updates) == (4, 40, 4)
+    one = Ledger()
+    one.watch(model, sgd(model))
+    one.enter("train")
+    for _ in range(4):
+        step(model, first, second)
+    assert record.moved_bytes == count(model, torch.ones(1, 4)).update_bytes * 4 + one.phases["train"].moved_bytes
 
 
 def test_two_optimizers_in_turn_are_two_steps(ledger: Ledger) -> None:
@@ -963,6 +969,41 @@ def test_samples_that_pass_layers_otherwise_or_not_at_all(ledger: Ledger) -> Non
     assert dense.total.seconds is None  # steps with rounding or gates are no measure of dense ones
     assert "its time is not known" in str(ledger.bill())
     assert Bill.from_json(ledger.bill().to_json()) == ledger.bill()
+
+
+def test_what_is_rerouted_while_the_clock_stands_is_not_counted_either(ledger: Ledger) -> None:
+    model = net()
+    ledger.watch(model, sgd(model), torch.ones(1, 4))
+    ledger.enter("train")
+    ledger.pause()
+    model(torch.ones(10, 4))
+    ledger.reroute(("0",), 10, None, training=True)
+    ledger.leave_out(10)
+    ledger.resume()
+    model(torch.ones(10, 4))
+    assert ledger.phases["train"].macs == 10 * count(model, torch.ones(1, 4)).training_macs
+    assert ledger.phases["train"].work[32].left_images == 0
+
+
+def test_a_resumed_run_still_knows_how_each_layer_computes(ledger: Ledger) -> None:
+    model = net()
+    model[0].arithmetic = Arithmetic(activation=8, weight=8, gradient=8, whole=PASSES)  # type: ignore[assignment]
+    optimizer = sgd(model)
+    ledger.watch(model, optimizer)
+    ledger.enter("train")
+    step(model, optimizer)
+    state = json.loads(json.dumps(ledger.state_dict()))
+    ledger.stop()
+    resumed = Ledger()
+    resumed.watch(model, optimizer)
+    resumed.enter("train")
+    resumed.load_state_dict(state)
+    assert resumed.bill().parameters == ledger.bill().parameters
+    step(model, optimizer)
+    resumed.reroute(("3",), 10, None, training=True)
+    once, twice = ledger.phases["train"], resumed.phases["train"]
+    last = count(model, torch.ones(1, 4)).layers["3"]
+    assert twice.bit_macs == 2 * once.bit_macs - 10 * (last.macs + last.backward_macs)
 
 
 def test_dense_trains_on_what_was_left_out_at_this_runs_own_pace(ledger: Ledger, clock: Clock) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from earlybird import sharded
 from earlybird.errors import InputError
 
 Owner = TypeVar("Owner")
@@ -150,10 +151,22 @@ def after_gradients(args: tuple[Any, ...], kwargs: dict[str, Any], act: Callable
     return args[:1], {**kwargs, "closure": followed}
 
 
+def given_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Return one or several optimizers as a list, for whoever needs one; none is an `InputError`."""
+    found = as_optimizers(optimizer)
+    if not found:
+        raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+    return found
+
+
+def is_distributed() -> bool:
+    """Whether this process belongs to a group, if only of one."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def processes() -> int:
     """Return how many processes train together."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if ready else 1
+    return torch.distributed.get_world_size() if is_distributed() else 1
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -200,10 +213,13 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_execution(model: nn.Module) -> Iterator[None]:
-    """Run eagerly, with autograd, outside autocast, whatever the caller has switched on."""
+    """Run eagerly, with autograd, outside autocast, operation by operation, whatever the caller has switched on."""
     first = next(model.parameters(), None)
     device = "cpu" if first is None else first.device.type
     with ExitStack() as stack:
+        # nobody can see into the one operation that attention and transformer layers are where nothing learns
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device, enabled=False))
@@ -223,10 +239,11 @@ _HOOKS = (
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """`left_as_found`, in `plain_execution`, and below everybody's forward hooks: they belong to the user's loop.
 
-    Our own do nothing, those of `around` among them: each module runs its own ``forward``.
+    Our own do nothing, those of `around` among them: each module runs its own ``forward``. Sharded parameters are
+    gathered for the while, which is a collective operation.
     """
     hooks = [(module, {name: getattr(module, name) for name in _HOOKS}) for module in model.modules()]
-    with left_as_found(model), plain_execution(model), hooks_idle():
+    with left_as_found(model), plain_execution(model), hooks_idle(), sharded.gathered(model):
         try:
             for module, _ in hooks:
                 for name in _HOOKS:

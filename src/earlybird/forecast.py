@@ -226,9 +226,9 @@ def forecast(recipe: Recipe) -> Forecast:
     )
     dense = [Stretch(float(plan.total_steps), model, shape[1])]
     stretches, notes = list(dense), []
-    # what replaces layers comes first, and what ends with the draw after it
-    first = [*(name for name in METHODS if name == "shift_add"), *METHODS]
-    for name, method in sorted(recipe.build_methods().items(), key=lambda item: first.index(item[0])):
+    # what replaces layers, or makes the run shorter, comes before what goes by them; what ends with the draw after it
+    order = ["shift_add", "batch_dropping", *METHODS]
+    for name, method in sorted(recipe.build_methods().items(), key=lambda item: order.index(item[0])):
         if isinstance(method, Forecasting):
             stretches = method.forecast(stretches, plan)
         else:

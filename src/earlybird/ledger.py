@@ -53,8 +53,9 @@ from earlybird.cost.count import ModelCost, count
 from earlybird.cost.energy import CITATION, Energy, joules
 from earlybird.cost.meters import PeakMemory, energy_meter
 from earlybird.errors import InputError
+from earlybird.sharded import is_sharded
 
-__all__ = ["PHASES", "Ledger", "PhaseRecord", "Work", "ledger_of"]
+__all__ = ["PHASES", "Ledger", "PhaseRecord", "Work", "ledger_for", "ledger_of", "ledgers_on"]
 
 PHASES = ("setup", "search", "draw", "train", "evaluate", "lost")
 """The phases, in the order of the bill; 'lost' is time of a killed process that no checkpoint has (`Ledger.charge`)."""
@@ -74,7 +75,7 @@ class Work:
         train_batches: Batches they came in.
         forward_images: Samples of forward passes only.
         forward_batches: Batches they came in.
-        updates: Optimizer steps.
+        updates: Optimizer steps, a batch seen by several optimizers being one; of all processes.
         left_images: Samples that a dense run would have trained on, and this one left out.
         left_batches: Batches they would have come in.
         macs: Multiply-accumulates of all that was done, by pass (`earlybird.cost.arithmetic.PASSES`).
@@ -412,7 +413,9 @@ class Ledger:
         if example_inputs is not None:
             self._count(self._model, example_inputs)
         on_forward, on_step = Hook(self._on_forward, self), Hook(self._on_step, self)
-        self._handles.append(self._model.register_forward_pre_hook(on_forward, with_kwargs=True))
+        # before FSDP2's, which may cast the inputs for the layers it shards
+        first = is_sharded(self._model)
+        self._handles.append(self._model.register_forward_pre_hook(on_forward, with_kwargs=True, prepend=first))
         for one in as_optimizers(optimizer):
             self._handles.append(one.register_step_post_hook(on_step))
 
@@ -443,8 +446,7 @@ class Ledger:
 
     def _watching(self) -> list[Ledger]:
         """Return this ledger, and all others that watch its model."""
-        others = [] if self._model is None else hook_owners(self._model, Ledger)
-        return [self, *(ledger for ledger in others if ledger is not self)]
+        return [self] if self._model is None else ledgers_on(self._model, self)
 
     def reroute(
         self, layers: Sequence[str], images: float, arithmetic: Arithmetic | None, *, training: bool
@@ -457,12 +459,16 @@ class Ledger:
             arithmetic: What the layers computed these samples in, instead of their own; None: not at all.
             training: Whether they were training passes.
         """
+        if self._since is None:  # nor were the passes counted
+            return
         route = Route(tuple(layers), arithmetic, training)
         self._routes[route] = self._routes.get(route, 0) + images * self._world_size
         self._altered = True
 
     def leave_out(self, images: float, batches: float = 1) -> None:
         """Count samples, of this process, that dense training would have seen and this run never touches."""
+        if self._since is None:
+            return
         self._pending.left_images += images * self._world_size
         self._pending.left_batches += batches * self._world_size
 
@@ -538,8 +544,8 @@ class Ledger:
         self._settle()
         self._price()
         self._costs.clear()
-        self.cost, self._told = cost, self._size is None
-        if self._size is not None:
+        self.cost, self._told = cost, not self._size
+        if self._size:
             self._costs[self._size] = cost
 
     def _count(self, model: nn.Module, inputs: Any) -> None:
@@ -606,9 +612,9 @@ class Ledger:
         if self._since is None:
             return
         self._settle()
-        self._pending.updates += self._world_size
-        if self._open is None:
+        if self._open is None:  # another optimizer has stepped for this batch: together they hold the parameters once
             return
+        self._pending.updates += self._world_size
         record = self._records[self._open]
         record.steps += 1
         if self._open in _LOOP_PHASES and record.steps == _WARM_UP_STEPS and not self._warm_up[1]:
@@ -709,7 +715,8 @@ class Ledger:
             self._record(name).add(PhaseRecord.from_json(record))
         self.bits = state["bits"]
         if self.cost is None and state["cost"] is not None:
-            self.cost = ModelCost.from_json(state["cost"])
+            # sums only, until the next batch is counted layer by layer: no image has this size
+            self.cost, self._size = ModelCost.from_json(state["cost"]), ()
         if state["dense_cost"] is not None:
             self.dense_cost = ModelCost.from_json(state["dense_cost"])
         self._shrunk, self._resized, self._altered = state["differs"]
@@ -819,9 +826,29 @@ class Ledger:
         return PhaseRecord(seconds, record.steps, record.work, record.peak_bytes)
 
 
+def ledgers_on(model: nn.Module, own: Ledger) -> list[Ledger]:
+    """Return ``own``, which may watch nothing, and those that watch ``model``: all have to hear of a change."""
+    return list(dict.fromkeys((own, *hook_owners(model, Ledger))))
+
+
 def ledger_of(model: nn.Module) -> Ledger:
-    """Return a new ledger for the device of ``model`` and all processes that train together."""
-    return Ledger(device=next(model.parameters()).device, world_size=processes())
+    """Return a new ledger for the device of ``model`` and all processes, as wide as those that watch it already."""
+    ledger = Ledger(device=next(model.parameters()).device, world_size=processes())
+    for other in hook_owners(model, Ledger):
+        ledger.bits = other.bits
+    return ledger
+
+
+def ledger_for(
+    model: nn.Module, optimizers: Iterable[Optimizer], given: Ledger | None, example_inputs: Any = None
+) -> Ledger:  # fmt: skip
+    """Return the ledger that a method was given, or else one of its own, which watches ``model`` in phase 'train'."""
+    if given is not None:
+        return given
+    ledger = ledger_of(model)
+    ledger.watch(model, optimizers, example_inputs)
+    ledger.enter("train")
+    return ledger
 
 
 def _image_size(inputs: Any) -> tuple[int, ...] | None:

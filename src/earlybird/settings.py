@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -21,6 +21,18 @@ def check_share(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) <= 1:
         raise InputError(f"{name} is {value!r}", needed="a share greater than 0 and at most 1")
     return float(value)
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise an `InputError` that names ``value`` where it is not one of ``allowed``."""
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}", needed=f"one of {', '.join(allowed)}")
+
+
+def check_number(name: str, value: Any, fits: Callable[[float], bool], needed: str) -> None:
+    """Raise an `InputError` that names ``value`` where it is no number that ``fits``, and says what is ``needed``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
+        raise InputError(f"{name} is {value!r}", needed=needed)
 
 
 def check_count(name: str, value: Any, example: str, *, optional: bool = True) -> int | None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from earlybird.cost.arithmetic import Arithmetic
+from earlybird.errors import InputError
 
-__all__ = ["Forecasting", "Plan", "Stretch", "after", "computing"]
+__all__ = ["BLOCKS", "LAYERS", "Forecasting", "Plan", "Stretch", "after", "computing"]
 
+LAYERS, BLOCKS = "how layers compute", "how blocks are run"
+"""What one method at a time decides."""
 
 Routes = tuple[tuple[tuple[str, ...], float, Arithmetic | None], ...]
 
@@ -50,6 +53,7 @@ class Stretch:
         side: Height and width of its images, pixels.
         routes: Shares of the images that pass some layers otherwise: layers, share, arithmetic (None: not at all).
         training_routes: The same, of training alone: in evaluation, all images pass those layers as they are.
+        owners: Which method decides, by what it decides on: `LAYERS` or `BLOCKS`.
     """
 
     steps: float
@@ -57,6 +61,20 @@ class Stretch:
     side: int
     routes: Routes = ()
     training_routes: Routes = ()
+    owners: Mapping[str, str] = field(default_factory=dict)
+
+    def decided(self, method: str, *parts: str) -> Stretch:
+        """Return the stretch with ``method`` as the owner of ``parts``.
+
+        Raises:
+            InputError: Another method is, so that the run would be refused.
+        """
+        for part in parts:
+            if self.owners.get(part, method) != method:
+                raise InputError(
+                    f"both {self.owners[part]} and {method} decide {part}", hint="leave one of the two methods out"
+                )
+        return replace(self, owners={**self.owners, **dict.fromkeys(parts, method)})
 
 
 @runtime_checkable
@@ -80,13 +98,20 @@ def after(stretches: Sequence[Stretch], step: float, change: Callable[[Stretch],
     return found
 
 
-def computing(stretch: Stretch, arithmetic: Callable[[nn.Module], dict[nn.Module, Arithmetic | None]]) -> Stretch:
+def computing(
+    stretch: Stretch, method: str, arithmetic: Callable[[nn.Module], dict[nn.Module, Arithmetic | None]]
+) -> Stretch:
     """Return the stretch with layers that compute otherwise, and all others as they are made.
 
     Args:
         stretch: Its model is left alone.
+        method: Which decides that.
         arithmetic: Returns how layers of a copy of the model compute; None: in the run's floating point.
+
+    Raises:
+        InputError: Another method decides how layers compute.
     """
+    stretch = stretch.decided(method, LAYERS)
     model = copy.deepcopy(stretch.model)
     for layer in model.modules():
         layer.__dict__.pop("arithmetic", None)  # what an earlier stretch set

@@ -88,6 +88,14 @@ def test_functional_calls_and_shared_layers_count_too() -> None:
     assert cost.parameters == 72
 
 
+def test_a_frozen_transformer_layer_is_counted_too() -> None:
+    """In evaluation, PyTorch has one operation for all of it where nothing learns."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    macs = 5 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 5 * 5 * 8
+    assert count(layer, torch.randn(1, 5, 8)).forward_macs == macs
+    assert count(layer.requires_grad_(False), torch.randn(1, 5, 8)).forward_macs == macs
+
+
 def test_attention_by_hand() -> None:
     length, width = 5, 16
     cost = count(nn.MultiheadAttention(width, 4, batch_first=True), (torch.randn(2, length, width),) * 3)

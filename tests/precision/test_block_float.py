@@ -107,6 +107,21 @@ def test_a_layer_computes_with_rounded_operands():
     assert running.status() == {"bits": "block 4"}
 
 
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 4, 2, 2), nn.ConvTranspose2d(4, 3, 2, 2)
+
+    def forward(self, x):
+        return self.up(self.down(x), output_size=x.shape[-2:])
+
+
+def test_a_decoder_that_names_the_size_it_wants_is_rounded_too():
+    model = Decoder()
+    BlockFloat().attach(model, sgd(model))
+    assert model(images(2)[..., :7]).shape[-1] == 7
+
+
 def test_evaluation_rounds_to_the_nearest():
     model, _, _ = begin("plain", block_bits=4)
     x = images()

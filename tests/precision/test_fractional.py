@@ -172,6 +172,21 @@ def test_the_bill_counts_every_sample_in_the_bits_that_were_chosen():
     assert any(name.startswith("mult 6x4") for name in work.operations)
 
 
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return x + self.norm(x)
+
+
+def test_a_block_without_a_product_has_no_bits_to_choose():
+    model, _, running = start(nn.Sequential(*deep(2)[:2], Norm(), *deep(2)[2:]))
+    assert [block.name for block in running.blocks] == ["1", "3"]
+    model(images(2)).sum().backward()
+
+
 def test_depthwise_convolutions_keep_their_bits():
     model, optimizer, running = start(make("depthwise"), fractional_target=0.06)
     train(model, optimizer, 1)
@@ -326,6 +341,10 @@ def test_what_cannot_work_is_refused_before_the_first_step():
         FractionalPrecision().attach(model, [], example_inputs=images(2))
     with pytest.raises(InputError, match="has no residual block"):
         FractionalPrecision().attach(make("plain"), optimizer, example_inputs=images(2))
+    with pytest.raises(InputError, match=r"fractional_at names steps 9 of 9; .* before the end"):
+        FractionalPrecision(fractional_target=(0.02, 0.03), fractional_at=("9it",)).attach(
+            model, optimizer, example_inputs=images(2), total_steps=9
+        )
     with pytest.raises(InputError, match="total_steps"):
         FractionalPrecision(fractional_target=(0.02, 0.03)).attach(model, optimizer, example_inputs=images(2))
     first = LayerSkipping().attach(model, optimizer, example_inputs=images(2))
@@ -343,6 +362,7 @@ def test_what_cannot_work_is_refused_before_the_first_step():
         ({"fractional_target": 0}, "fractional_target is 0"),
         ({"fractional_target": (0.03, 0.02)}, r"fractional_target is \(0\.03, 0\.02\)"),
         ({"fractional_target": ()}, "fractional_target"),
+        ({"fractional_target": (0.03, 1.0)}, r"fractional_target is \(0\.03, 1\.0\); 1 alone"),
         ({"fractional_bits": (3,), "fractional_gradient_bits": (6,)}, "names 1 candidates"),
         ({"fractional_bits": (3, 4)}, "names 2 candidates, fractional_gradient_bits 5"),
         ({"fractional_bits": (3, 17), "fractional_gradient_bits": (6, 8)}, "fractional_bits is 17"),

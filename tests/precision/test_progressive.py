@@ -40,6 +40,29 @@ def moves(running):
 # ---- the ladder ----
 
 
+def test_real_rungs_are_in_the_bill_of_every_ledger_on_the_model_whoever_came_first():
+    model = make("plain")
+    optimizer = sgd(model)
+    early = eb.Ledger()
+    early.watch(model, optimizer, images(2))
+    early.enter("train")
+    ladder = ProgressivePrecision(forward_ladder="bf16,fp32", rungs_at=("2it",)).attach(model, optimizer, total_steps=9)
+    late = eb.BatchDropping(drop=0.0).attach(model, optimizer)
+    steps(model, optimizer, ladder, 4)
+    bills = [early.bill(), ladder.bill(), late.bill()]
+    assert {bill.total.bit_macs.value for bill in bills} == {0.625 * early.bill().total.macs.value}
+    ladder.detach()
+    assert early.bits == 32
+
+
+def test_off_a_real_rung_the_model_computes_as_before():
+    model, optimizer, ladder = begin("plain", forward_ladder="bf16,8", rungs_at=("2it",), ladder_may_fall=True)
+    steps(model, optimizer, ladder, 1)
+    assert ladder._ledger.bits == 16
+    steps(model, optimizer, ladder, 1, 1)
+    assert ladder._ledger.bits == 32
+
+
 def test_rungs_and_their_usual_gradients():
     assert [str(rung) for rung in ProgressivePrecision().rungs] == ["3/6", "4/6", "6/8", "8/8"]
     assert [str(rung) for rung in ProgressivePrecision(forward_ladder=(4, 12, "fp32")).rungs] == [
@@ -66,8 +89,8 @@ def test_rungs_and_their_usual_gradients():
         ({"forward_ladder": "4,bf16", "gradient_ladder": "6,8"}, "a rung in bf16 has gradients of 8"),
         ({"forward_ladder": "4,8", "gradient_ladder": "6,bf16"}, "a rung of 8 bits has gradients in bf16"),
         ({"rungs_at": ("50%",)}, "rungs_at names 1 points, and the ladder has 4 rungs"),
-        ({"rungs_at": ("5it", "4it", "6it")}, "rungs begin at steps 5, 4, 6"),
-        ({"rungs_at": ("1it", "2it", "20it")}, "the last rung begins at step 20 of 20"),
+        ({"rungs_at": ("5it", "4it", "6it")}, "rungs_at names steps 5, 4, 6 of 20"),
+        ({"rungs_at": ("1it", "2it", "20it")}, "rungs_at names steps 1, 2, 20 of 20; .* before the end"),
         ({"turning_window": 1}, "turning_window is 1"),
         ({"turning_threshold": -0.1}, "turning_threshold is -0.1"),
         ({"turning_decay": 0}, "turning_decay is 0"),

@@ -276,6 +276,12 @@ def test_a_layer_of_32_bits_is_the_plain_one_and_single_operands_can_be_left_alo
         assert torch.equal(layer(x), plain)
 
 
+def test_a_transposed_convolution_may_be_told_the_size_that_it_puts_out():
+    layer = nn.ConvTranspose2d(3, 2, 2, 2)
+    QuantisedLayer(layer, Bits(8, 8, 8), generator=seeded())
+    assert layer(torch.randn(1, 3, 4, 4), output_size=[9, 8]).shape == (1, 2, 9, 8)
+
+
 def test_bits_of_the_forward_pass_hold_in_its_backward_pass():
     layer, x = nn.Linear(6, 4), torch.randn(3, 6)
     quantised = QuantisedLayer(layer, Bits(gradient=2), generator=seeded())

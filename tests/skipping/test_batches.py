@@ -100,6 +100,16 @@ def test_a_data_loader_never_makes_what_is_left_out() -> None:
     assert second != batches
 
 
+def test_a_data_loader_with_workers_leaves_out_the_same_batches() -> None:
+    seen = []
+    for workers in (0, 1):
+        dropping = eb.BatchDropping(drop=0.5).attach(*net())
+        loader = dropping.wrap(DataLoader(Watched(16), batch_size=2, num_workers=workers))
+        seen.append([[int(batch[0, 0]) for batch in loader] for _ in range(2)])
+        assert dropping.state_dict()["epochs"] == [2]
+    assert seen[0] == seen[1]
+
+
 def test_a_data_loader_keeps_its_other_settings() -> None:
     model, optimizer = net()
     loader = DataLoader(Watched(16), batch_size=2, num_workers=1, prefetch_factor=3, drop_last=True, timeout=30)
@@ -251,6 +261,11 @@ def test_schedules_by_attempts_end_with_the_run(tmp_path: Any) -> None:
         rates[clock] = [row["lr"] for row in rows]
     assert rates["executed"] != rates["attempted"]
     assert rates["attempted"][-1] == pytest.approx(rates["executed"][-1], abs=0.01)
+
+
+def test_the_published_rule_and_clock_are_a_preset() -> None:
+    settings = Recipe.from_values({"method": "batch_dropping", "preset": "published"}).settings
+    assert settings == {"drop": 0.5, "drop_rule": "bernoulli", "drop_clock": "attempted"}
 
 
 def test_a_method_with_a_value_sets_its_first_key() -> None:

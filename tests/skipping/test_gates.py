@@ -1,9 +1,15 @@
+import gc
+
 import pytest
 import torch
 from torch import nn
 
 from earlybird.blocks import Block
+from earlybird.precision.fractional import FractionalPrecision
 from earlybird.skipping.gates import LearnedGate, Multiplier, Price, RecurrentGate, level_for
+from earlybird.skipping.layers import LayerSkipping
+from tests.tickets.test_early_bird import sgd, train
+from tests.tickets.topologies import images, make
 
 
 def gate(channels=(3, 5), widths=(4,), seed=0):
@@ -144,3 +150,20 @@ def test_the_multiplier_is_what_a_unit_of_cost_is_worth_on_the_whole():
     multiplier.see(cost * float("inf"), cost)  # a step that a scaled loss has made overflow
     multiplier.after_step(torch.device("cpu"))
     assert multiplier.value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [LayerSkipping(), LayerSkipping(layer_execution="masked"), FractionalPrecision()],
+    ids=["gathered", "masked", "bits"],
+)
+def test_no_step_leaves_a_tensor_behind(settings):
+    model = make("residual")
+    optimizer = sgd(model)
+    settings.attach(model, optimizer, example_inputs=images(2))
+    alive = []
+    for steps in (1, 2):
+        train(model, optimizer, steps)
+        gc.collect()
+        alive.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
+    assert alive[0] == alive[1]

@@ -36,6 +36,30 @@ def walk(steps, side=16, **settings):
     return model, running
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 2, 1)
+
+    def forward(self, images, *, by):
+        return by * self.layer(images).mean((2, 3))
+
+
+def test_a_model_that_is_called_with_more_than_images_is_counted(recwarn):
+    model = Scaled()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    running = eb.ProgressiveResizing().attach(model, optimizer, total_steps=8)
+    other = eb.Ledger()
+    other.watch(model, optimizer)
+    other.enter("train")
+    model(torch.ones(2, 1, 16, 16), by=2.0).sum().backward()
+    optimizer.step()
+    assert not [str(warning.message) for warning in recwarn]
+    assert running.bill().total.macs.value == 2 * 2 * 8 * 8 * 2
+    for bill in (running.bill(), other.bill()):  # both know what dense would have seen
+        assert bill.dense.total.macs.value == 2 * 2 * 16 * 16 * 2
+
+
 def test_the_published_schedule_by_hand():
     model, _ = walk(10, initial_scale=0.5, size_step=1)  # half up to step 5, whole from step 8 on
     assert model.sides == [8, 8, 8, 8, 8, 8, 11, 13, 16, 16]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import earlybird as eb
 from earlybird.blocks import find_blocks
@@ -214,6 +215,28 @@ def test_what_cannot_work_is_refused_before_the_first_step():
         StochasticDepth().attach(model, [], example_inputs=torch.zeros(2, 6))
     with pytest.raises(InputError, match="has no residual block"):
         StochasticDepth().attach(make("plain"), optimizer, example_inputs=images(2))
+
+
+class Remembering(nn.Module):
+    """Its block is run in training without memory, and once more in the backward pass."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=True) if self.training else self.inner(x)
+
+
+@pytest.mark.parametrize("place", [1, 4])
+def test_a_block_that_is_run_again_in_the_backward_pass_is_refused(place):
+    """Another coin would be thrown for it: the first block by a new pass, the last one by the next number."""
+    model = deep()
+    model[place] = Remembering(model[place])
+    optimizer = sgd(model)
+    StochasticDepth().attach(model, optimizer, example_inputs=images(2))
+    with pytest.raises(InputError, match=f"block '{place}.inner' .* checkpointing"):
+        train(model, optimizer, 1)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ rates are the run's own (published: SGD, 0.1, 160 epochs; of AdderNet alone 400 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -33,11 +34,11 @@ from earlybird.arithmetic.add import AddConv2d, AddLinear, adapt_gradients
 from earlybird.arithmetic.convert import Replaced, convert, plan
 from earlybird.arithmetic.fixed_point import check_fraction_bits
 from earlybird.arithmetic.shift import Form, ShiftConv2d, ShiftLinear, check_shift, weight_parameters
-from earlybird.calls import as_optimizers, hook_owners, unwrapped
+from earlybird.calls import given_optimizers, hook_owners, unwrapped
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
-from earlybird.settings import option
-from earlybird.stretches import Plan, Stretch
+from earlybird.ledger import Ledger, ledger_of, ledgers_on
+from earlybird.settings import check_choice, check_number, option
+from earlybird.stretches import LAYERS, Plan, Stretch
 from earlybird.tickets.search import Search
 
 _OPERATIONS = ("shift_add", "shift", "add", "conv")
@@ -74,15 +75,12 @@ class ShiftAdd:
     }
 
     def __post_init__(self) -> None:
-        if self.operation not in _OPERATIONS:
-            raise InputError(f"operation is {self.operation!r}", needed=f"one of {', '.join(_OPERATIONS)}")
+        check_choice("operation", self.operation, _OPERATIONS)
         if str(self.fixed_point) == "none":
             object.__setattr__(self, "fixed_point", None)
         check_shift(self.shift_form, self.shift_bits, self.shift_threshold)
         check_fraction_bits(self.fixed_point)
-        number = isinstance(self.add_eta, (int, float)) and not isinstance(self.add_eta, bool)
-        if not number or not 0 < self.add_eta < float("inf"):
-            raise InputError(f"add_eta is {self.add_eta!r}", needed="a number above 0, such as 0.2")
+        check_number("add_eta", self.add_eta, lambda eta: 0 < eta < math.inf, "a number above 0, such as 0.2")
         names: Any = self.leave_layers
         object.__setattr__(self, "leave_layers", (names,) if isinstance(names, str) else tuple(names))
 
@@ -112,7 +110,8 @@ class ShiftAdd:
             if id(stretch.model) not in converted:
                 model = converted[id(stretch.model)] = copy.deepcopy(stretch.model)
                 self.convert(model, plan.images(), seed=plan.seed)
-        return [replace(stretch, model=converted[id(stretch.model)]) for stretch in stretches]
+        shifted = [replace(stretch, model=converted[id(stretch.model)]) for stretch in stretches]
+        return [stretch.decided("shift_add", LAYERS) for stretch in shifted] if self.operation != "conv" else shifted
 
     def attach(
         self,
@@ -165,9 +164,7 @@ class ShiftAdding:
     ) -> None:
         self.settings = settings
         model = unwrapped(model)
-        optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        optimizers = given_optimizers(optimizer)
         self._own_ledger = ledger is None
         self._ledger = ledger_of(model) if ledger is None else ledger
         places = _places(optimizers)
@@ -187,7 +184,7 @@ class ShiftAdding:
             _say_bits(model, self._ledger.bits)
             for search in hook_owners(model, Search):
                 search.retrace()
-            for one in {self._ledger, *hook_owners(model, Ledger)}:
+            for one in ledgers_on(model, self._ledger):
                 one.recount(model, example_inputs)
         if self._own_ledger:
             self._ledger.enter("train")

@@ -82,7 +82,8 @@ class Arithmetic:
     def operations(self, pass_: str) -> dict[str, int]:
         """Return what stands for one MAC of this pass, by name: ``'mult 8x8'``, ``'add fp32'``, ``'shift 16'``.
 
-        Sums are taken as wide as the wider operand.
+        Sums are taken as wide as the wider operand. A shift of a float, which adds to its exponent, has no published
+        price, and is charged as one of a fixed-point number as wide.
         """
         left, right = sorted(self.operands(pass_), reverse=True)
         multiply = f"mult {left}x{right}" if pass_ in self.whole else f"mult fp{left}"

@@ -31,10 +31,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from earlybird.calls import Hook, after_gradients, around, as_optimizers, hook_owners, unwrapped
+from earlybird.calls import Hook, after_gradients, around, given_optimizers, hook_owners, unwrapped
 from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
+from earlybird.ledger import Ledger, ledger_for
 from earlybird.precision.quantize import (
     check_bits,
     declare,
@@ -45,7 +45,7 @@ from earlybird.precision.quantize import (
     seed_of_step,
     straight_through,
 )
-from earlybird.settings import check_count, option
+from earlybird.settings import check_choice, check_count, option
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch, after, computing
 from earlybird.tickets.search import Search
@@ -77,9 +77,8 @@ class BlockFloat:
 
     def __post_init__(self) -> None:
         check_bits("block_bits", self.block_bits, 2)
-        for name, allowed in (("block_of", ("tensor", "slice")), ("block_rounding", ("stochastic", "nearest"))):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
+        check_choice("block_of", self.block_of, ("tensor", "slice"))
+        check_choice("block_rounding", self.block_rounding, ("stochastic", "nearest"))
         until = self.block_until
         object.__setattr__(self, "block_until", None if until is None or str(until) == "none" else Step.parse(until))
         if not isinstance(self.block_state, bool):
@@ -103,8 +102,8 @@ class BlockFloat:
         def rounded(model: nn.Module) -> dict[nn.Module, Arithmetic | None]:
             return dict.fromkeys(quantisable(model).values(), own)
 
-        in_blocks = after(stretches, 0, partial(computing, arithmetic=rounded))
-        return after(in_blocks, until, partial(computing, arithmetic=lambda _: {}))
+        in_blocks = after(stretches, 0, partial(computing, method="block_float", arithmetic=rounded))
+        return after(in_blocks, until, partial(computing, method="block_float", arithmetic=lambda _: {}))
 
     def attach(
         self,
@@ -174,13 +173,13 @@ class _BlockLayer:
     def remove(self) -> None:
         self._around.remove()
 
-    def _run(self, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+    def _run(self, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.active or not x.numel():
-            return forward(x)
+            return forward(x, *args, **kwargs)
         generator = self._generator if self.module.training else None
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         x, weight = (straight_through(operand, self._round(operand, generator)) for operand in (x, weight))
-        output = forward_with(self.module, weight, forward, x)
+        output = forward_with(self.module, weight, forward, x, *args, **kwargs)
         return gradient_through(output, lambda gradient: self._round(gradient, generator))
 
 
@@ -209,18 +208,13 @@ class BlockFloating:
         self._until = None if until is None else until.in_iterations(steps_per_epoch, total_steps)
         self._steps, self._seed = 0, seed
         self._model = model = unwrapped(model)
-        self._optimizers = optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        self._optimizers = optimizers = given_optimizers(optimizer)
         self._generator = torch.Generator(next(model.parameters()).device)
         self._layers = {
             name: _BlockLayer(module, self._round, self._generator) for name, module in quantisable(model).items()
         }
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
-        if self._own_ledger:
-            self._ledger.watch(model, optimizers)
-            self._ledger.enter("train")
+        self._ledger = ledger_for(model, optimizers, ledger)
         self._follow()
         self._handles: list[Any] = [
             # before all other hooks: whoever counts shall see how the pass is computed

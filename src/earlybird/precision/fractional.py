@@ -32,7 +32,8 @@ Deviations of the default, each with the published behaviour under ``PRESETS['pu
   less prices, so that the price has something to act on while all scores are alike. Evaluation takes the highest;
 - ``fractional_control``: published, a penalty in the loss whose sign flips with the cost of the last batch;
 - ``fractional_target``: the first one that was published for FracTrain, 1.5 %, is below what the cheapest candidate
-  costs with weights of 4 bits, 1.76 %, and such a target is refused; the preset begins with 1.8 %.
+  costs with weights of 4 bits, 1.76 %, and such a target is refused; the preset begins with 1.8 %;
+- ``fractional_range_memory``: running ranges have a memory of 0.9 (published for FracTrain: 0.1).
 
 And without an option: the gates' gradient ends at their inputs; they have an Adam of their own; a cap on the penalty
 and a band without one are left out. Depthwise convolutions keep 8 bits of values and 16 of gradients, as published.
@@ -53,10 +54,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from earlybird.blocks import Block, check_free, counted, find_blocks, patterns_from
-from earlybird.calls import Hook, after_gradients, around, as_optimizers, first_sample, unwrapped
+from earlybird.calls import Hook, after_gradients, around, first_sample, given_optimizers, unwrapped
 from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
+from earlybird.ledger import Ledger, ledger_for
 from earlybird.precision.quantize import (
     Bits,
     Range,
@@ -69,13 +70,13 @@ from earlybird.precision.quantize import (
     range_of,
     seed_of_step,
 )
-from earlybird.precision.turning_points import TurningPoints
-from earlybird.settings import check_count, option
+from earlybird.precision.turning_points import Stages, TurningPoints
+from earlybird.settings import check_choice, check_count, check_number, option
 from earlybird.skipping.gates import LearnedGate, Multiplier, Price, charge, summed
 from earlybird.skipping.gather import Choice, check_norms, run_on
 from earlybird.skipping.passes import Passes
 from earlybird.step import Step
-from earlybird.stretches import Plan, Stretch, after
+from earlybird.stretches import BLOCKS, LAYERS, Plan, Stretch, after
 from earlybird.tickets.layers import TransposedConv, is_depthwise
 from earlybird.tickets.shrink import Change
 from earlybird.traces import Trace
@@ -134,7 +135,7 @@ class FractionalPrecision:
         "published": {
             "fractional_target": (0.018, 0.02, 0.025, 0.03), "fractional_choice": "highest",
             "fractional_control": "penalty", "fractional_every": Step.parse("400it"), "fractional_from": Step(),
-            "fractional_last_by": None,
+            "fractional_last_by": None, "fractional_range_memory": 0.1,
         },
         "fast": {},
     }  # fmt: skip
@@ -166,29 +167,26 @@ class FractionalPrecision:
                 raise InputError(f"a candidate has bits {values}/{gradients}", needed="0 for both, which skips a block")
         if not any(self.fractional_bits):
             raise InputError("fractional_bits names 0 alone", needed="a candidate that computes")
-        for name, allowed in (
-            ("fractional_choice", ("drawn", "highest", "random")),
-            ("fractional_control", ("price", "penalty")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
+        check_choice("fractional_choice", self.fractional_choice, ("drawn", "highest", "random"))
+        check_choice("fractional_control", self.fractional_control, ("price", "penalty"))
         if self.fractional_choice == "random" and self.fractional_control == "penalty":
             raise InputError("a penalty has no effect on fractional_choice = 'random'", hint="use control by 'price'")
-        for name, low, high, needed in (
-            ("fractional_penalty", _TINY, math.inf, "a number above 0"),
-            ("fractional_gate_rate", _TINY, math.inf, "a number above 0"),
-            ("fractional_threshold", 0.0, math.inf, "a number of at least 0"),
-            ("fractional_range_memory", 0.0, 1.0 - 1e-9, "a number from 0 to below 1"),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise InputError(f"{name} is {value!r}", needed=needed)
+        for name in ("fractional_penalty", "fractional_gate_rate"):
+            check_number(name, getattr(self, name), lambda value: 0 < value < math.inf, "a number above 0")
+        check_number("fractional_threshold", self.fractional_threshold, lambda value: value >= 0, "at least 0")
+        memory = self.fractional_range_memory
+        check_number("fractional_range_memory", memory, lambda share: 0 <= share < 1, "a number from 0 to below 1")
         targets = self.targets
-        if any(isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 < t <= 1 for t in targets):
-            raise InputError(f"fractional_target is {self.fractional_target!r}", needed="shares above 0 and at most 1")
+        for target in targets:
+            check_number("fractional_target", target, lambda share: 0 < share <= 1, "shares above 0 and at most 1")
         if not targets or any(later <= earlier for earlier, later in pairwise(targets)):
             raise InputError(
                 f"fractional_target is {self.fractional_target!r}", needed="one share, or several that rise"
+            )
+        if len(targets) > 1 and targets[-1] == 1:
+            raise InputError(
+                f"fractional_target is {self.fractional_target!r}",
+                needed="1 alone, which leaves the model as it is, or targets below it",
             )
         if self.fractional_at and len(self.fractional_at) != len(targets) - 1:
             raise InputError(
@@ -243,6 +241,7 @@ class FractionalPrecision:
                 routes = tuple(
                     (layers, part, None if bits is None else bits.arithmetic()) for bits, part in mixed if part
                 )
+                stretch = stretch.decided("fractional_precision", LAYERS, BLOCKS)
                 return replace(stretch, routes=(*whole.routes, *routes))
 
             stretches = after(stretches, point, chosen)
@@ -387,10 +386,10 @@ class _Layer:
         """Give the module its plain forward back."""
         self._around.remove()
 
-    def _run(self, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+    def _run(self, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         choice, settings = self.choice, self._settings
         if choice is None:
-            return forward(x)
+            return forward(x, *args, **kwargs)
         if len(x) != len(choice.index):
             raise InputError(
                 f"layer '{self.name}' gets {len(x)} samples, and its block {len(choice.index)}",
@@ -404,7 +403,7 @@ class _Layer:
             x = _Choose.apply(x, choice.weights, choice.bits, self._bounds(x), settings.fractional_bits)
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         weight = quantise(weight, weight_bits, range_of(weight, self._per))
-        output = forward_with(self.module, weight, forward, x)
+        output = forward_with(self.module, weight, forward, x, *args, **kwargs)
         return gradient_through(output, lambda g: rounded(g, gradient_bits, range_of(g), self._generator))
 
     def _bounds(self, x: Tensor) -> Range:
@@ -449,11 +448,13 @@ class FractionalBits:
         self.settings, self.rung = settings, 0
         self.history: list[dict[str, Any]] = []
         self.turning = TurningPoints(_WINDOW, settings.fractional_threshold, _DECAY)
-        self._plan_rungs(steps_per_epoch, total_steps)
+        self._stages = Stages(
+            "fractional_at", len(settings.targets), points=settings.fractional_at, every=settings.fractional_every,
+            warm_up=settings.fractional_from, last_by=settings.fractional_last_by, turning=self.turning,
+            steps_per_epoch=steps_per_epoch, total_steps=total_steps,
+        )  # fmt: skip
         self._model = model = unwrapped(model)
-        optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        optimizers = given_optimizers(optimizer)
         self._steps, self._seed = 0, seed
         self._record_every = _RECORD_EVERY if total_steps is None else max(total_steps // _RECORDS, 1)
         self._price, self._multiplier = Price(), Multiplier()
@@ -466,10 +467,7 @@ class FractionalBits:
         self._begin_step()
         self._begin_record()
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
-        if self._own_ledger:
-            self._ledger.watch(model, optimizers, example_inputs)
-            self._ledger.enter("train")
+        self._ledger = ledger_for(model, optimizers, ledger, example_inputs)
         self._passes = Passes(model, self._ledger, seed)
         # before the step, whose gradients have come: what runs the model in its course, such as the refit after a cut,
         # shall find the same gates in whatever order methods were attached
@@ -479,26 +477,13 @@ class FractionalBits:
             call = lambda forward, x, index=index: self._run(index, forward, x)  # noqa: E731
             self._handles.append(around(block.module, call, self))
 
-    def _plan_rungs(self, steps_per_epoch: int | None, total_steps: int | None) -> None:
-        settings = self.settings
-        several = len(settings.targets) > 1
-        timed = several and not settings.fractional_at
-        by = settings.fractional_last_by
-        self._points = [point.in_iterations(steps_per_epoch, total_steps) for point in settings.fractional_at]
-        self._look_every = max(settings.fractional_every.in_iterations(steps_per_epoch, total_steps), 1) if timed else 0
-        self._warm_from = settings.fractional_from.in_iterations(steps_per_epoch, total_steps) if timed else 0
-        self._deadline = by.in_iterations(steps_per_epoch, total_steps) if timed and by is not None else None
-        if any(later <= earlier for earlier, later in pairwise((0, *self._points))):
-            raise InputError(
-                f"targets begin at steps {', '.join(map(str, self._points))}", needed="later ones one by one, after 0"
-            )
-
     def _find(self, example_inputs: Any, seed: int) -> None:
         if example_inputs is None:
             raise InputError("no inputs to find the blocks with", hint="pass example_inputs=x to attach")
         settings = self.settings
         self._sample = first_sample(example_inputs)
-        self.blocks = find_blocks(self._model, self._sample, settings.fractional_blocks)
+        found_blocks = find_blocks(self._model, self._sample, settings.fractional_blocks)
+        self.blocks = [block for block in found_blocks if block.layers]
         check_free(self.blocks)
         if 0 in settings.fractional_bits:
             check_norms(self.blocks)
@@ -555,8 +540,7 @@ class FractionalBits:
 
     def observe(self, loss: Tensor | float) -> None:
         """Take note of the loss of one batch, a scalar; call it before ``optimizer.step()``."""
-        if self._look_every and self.rung < len(self.settings.targets) - 1:
-            self.turning.observe(loss)
+        self._stages.observe(self.rung, loss)
 
     def bill(self) -> Any:
         """Return what was spent so far, as a `Bill`."""
@@ -679,10 +663,11 @@ class FractionalBits:
             scores = scores.masked_fill(self._bits == 0, -math.inf)
         chances = scores.softmax(1)
         if learns:
-            mean = (chances.detach() * self._prices[index]).sum(1, keepdim=True)
-            self._slopes.append((chances.detach() * (self._prices[index] - mean).square()).sum())
-        if learns and gated:
-            chances.register_hook(lambda gradient: self._less_cost(gradient, chances.detach(), index))
+            seen = chances.detach()  # a hook that held on to its own tensor would keep all graphs of the run
+            mean = (seen * self._prices[index]).sum(1, keepdim=True)
+            self._slopes.append((seen * (self._prices[index] - mean).square()).sum())
+            if gated:
+                chances.register_hook(lambda gradient: self._less_cost(gradient, seen, index))
         decides = scores.detach()
         if not gated or (settings.fractional_choice == "drawn" and training):
             coins = self._passes.draw(decides.numel()).view(decides.shape).to(x.device)
@@ -785,16 +770,8 @@ class FractionalBits:
         )
 
     def _climb(self) -> None:
-        last = len(self.settings.targets) - 1
-        if self.rung == last:
-            return
-        before, reason = self.rung, ""
-        if self._points:
-            self.rung, reason = sum(self._steps >= point for point in self._points), "schedule"
-        elif self._deadline is not None and self._steps >= self._deadline:
-            self.rung, reason = last, "deadline"
-        elif self._steps % self._look_every == 0 and self.turning.look(warm=self._steps > self._warm_from):
-            self.rung, reason = self.rung + 1, "turning point"
-        if self.rung != before:
-            target = self.settings.targets[self.rung]
+        number, reason = self._stages.after(self.rung, self._steps)
+        if number != self.rung:
+            self.rung = number
+            target = self.settings.targets[number]
             self.history.append({"step": self._steps, "target": target, "reason": reason})

@@ -35,10 +35,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from earlybird.calls import Hook, after_gradients, around, as_optimizers, hook_owners, unwrapped
+from earlybird.calls import Hook, after_gradients, around, given_optimizers, unwrapped
 from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
+from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.precision.quantize import (
     Encoded,
     Range,
@@ -51,7 +51,7 @@ from earlybird.precision.quantize import (
     quantisable,
     range_of,
 )
-from earlybird.settings import check_count, option
+from earlybird.settings import check_choice, check_count, check_number, option
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch, after, computing
 from earlybird.traces import Trace
@@ -87,21 +87,18 @@ class PredictiveSign:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "published": {"sign_range_memory": 0.1}}
 
     def __post_init__(self) -> None:
-        if self.sign_of not in ("predicted", "full"):
-            raise InputError(f"sign_of is {self.sign_of!r}", needed="one of predicted, full")
+        check_choice("sign_of", self.sign_of, ("predicted", "full"))
         object.__setattr__(self, "sign_from", Step.parse(self.sign_from))
         for name, whole in (("predictor_bits", "sign_bits"), ("predictor_gradient_bits", "sign_gradient_bits")):
             check_bits(whole, getattr(self, whole), 2)
             check_bits(name, getattr(self, name))
             if getattr(self, name) > getattr(self, whole):
                 raise InputError(f"{name} is {getattr(self, name)}", needed=f"at most {whole}, {getattr(self, whole)}")
-        for name, highest in (("predictor_beta", 1.0), ("predictor_threshold", float("inf")), ("sign_range_memory", 1)):
-            value = getattr(self, name)
-            if value is None and name == "predictor_threshold":
-                continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value <= highest or (name == "sign_range_memory" and value == 1):
-                raise InputError(f"{name} is {value!r}", needed=f"a number from 0 to {highest:g}")
+        check_number("predictor_beta", self.predictor_beta, lambda share: 0 <= share <= 1, "a number from 0 to 1")
+        if self.predictor_threshold is not None:
+            check_number("predictor_threshold", self.predictor_threshold, lambda tau: tau >= 0, "at least 0")
+        memory = self.sign_range_memory
+        check_number("sign_range_memory", memory, lambda share: 0 <= share < 1, "a number from 0 to below 1")
 
     def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
         """Return the stretches of a run in these bits, for `earlybird.forecast`.
@@ -115,11 +112,11 @@ class PredictiveSign:
         own = Arithmetic(
             activation=self.sign_bits, weight=self.sign_bits, gradient=self.sign_gradient_bits, whole=PASSES
         )
-        return after(
-            stretches,
-            begin,
-            partial(computing, arithmetic=lambda model: dict.fromkeys(_convolutions(model).values(), own)),
-        )
+
+        def convolutions(model: nn.Module) -> dict[nn.Module, Arithmetic | None]:
+            return dict.fromkeys(_convolutions(model).values(), own)
+
+        return after(stretches, begin, partial(computing, method="predictive_sign", arithmetic=convolutions))
 
     def attach(
         self,
@@ -285,19 +282,14 @@ class SignPrediction:
         self._begin = settings.sign_from.in_iterations(steps_per_epoch, total_steps)
         self._steps = 0
         self._model = model = unwrapped(model)
-        optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        optimizers = given_optimizers(optimizer)
         self._seen: list[tuple[_SignedLayer, int, Tensor]] = []
         self._layers = {
             name: _SignedLayer(module, settings, self._seen) for name, module in _convolutions(model).items()
         }
         self._names = {layer: name for name, layer in self._layers.items()}
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
-        if self._own_ledger:
-            self._ledger.watch(model, optimizers)
-            self._ledger.enter("train")
+        self._ledger = ledger_for(model, optimizers, ledger)
         self._begin_if_due()
         self._handles: list[Any] = [one.register_step_pre_hook(Hook(self._before_step, self)) for one in optimizers]
         self._handles.append(optimizers[0].register_step_post_hook(Hook(self._after_step, self)))
@@ -427,7 +419,7 @@ class SignPrediction:
         shares = torch.stack([shares for _, _, shares in self._seen]).tolist()
         for (layer, images, _), (predicted, both, right) in zip(self._seen, shares):
             layer.sums = [have + more for have, more in zip(layer.sums, (1.0, predicted, both, right))]
-            for ledger in {self._ledger, *hook_owners(self._model, Ledger)}:
+            for ledger in ledgers_on(self._model, self._ledger):
                 ledger.reroute((self._names[layer],), predicted * images, reduced, training=True)
         self._seen.clear()
 

@@ -37,14 +37,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from earlybird.calls import Hook, around, arounds, as_optimizers, unwrapped
+from earlybird.calls import Hook, around, arounds, given_optimizers, unwrapped
 from earlybird.cost.arithmetic import Arithmetic
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
+from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.precision.int8 import ARITHMETIC, Int8Layer, check_device, wide
 from earlybird.precision.quantize import Bits, QuantisedLayer, check_bits, declare, quantisable, seed_of_step
-from earlybird.precision.turning_points import TurningPoints
-from earlybird.settings import check_count, option
+from earlybird.precision.turning_points import Stages, TurningPoints
+from earlybird.settings import check_count, check_number, option
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch, after, computing
 from earlybird.tickets.layers import is_depthwise
@@ -147,14 +147,11 @@ class ProgressivePrecision:
         check_count("turning_window", self.turning_window, "5", optional=False)
         if self.turning_window < 2:
             raise InputError(f"turning_window is {self.turning_window!r}", needed="a whole number of at least 2")
-        for name, low, high, needed in (
-            ("turning_threshold", 0.0, float("inf"), "a number of at least 0"),
-            ("turning_decay", 1e-9, 1.0, "a number greater than 0 and at most 1"),
-            ("ladder_range_memory", 0.0, 1.0 - 1e-9, "a number from 0 to below 1"),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise InputError(f"{name} is {value!r}", needed=needed)
+        check_number("turning_threshold", self.turning_threshold, lambda value: value >= 0, "at least 0")
+        needed = "a number greater than 0 and at most 1"
+        check_number("turning_decay", self.turning_decay, lambda value: 0 < value <= 1, needed)
+        memory = self.ladder_range_memory
+        check_number("ladder_range_memory", memory, lambda share: 0 <= share < 1, "a number from 0 to below 1")
         if not isinstance(self.ladder_may_fall, bool):
             raise InputError(f"ladder_may_fall is {self.ladder_may_fall!r}", needed="true or false")
         if not self.ladder_may_fall:
@@ -193,7 +190,7 @@ class ProgressivePrecision:
                 found = {layer: floats or rung.bits(layer).arithmetic() for layer in quantisable(model).values()}
                 return {**found, **dict.fromkeys(wide(model).values(), ARITHMETIC)} if rung.real == "int8" else found
 
-            stretches = after(stretches, point, partial(computing, arithmetic=bits))
+            stretches = after(stretches, point, partial(computing, method="progressive_precision", arithmetic=bits))
         return stretches
 
     def attach(
@@ -253,18 +250,13 @@ class PrecisionLadder:
         self.turning = TurningPoints(settings.turning_window, settings.turning_threshold, settings.turning_decay)
         self.history: list[dict[str, Any]] = []
         self._rungs, self._steps, self._seed = settings.rungs, 0, seed
-        several = len(self._rungs) > 1
-        at, by = settings.rungs_at, settings.last_rung_by
-        self._points = None if at is None else [point.in_iterations(steps_per_epoch, total_steps) for point in at]
-        timed = several and at is None
-        self._look_every = max(settings.turning_every.in_iterations(steps_per_epoch, total_steps), 1) if timed else 0
-        self._warm_from = settings.turning_from.in_iterations(steps_per_epoch, total_steps) if timed else 0
-        self._deadline = by.in_iterations(steps_per_epoch, total_steps) if timed and by is not None else None
-        _check_points(self._points or [], total_steps)
+        self._stages = Stages(
+            "rungs_at", len(self._rungs), points=settings.rungs_at or (), every=settings.turning_every,
+            warm_up=settings.turning_from, last_by=settings.last_rung_by, turning=self.turning,
+            steps_per_epoch=steps_per_epoch, total_steps=total_steps,
+        )  # fmt: skip
         self._model = model = unwrapped(model)
-        optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        optimizers = given_optimizers(optimizer)
         if arounds(model, PrecisionLadder):
             raise InputError(
                 "the precision of this model is progressive already", hint="call detach() of the other one first"
@@ -284,17 +276,14 @@ class PrecisionLadder:
         self._convolutions = {name: Int8Layer(module) for name, module in convolutions.items()}
         self._around = around(model, self._in_rung, self)
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
-        if self._own_ledger:
-            self._ledger.watch(model, optimizers)
-            self._ledger.enter("train")
+        self._ledger = ledger_for(model, optimizers, ledger)
+        self._bits = self._ledger.bits
         self._climb_to(0, "start")
         self._handle = optimizers[0].register_step_post_hook(Hook(self._after_step, self))
 
     def observe(self, loss: Tensor | float) -> None:
         """Take note of the loss of one batch, a scalar; call it before ``optimizer.step()``."""
-        if self._look_every and self.rung < len(self._rungs) - 1:
-            self.turning.observe(loss)
+        self._stages.observe(self.rung, loss)
 
     def bill(self) -> Any:
         """Return what was spent so far, as a `Bill`."""
@@ -354,12 +343,18 @@ class PrecisionLadder:
         for convolution in self._convolutions.values():
             convolution.remove()
         self._ledger.reread_arithmetic()
+        if self._rungs[self.rung].real:
+            self._tell_bits(self._bits)
         if self._own_ledger:
             self._ledger.stop()
 
+    def _tell_bits(self, bits: int) -> None:
+        for ledger in ledgers_on(self._model, self._ledger):
+            ledger.bits = bits
+
     def _climb_to(self, number: int, reason: str) -> None:
+        was_real, rung = self._rungs[self.rung].real, self._rungs[number]
         self.rung = number
-        rung = self._rungs[number]
         layers: dict[str, list[int]] = {}
         for name, layer in self._layers.items():
             layer.bits = rung.bits(layer.module)
@@ -372,8 +367,8 @@ class PrecisionLadder:
                 declare(convolution.module, ARITHMETIC if convolution.active else None)
                 layers[name] = [rung.forward, rung.forward, rung.gradient]
         self._ledger.reread_arithmetic()
-        if rung.real:
-            self._ledger.bits = rung.floating
+        if rung.real or was_real:
+            self._tell_bits(rung.floating or self._bits)
         self.history.append(
             {"step": self._steps, "rung": number, "bits": str(rung), "reason": reason, "layers": layers}
         )
@@ -394,17 +389,9 @@ class PrecisionLadder:
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._steps += 1
         self._generator.manual_seed(seed_of_step(self._seed, self._steps))
-        last = len(self._rungs) - 1
-        if self.rung == last and self._points is None:
-            return
-        if self._points is not None:
-            due = sum(self._steps >= point for point in self._points)
-            if due != self.rung:
-                self._climb_to(due, "schedule")
-        elif self._deadline is not None and self._steps >= self._deadline:
-            self._climb_to(last, "deadline")
-        elif self._steps % self._look_every == 0 and self.turning.look(warm=self._steps > self._warm_from):
-            self._climb_to(self.rung + 1, "turning point")
+        number, reason = self._stages.after(self.rung, self._steps)
+        if number != self.rung:
+            self._climb_to(number, reason)
 
 
 def _read(name: str, ladder: tuple[int | str, ...] | str) -> list[int | str]:
@@ -449,13 +436,3 @@ def _check_rises(rungs: Sequence[Rung]) -> None:
                 needed="rungs that rise in bits",
                 hint="ladder_may_fall = true allows it, as a control experiment",
             )
-
-
-def _check_points(points: Sequence[int], total_steps: int | None) -> None:
-    if any(later <= earlier for earlier, later in pairwise((0, *points))):
-        raise InputError(f"rungs begin at steps {', '.join(map(str, points))}", needed="later ones one by one, after 0")
-    if points and total_steps is not None and points[-1] >= total_steps:
-        raise InputError(
-            f"the last rung begins at step {points[-1]} of {total_steps}",
-            hint="lower rungs_at: the last rung is to end on",
-        )

@@ -391,16 +391,16 @@ class QuantisedLayer:
         self._around.remove()
         declare(self.module, None)
 
-    def _run(self, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+    def _run(self, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         bits = self.bits
         if bits == Bits() or not x.numel():
-            return forward(x)
+            return forward(x, *args, **kwargs)
         if bits.activation != 32:
             x = quantise(x, bits.activation, self._bounds(x))
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         if bits.weight != 32:
             weight = quantise(weight, bits.weight, range_of(weight, self._per))
-        output: Tensor = forward_with(self.module, weight, forward, x)
+        output: Tensor = forward_with(self.module, weight, forward, x, *args, **kwargs)
         if bits.gradient == 32:
             return output
         return gradient_through(output, lambda gradient: quantise(gradient, bits.gradient, generator=self._generator))

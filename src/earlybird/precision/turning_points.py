@@ -14,6 +14,7 @@ point.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from earlybird.calls import processes
 from earlybird.errors import InputError
+from earlybird.step import Step
 
 _EARLY = 10  # looks whose losses are the measure of all later differences
 
@@ -98,3 +100,65 @@ class TurningPoints:
         """Take over what `state_dict` returned."""
         self.losses, self.early = [*state["losses"]], [*state["early"]]
         self._threshold, self._sum, self._count = state["threshold"], state["sum"], state["count"]
+
+
+class Stages:
+    """When each of several stages of a run begins: at points, or at turning points, the last one by a deadline.
+
+    Args:
+        name: Of the setting that has the points.
+        count: Stages.
+        points: When all but the first begin; none for turning points.
+        every: How often the loss is looked at.
+        warm_up: Until when a loss that stands still has not begun to fall.
+        last_by: When the last stage begins, turning points or not; None waits for them.
+        turning: The indicator.
+        steps_per_epoch: Optimizer steps in an epoch; needed when a point is given in epochs.
+        total_steps: Optimizer steps of the training; needed when a point is a share of it.
+
+    Raises:
+        InputError: A length is not known, or a stage begins before the one below it or after the end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        *,
+        points: Sequence[Step],
+        every: Step,
+        warm_up: Step,
+        last_by: Step | None,
+        turning: TurningPoints,
+        steps_per_epoch: int | None,
+        total_steps: int | None,
+    ) -> None:
+        length = (steps_per_epoch, total_steps)
+        by_loss = count > 1 and not points
+        self._last, self._turning = count - 1, turning
+        self._points = [point.in_iterations(*length) for point in points]
+        self._look_every = max(every.in_iterations(*length), 1) if by_loss else 0
+        self._warm_from = warm_up.in_iterations(*length) if by_loss else 0
+        self._deadline = last_by.in_iterations(*length) if by_loss and last_by is not None else None
+        end = [] if total_steps is None else [total_steps]
+        if points and any(later <= earlier for earlier, later in pairwise((0, *self._points, *end))):
+            raise InputError(
+                f"{name} names steps {', '.join(map(str, self._points))} of {total_steps or 'a run of unknown length'}",
+                needed="later ones one by one, after 0 and before the end",
+            )
+
+    def observe(self, stage: int, loss: Tensor | float) -> None:
+        """Take note of the loss of one batch in ``stage``, a scalar."""
+        if self._look_every and stage < self._last:
+            self._turning.observe(loss)
+
+    def after(self, stage: int, steps: int) -> tuple[int, str]:
+        """Return the stage that follows ``steps`` finished steps, the last of them in ``stage``, and why it begins."""
+        if stage == self._last:
+            return stage, ""
+        if self._points:
+            return sum(steps >= point for point in self._points), "schedule"
+        if self._deadline is not None and steps >= self._deadline:
+            return self._last, "deadline"
+        turned = steps % self._look_every == 0 and self._turning.look(warm=steps > self._warm_from)
+        return stage + turned, "turning point"

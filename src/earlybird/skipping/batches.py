@@ -23,18 +23,19 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from earlybird.calls import Call, Hook, as_optimizers, batch_size, hook_owners, unwrapped
+from earlybird import ranks
+from earlybird.calls import Call, Hook, as_optimizers, batch_size, unwrapped
 from earlybird.data.loader import Loader
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
-from earlybird.settings import option
+from earlybird.ledger import Ledger, ledger_for, ledgers_on
+from earlybird.settings import check_choice, check_number, option
 from earlybird.stretches import Plan, Stretch
 
 Batches = TypeVar("Batches", bound="Iterable[Any]")
@@ -58,13 +59,16 @@ class BatchDropping:
         "executed", "Learning rate by the batches 'executed' or by those 'attempted'; both end at the same step."
     )
 
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {},
+        "published": {"drop_rule": "bernoulli", "drop_clock": "attempted"},
+    }
+
     def __post_init__(self) -> None:
-        number = isinstance(self.drop, (int, float)) and not isinstance(self.drop, bool)
-        if not number or not 0 <= self.drop < 1:
-            raise InputError(f"drop is {self.drop!r}", needed="a share from 0 to below 1: some batches have to stay")
-        for name, allowed in (("drop_rule", ("fixed", "bernoulli")), ("drop_clock", ("executed", "attempted"))):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
+        needed = "a share from 0 to below 1: some batches have to stay"
+        check_number("drop", self.drop, lambda share: 0 <= share < 1, needed)
+        check_choice("drop_rule", self.drop_rule, ("fixed", "bernoulli"))
+        check_choice("drop_clock", self.drop_clock, ("executed", "attempted"))
 
     def selection(self, seed: int = 0) -> Selection:
         """Return which batches are trained on."""
@@ -162,6 +166,7 @@ class Dropping:
         seed: int,
     ) -> None:
         self.settings = settings
+        ranks.check_alike(ranks.of_settings(settings, seed=seed), "all ranks leave out the same batches")
         self._selection = settings.selection(seed)
         self._samplers: list[_Thinned] = []
         self._left_out = 0.0  # batches, for each that is trained on
@@ -169,10 +174,7 @@ class Dropping:
             self._left_out = loader.whole_length / len(loader) - 1
         model = unwrapped(model)
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
-        if self._own_ledger:
-            self._ledger.watch(model, as_optimizers(optimizer))
-            self._ledger.enter("train")
+        self._ledger = ledger_for(model, as_optimizers(optimizer), ledger)
         self._handle = model.register_forward_pre_hook(Hook(self._before_forward, self), with_kwargs=True)
 
     def wrap(self, loader: Batches) -> Batches:
@@ -184,9 +186,11 @@ class Dropping:
             loader: A `torch.utils.data.DataLoader` over a data set with an index, a `Loader`, or a sequence of batches.
 
         Raises:
-            InputError: A loader that cannot leave a batch out without making it first.
+            InputError: A loader that cannot leave a batch out without making it first, or one with more batches than
+                another rank's.
         """
         whole = _length(loader)
+        ranks.check_alike([(str(whole), "batches")], "a DistributedSampler gives each rank as many")
         self._left_out = whole / self._selection.length(whole) - 1
         if isinstance(loader, Loader):
             loader.selection = self._selection
@@ -239,7 +243,7 @@ class Dropping:
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module.training and torch.is_grad_enabled() and self._left_out:
             images = batch_size(Call(tuple(args), dict(kwargs)))
-            for ledger in {self._ledger, *hook_owners(module, Ledger)}:
+            for ledger in ledgers_on(module, self._ledger):
                 ledger.leave_out(images * self._left_out, self._left_out)
 
 
@@ -254,12 +258,14 @@ class _Thinned(Sampler[Any]):
         return self.selection.length(len(self.batches))
 
     def __iter__(self) -> Iterator[Any]:
+        # a walk begins with its first batch: a DataLoader with workers makes two iterators and throws one away
         epoch, self.epoch = self.epoch, self.epoch + 1
         kept = self.selection.kept(epoch, len(self.batches)).tolist()
         if isinstance(self.batches, Sequence):
-            return (self.batches[index] for index, stays in enumerate(kept) if stays)
+            yield from (self.batches[index] for index, stays in enumerate(kept) if stays)
+            return
         # of a sampler, the numbers of the samples that are left out are drawn, so that the others stay the same
-        return (batch for batch, stays in zip(islice(self.batches, len(kept)), kept) if stays)
+        yield from (batch for batch, stays in zip(islice(self.batches, len(kept)), kept) if stays)
 
 
 def _length(loader: Any) -> int:

@@ -10,11 +10,12 @@ Before each residual block, a small recurrent network looks at the block's input
 choices, FracTrain, Fu et al., NeurIPS 2020, https://arxiv.org/abs/2012.13113.) What a choice costs is held near a
 target by a `Price` that all choices pay.
 
-Where they live: beside the model, with an Adam of their own that steps with the model's optimizer, and in the state
-of the method. So the model keeps its names, its parameters and its state, and can be exported, averaged, shrunk and
+Where they live: beside the model, with an Adam of their own that steps with the model's optimizer, and in the state of
+the method. So the model keeps its names, its parameters and its state, and can be exported, averaged, shrunk and
 wrapped as if there were no gates; schedulers and optimizers that know nothing of gates go on working; and Adam, whose
-step does not depend on the size of the gradient, does not mind how a loop scales its loss. Published: the same SGD as
-for the network. When the model is cut, the projections lose the inputs of the channels that go (`LearnedGate.follow`).
+step does not depend on the size of the gradient, does not mind how a loop scales its loss (a published penalty of a
+fixed size does). Published: the same SGD as for the network. When the model is cut, the projections lose the inputs of
+the channels that go (`LearnedGate.follow`).
 """
 
 from __future__ import annotations

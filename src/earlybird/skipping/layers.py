@@ -54,15 +54,15 @@ from earlybird.blocks import (
     found_again,
     patterns_from,
 )
-from earlybird.calls import Hook, after_gradients, around, as_optimizers, first_sample, processes, unwrapped
+from earlybird.calls import Hook, after_gradients, around, first_sample, given_optimizers, processes, unwrapped
 from earlybird.cost.count import count
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
-from earlybird.settings import check_count, check_share, option
+from earlybird.ledger import Ledger, ledger_for
+from earlybird.settings import check_choice, check_count, check_number, check_share, option
 from earlybird.skipping.gates import LearnedGate, Multiplier, Price, charge, level_for, summed
 from earlybird.skipping.gather import Choice, check_norms, run_on
 from earlybird.skipping.passes import Passes
-from earlybird.stretches import Plan, Stretch
+from earlybird.stretches import BLOCKS, Plan, Stretch
 from earlybird.tickets.shrink import Change
 from earlybird.traces import Trace
 
@@ -109,27 +109,19 @@ class LayerSkipping:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer_share", check_share("layer_share", self.layer_share))
         object.__setattr__(self, "layer_blocks", patterns_from("layer_blocks", self.layer_blocks))
-        for name, allowed in (
-            ("layer_control", ("price", "penalty")),
-            ("layer_execution", ("gathered", "masked")),
-            ("layer_evaluate", ("sampled", "decided")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
+        check_choice("layer_control", self.layer_control, ("price", "penalty"))
+        check_choice("layer_execution", self.layer_execution, ("gathered", "masked"))
+        check_choice("layer_evaluate", self.layer_evaluate, ("sampled", "decided"))
         for name in ("layer_penalty", "layer_gate_rate"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise InputError(f"{name} is {value!r}", needed="a number above 0")
-        probe = self.layer_probe
-        if isinstance(probe, bool) or not isinstance(probe, (int, float)) or not 0 <= probe < 1:
-            raise InputError(f"layer_probe is {probe!r}", needed="a share from 0 to below 1")
+            check_number(name, getattr(self, name), lambda value: 0 < value < math.inf, "a number above 0")
+        check_number("layer_probe", self.layer_probe, lambda share: 0 <= share < 1, "a share from 0 to below 1")
 
     def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
         """Return the stretches of a run whose share is at its target, for `earlybird.forecast`; without the gates."""
         if self.layer_share == 1:
             return stretches
         found = []
-        for stretch in stretches:
+        for stretch in (one.decided("layer_skipping", BLOCKS) for one in stretches):
             blocks = find_blocks(stretch.model, plan.images(), self.layer_blocks)
             macs = forward_macs(blocks, count(stretch.model, plan.images()))
             gated = sum(m for m, block in zip(macs, blocks) if block.skippable)
@@ -192,9 +184,7 @@ class LayerGates:
         self.settings = settings
         self.history: list[dict[str, Any]] = []
         self._model = model = unwrapped(model)
-        optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        optimizers = given_optimizers(optimizer)
         self._steps = 0
         self._record_every = _RECORD_EVERY if total_steps is None else max(total_steps // _RECORDS, 1)
         self._price, self._multiplier = Price(), Multiplier()
@@ -210,10 +200,7 @@ class LayerGates:
         self._begin_step()
         self._begin_record()
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
-        if self._own_ledger:
-            self._ledger.watch(model, optimizers, example_inputs)
-            self._ledger.enter("train")
+        self._ledger = ledger_for(model, optimizers, ledger, example_inputs)
         self._passes = Passes(model, self._ledger, seed)
         # before the step, whose gradients have come: what runs the model in its course, such as the refit after a cut,
         # shall find the same gates in whatever order methods were attached
@@ -388,8 +375,9 @@ class LayerGates:
         rows, probes = (which.nonzero().flatten().to(x.device) for which in (runs, probed))
         self._record(index, runs, len(rows), len(probes), learns=learns)
         if learns:
-            self._scores.append((index, score.detach(), chance.detach()))
-            chance.register_hook(lambda gradient: self._less_cost(gradient, chance.detach(), cost))
+            seen = chance.detach()  # a hook that held on to its own tensor would keep all graphs of the run
+            self._scores.append((index, score.detach(), seen))
+            chance.register_hook(lambda gradient: self._less_cost(gradient, seen, cost))
         if not masked:
             choice = Choice(chance, probes, settings.layer_probe) if learns else None
             return run_on(block.module, lambda inputs, _: forward(inputs), x, rows, choice)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from earlybird import ranks
 from earlybird.blocks import Block
-from earlybird.calls import Hook, hook_owners, processes
+from earlybird.calls import Hook, processes
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger
+from earlybird.ledger import Ledger, ledgers_on
 
 __all__ = ["Passes"]
 
@@ -27,13 +28,17 @@ class Passes:
         seed: Of the run.
         alike: The same numbers on all processes.
 
+    Raises:
+        InputError: Processes that train together have different seeds.
+
     Attributes:
         ledgers: Those that count the pass under way. One below the model's hooks (a caller of ``model.forward``, such
             as the refit after a cut) has none: whoever makes it counts it as it likes, every layer on every sample.
     """
 
     def __init__(self, model: nn.Module, ledger: Ledger, seed: int, *, alike: bool = False) -> None:
-        self.ledgers: set[Ledger] = set()
+        ranks.check_alike([("seed", f"= {seed}")], "attach with the same seed on all ranks")
+        self.ledgers: list[Ledger] = []
         self._model, self._ledger, self._seed = model, ledger, seed
         self._rank = torch.distributed.get_rank() if processes() > 1 and not alike else 0
         self._step = 0
@@ -44,24 +49,23 @@ class Passes:
         self._handle = model.register_forward_pre_hook(Hook(self._on_call, self))
 
     def enter(self, index: int, block: Block, *, training: bool) -> None:
-        """Say that ``block`` runs, number ``index`` of those that do; the first one begins a pass.
+        """Say that ``block`` is called, number ``index`` of those that are chosen; the first one begins a pass.
 
         Raises:
-            InputError: It is not its turn.
+            InputError: It is not its turn, or a backward pass is under way, which would get other random numbers.
         """
-        if index == 0:
-            self.begin(training=training)
-        elif index != self._next:
+        if index not in (0, self._next) or torch._C._current_graph_task_id() != -1:
             raise InputError(
                 f"block '{block.name}' was called out of its turn",
                 needed="blocks that run once in each pass, in the order in which they were found",
-                hint="gradient checkpointing, which runs them again, does not go together with gates",
+                hint="switch gradient checkpointing, which runs them again, off for this model",
             )
+        if index == 0:
+            self._begin(training=training)
         self._next = index + 1
 
-    def begin(self, *, training: bool) -> None:
-        """Begin a pass."""
-        self.ledgers = {self._ledger, *hook_owners(self._model, Ledger)} if self._counted else set()
+    def _begin(self, *, training: bool) -> None:
+        self.ledgers = ledgers_on(self._model, self._ledger) if self._counted else []
         self._counted = False
         number = 2 * self._made[training] + training
         self._made[training] += 1

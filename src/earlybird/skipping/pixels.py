@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from earlybird.calls import Call, Hook, as_call, as_optimizers, first_sample, hook_owners, undisturbed, unwrapped
+from earlybird.calls import Call, Hook, as_call, first_sample, given_optimizers, hook_owners, undisturbed, unwrapped
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
+from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.settings import check_count, check_share, option
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch, after
@@ -137,9 +137,7 @@ class Resizing:
         self._steps = 0
         self._side: int | None = None  # of the last training images
         model = unwrapped(model)
-        optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        optimizers = given_optimizers(optimizer)
         if hook_owners(model, Resizing):
             raise InputError(
                 "the images of this model are resized already", hint="call detach() of the other one first"
@@ -147,13 +145,10 @@ class Resizing:
         if example_inputs is not None:
             _check_runs(model, as_call(first_sample(example_inputs)), settings)
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
-        if self._own_ledger:
-            self._ledger.watch(model, optimizers)
-            self._ledger.enter("train")
+        self._ledger = ledger_for(model, optimizers, ledger)
         self._handles: list[Any] = [
             # before all other hooks: whoever counts or scores shall see what the model sees
-            model.register_forward_pre_hook(Hook(self._before_forward, self), prepend=True),
+            model.register_forward_pre_hook(Hook(self._before_forward, self), prepend=True, with_kwargs=True),
             optimizers[0].register_step_post_hook(Hook(self._after_step, self)),
         ]
 
@@ -188,7 +183,7 @@ class Resizing:
         if self._own_ledger:
             self._ledger.stop()
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not (module.training and torch.is_grad_enabled()):
             return None
         if not args or not isinstance(args[0], Tensor) or args[0].ndim != 4:
@@ -196,10 +191,11 @@ class Resizing:
                 f"{type(module).__name__} was not called with a batch of images (N, C, H, W) as first argument",
                 hint="leave progressive resizing out for this model",
             )
-        self._ledger.count_whole(Call(args, {}))
+        for ledger in ledgers_on(module, self._ledger):
+            ledger.count_whole(Call(args, kwargs))
         resized = resize(args[0], self.scale, self.settings.size_step)
         self._side = resized.shape[-1]
-        return (resized, *args[1:])
+        return (resized, *args[1:]), kwargs
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._steps += 1

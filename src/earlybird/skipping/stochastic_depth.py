@@ -32,14 +32,14 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.blocks import Block, check_free, counted, find_blocks, forward_macs, found_again, patterns_from
-from earlybird.calls import Hook, around, as_optimizers, first_sample, unwrapped
+from earlybird.calls import Hook, around, first_sample, given_optimizers, unwrapped
 from earlybird.cost.count import count
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_of
-from earlybird.settings import check_share, option
+from earlybird.ledger import Ledger, ledger_for
+from earlybird.settings import check_choice, check_share, option
 from earlybird.skipping.gather import check_norms, run_on
 from earlybird.skipping.passes import Passes
-from earlybird.stretches import Plan, Stretch
+from earlybird.stretches import BLOCKS, Plan, Stretch
 
 __all__ = ["RandomDepth", "StochasticDepth", "survival_for", "survivals"]
 
@@ -73,14 +73,13 @@ class StochasticDepth:
         if self.depth_share is not None:
             object.__setattr__(self, "depth_share", check_share("depth_share", self.depth_share))
         object.__setattr__(self, "depth_blocks", patterns_from("depth_blocks", self.depth_blocks))
-        for name, allowed in (("depth_by", ("batch", "sample")), ("depth_scale", ("training", "evaluation"))):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}", needed=f"one of {', '.join(allowed)}")
+        check_choice("depth_by", self.depth_by, ("batch", "sample"))
+        check_choice("depth_scale", self.depth_scale, ("training", "evaluation"))
 
     def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
         """Return the stretches of a run whose coins fall as often as they should, for `earlybird.forecast`."""
         found = []
-        for stretch in stretches:
+        for stretch in (one.decided("stochastic_depth", BLOCKS) for one in stretches):
             blocks = find_blocks(stretch.model, plan.images(), self.depth_blocks)
             macs = forward_macs(blocks, count(stretch.model, plan.images()))
             share = self.depth_share
@@ -171,9 +170,7 @@ class RandomDepth:
     ) -> None:
         self.settings = settings
         self._model = model = unwrapped(model)
-        optimizers = as_optimizers(optimizer)
-        if not optimizers:
-            raise InputError("no optimizer was given", needed="the one that trains the model, or several")
+        optimizers = given_optimizers(optimizer)
         self.blocks: list[Block] = []
         self.survivals: list[float] = []
         self.share = 1.0
@@ -181,12 +178,8 @@ class RandomDepth:
             self._find(example_inputs)
         self._steps = 0
         dropped = [index for index, chance in enumerate(self.survivals) if chance < 1]
-        self._first = dropped[0] if dropped else None
         self._own_ledger = ledger is None
-        self._ledger = ledger_of(model) if ledger is None else ledger
-        if self._own_ledger:
-            self._ledger.watch(model, optimizers, example_inputs)
-            self._ledger.enter("train")
+        self._ledger = ledger_for(model, optimizers, ledger, example_inputs)
         self._passes = Passes(model, self._ledger, seed, alike=settings.depth_by == "batch")
         after = optimizers[0].register_step_post_hook(Hook(self._after_step, self))
         self._handles: list[Any] = [after, self._passes]
@@ -194,10 +187,9 @@ class RandomDepth:
         if dropped:
             self._first_call = model.register_forward_pre_hook(Hook(self._on_first_call, self))
             self._handles.append(self._first_call)
-        for index, (block, chance) in enumerate(zip(self.blocks, self.survivals)):
-            if chance == 1:
-                continue
-            run = lambda forward, x, index=index: self._run(index, forward, x)  # noqa: E731
+        for number, index in enumerate(dropped):
+            block, chance = self.blocks[index], self.survivals[index]
+            run = lambda forward, x, number=number, index=index: self._run(number, index, forward, x)  # noqa: E731
             self._handles.append(around(block.module, run, self))
             if settings.depth_scale == "training":
                 scale = lambda module, args, branch, block=block, chance=chance: _scaled(block, chance, branch)  # noqa: E731
@@ -257,14 +249,13 @@ class RandomDepth:
         self._first_call.remove()
         self.blocks = found_again(self.blocks, self._model, self._sample, self.settings.depth_blocks)
 
-    def _run(self, index: int, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _run(self, number: int, index: int, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         block, chance = self.blocks[index], self.survivals[index]
         if not block.module.training:
             if self.settings.depth_scale == "training":
                 return forward(x)
             return torch.lerp(x, forward(x).to(x.dtype), chance)
-        if index == self._first:
-            self._passes.begin(training=True)
+        self._passes.enter(number, block, training=True)
         chances = torch.full((1 if self.settings.depth_by == "batch" else len(x),), chance)
         rows = self._passes.choose(chances).expand(len(x)).nonzero().flatten().to(x.device)
         for ledger in self._passes.ledgers:
