@@ -227,7 +227,7 @@ class Search:
             raise _from_before(state)
         example = None if state["example"] is None else call_from_state(state["example"], self._device())
         inputs = next((x for x in (self._example_inputs, self._last_call, self._sample) if x is not None), example)
-        cut_as_saved(self._model, self.settings, state, inputs, self._optimizers, self._averaged)
+        cut = cut_as_saved(self._model, self.settings, state, inputs, self._optimizers, self._averaged)
         if state["taylor"] and (self._taylor is None or not self._taylor.fits(state["taylor"])):
             raise _another_model()
         self._sizes = {name: int(size) for name, size in state["sizes"].items()}
@@ -248,7 +248,8 @@ class Search:
             self.drawn_at = int(state["drawn_at"])
             self.change = Change.from_json(state["change"])
             self._finish(self.tickets[self.settings.ratios[0]])
-            self._refresh_wrapper(self.change)
+            if cut:
+                self._refresh_wrapper(self.change)
             self._recount()
             if self._ledger.phase == "search":
                 self._ledger.enter("train")
@@ -541,8 +542,8 @@ def cut_as_saved(
     example_inputs: Any,
     optimizers: Iterable[torch.optim.Optimizer] = (),
     averaged: Iterable[nn.Module] = (),
-) -> None:
-    """Shrink what is still dense to the ticket of a saved search; see `EarlyBird.cut`."""
+) -> bool:
+    """Shrink what is still dense to the ticket of a saved search (see `EarlyBird.cut`); tell whether the model was."""
     sizes = {name: int(size) for name, size in state["sizes"].items()}
     primary = state["tickets"].get(str(settings.ratios[0]))
     lengths = {masks.shape[1] for masks in state["masks"].values()} | {sum(sizes.values())}
@@ -553,8 +554,9 @@ def cut_as_saved(
     if state["change"] is None or primary is None:
         if not dense:
             raise _from_before(state)
-        return
+        return False
     change, ticket = Change.from_json(state["change"]), _saved_ticket(state, str(settings.ratios[0]))
+    cut = False
     for one, own in ((model, optimizers), *((copy, ()) for copy in averaged)):
         if _is_cut(one, change):
             continue
@@ -563,6 +565,8 @@ def cut_as_saved(
         if example_inputs is None:
             raise InputError("no inputs to follow the model's graph with", hint="pass example_inputs=x")
         shrink(one, ticket, first_sample(example_inputs), optimizer=own)
+        cut = cut or one is model
+    return cut
 
 
 def _is_cut(model: nn.Module, change: Change) -> bool:
