@@ -145,13 +145,22 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def interleaved(
-    actions: Mapping[Any, Callable[[], object]], rounds: int, least_s: float = 0.0
+    actions: Mapping[Any, Callable[[], object]],
+    rounds: int,
+    least_s: float = 0.0,
+    others: Callable[[], float] | None = None,
 ) -> tuple[dict[Any, list[float]], float]:
     """Time every action once a round, in turn, so that a busy machine slows all of them alike.
 
     Two calls of each come first and are not counted. An action that takes less than ``least_s`` seconds is repeated
     within a round until it takes that long. Rounds in which other processes took more than `DISTURBED` of the
     processors are done again, up to `PATIENCE` times as many in all; the least disturbed count.
+
+    Args:
+        actions: Name to what is called.
+        rounds: How many count.
+        least_s: Of an action within a round.
+        others: Returns the processor seconds of all that does not belong to the actions; default: of other processes.
 
     Returns:
         Name to seconds a call, one entry a round; and the share of the processors that others took in the worst of
@@ -164,15 +173,16 @@ def interleaved(
             action()
         return (time.perf_counter() - start) / times
 
+    others = others or others_s
     repeats: dict[Any, int] = {}
     for name, action in actions.items():
         action()
         repeats[name] = max(1, math.ceil(least_s / max(seconds(action, 1), 1e-7)))
     taken: list[tuple[float, dict[Any, float]]] = []
     while sum(share <= DISTURBED for share, _ in taken) < rounds and len(taken) < PATIENCE * rounds:
-        start, others = time.perf_counter(), others_s()
+        start, before = time.perf_counter(), others()
         found = {name: seconds(action, repeats[name]) for name, action in actions.items()}
-        share = (others_s() - others) / (time.perf_counter() - start) / (os.cpu_count() or 1)
+        share = (others() - before) / (time.perf_counter() - start) / (os.cpu_count() or 1)
         taken.append((share, found))
     best = sorted(taken, key=lambda one: one[0])[:rounds]
     worst = round(max(best[-1][0], 0.0), 3)

@@ -19,6 +19,7 @@ import int8_forward
 import networks
 import overheads
 import paper_figures
+import processes
 import roofline
 import scaling
 import speedrun_cifar10
@@ -60,6 +61,10 @@ def roofline_section(images: Path) -> str:
     return "\n\n".join([roofline.tables(rows(roofline.NAME)), pictures(images, roofline.draw(images))])
 
 
+def processes_section(images: Path) -> str:
+    return processes.table(rows(processes.NAME))
+
+
 def alternatives_section(images: Path) -> str:
     return alternatives.tables(rows(alternatives.NAME))
 
@@ -93,6 +98,7 @@ SECTIONS: dict[str, tuple[Any, Callable[[Path], str]]] = {
     "Less on every step: samples, layers, bits, operations": (efficient_steps, efficient_steps.section),
     "The figures of the Early-Bird paper": (paper_figures, paper_figures_section),
     "One step": (step_times, step_times_section),
+    "Several processes": (processes, processes_section),
     "What the machine could give": (roofline, roofline_section),
     "Other ways to compute a convolution": (alternatives, alternatives_section),
     "The kernel of the add layer": (add_layer, add_layer_section),

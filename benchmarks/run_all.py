@@ -43,6 +43,7 @@ def quick(work: Path) -> list[Job]:
     return [
         ("step_times", ["--quick"]),
         ("overheads", ["--quick"]),
+        ("processes", ["--quick"]),
         ("roofline", ["--quick"]),
         ("alternatives", ["--quick"]),
         ("add_layer", ["--quick"]),
@@ -66,6 +67,7 @@ def full(work: Path) -> list[Job]:
         ("step_times", ["--width", "1"]),
         ("step_times", ["--width", "0.5"]),
         ("overheads", []),
+        ("processes", []),
         ("roofline", []),
         ("alternatives", []),
         ("add_layer", []),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from earlybird import sharded
 from earlybird.errors import InputError
 
 Owner = TypeVar("Owner")
@@ -62,25 +63,40 @@ def _sliced(inputs: Any, batch: int) -> Any:
     return inputs
 
 
+def inner(model: nn.Module) -> nn.Module | None:
+    """Return what DDP, DataParallel, torch.compile or Lightning Fabric has wrapped, or None for anything else."""
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return model.module  # type: ignore[no-any-return]
+    if any(isinstance(model, module._FabricModule) for name in _FABRIC if (module := sys.modules.get(name))):
+        return model._forward_module  # type: ignore[return-value]
+    found = getattr(model, "_orig_mod", None)
+    return found if isinstance(found, nn.Module) else None
+
+
+# as a package of its own, and as a part of lightning
+_FABRIC = ("lightning_fabric.wrappers", "lightning.fabric.wrappers")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the user's module inside DDP, DataParallel and torch.compile, whose own machinery must not run here."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    """Return the user's module inside all wrappers that `inner` knows; their own machinery must not run here."""
+    while (found := inner(model)) is not None:
+        model = found
+    return model
 
 
 def as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return None, one or several optimizers as a list; anything else is an `InputError`."""
+    """Return None, one or several optimizers as a list; anything else is an `InputError`.
+
+    A wrapper around an optimizer, as Fabric, Lightning and Accelerate put it there, is seen through.
+    """
     if optimizer is None:
         return []
     found = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    for one in found:
+    for number, one in enumerate(found):
         if not isinstance(one, torch.optim.Optimizer):
             raise InputError(f"optimizer is a {type(one).__name__}", needed="a torch.optim.Optimizer, or several")
+        while isinstance(wrapped := getattr(found[number], "optimizer", None), torch.optim.Optimizer):
+            found[number] = wrapped
     return found
 
 
@@ -92,10 +108,14 @@ def given_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     return found
 
 
+def is_distributed() -> bool:
+    """Whether this process belongs to a group, if only of one."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def processes() -> int:
     """Return how many processes train together."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if ready else 1
+    return torch.distributed.get_world_size() if is_distributed() else 1
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -179,10 +199,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """`left_as_found`, in `plain_execution`, and below everybody's forward hooks: they belong to the user's loop.
 
     Our own do nothing, those of `around` among them: each module runs its own ``forward``. Hooks that models hang on
-    themselves stay.
+    themselves stay. Sharded parameters are gathered for the while, which is a collective operation.
     """
     hooks = [(module, {name: getattr(module, name) for name in _HOOKS}) for module in model.modules()]
-    with left_as_found(model), plain_execution(model), hooks_idle():
+    with left_as_found(model), plain_execution(model), hooks_idle(), sharded.gathered(model):
         try:
             for module, before in hooks:
                 own = _of_the_model(module)

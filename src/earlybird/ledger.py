@@ -53,6 +53,7 @@ from earlybird.cost.count import ModelCost, count
 from earlybird.cost.energy import CITATION, Energy, joules
 from earlybird.cost.meters import PeakMemory, energy_meter
 from earlybird.errors import InputError
+from earlybird.sharded import is_sharded
 
 __all__ = ["PHASES", "Ledger", "PhaseRecord", "Work", "ledger_for", "ledger_of", "ledgers_on"]
 
@@ -412,7 +413,9 @@ class Ledger:
         if example_inputs is not None:
             self._count(self._model, example_inputs)
         on_forward, on_step = Hook(self._on_forward, self), Hook(self._on_step, self)
-        self._handles.append(self._model.register_forward_pre_hook(on_forward, with_kwargs=True))
+        # before FSDP2's, which may cast the inputs for the layers it shards
+        first = is_sharded(self._model)
+        self._handles.append(self._model.register_forward_pre_hook(on_forward, with_kwargs=True, prepend=first))
         for one in as_optimizers(optimizer):
             self._handles.append(one.register_step_post_hook(on_step))
 

@@ -19,7 +19,7 @@ def passes(seed=0, model=None):
 )
 def test_as_many_are_chosen_as_the_chances_sum_to(chances, seed):
     one = passes(seed)
-    one.begin(training=True)
+    one._begin(training=True)
     chosen = one.choose(torch.tensor(chances, dtype=torch.float64))
     assert abs(int(chosen.sum()) - sum(chances)) < 1 + 1e-9
     for chance, runs in zip(chances, chosen.tolist(), strict=True):
@@ -32,14 +32,14 @@ def test_each_sample_is_chosen_with_its_own_chance():
     rounds = 2000
     counts = torch.zeros(6)
     for _ in range(rounds):
-        one.begin(training=True)
+        one._begin(training=True)
         counts += one.choose(chances)
     torch.testing.assert_close(counts / rounds, chances, atol=0.04, rtol=0)
 
 
 def test_numbers_begin_anew_with_each_pass_step_seed_and_kind_of_pass():
     def first(one, training):
-        one.begin(training=training)
+        one._begin(training=training)
         return one.draw(3).tolist()
 
     one = passes()
@@ -59,13 +59,13 @@ def test_ledgers_are_those_that_count_the_pass():
     model, ledger, other = nn.Linear(2, 2), eb.Ledger(), eb.Ledger()
     other.watch(model)
     one = Passes(model, ledger, 0)
-    one.begin(training=True)
-    assert one.ledgers == set()  # below the hooks: nobody has counted it
+    one._begin(training=True)
+    assert one.ledgers == []  # below the hooks: nobody has counted it
     model(torch.zeros(1, 2))
-    one.begin(training=True)
-    assert one.ledgers == {ledger, other}
-    one.begin(training=True)
-    assert one.ledgers == set()
+    one._begin(training=True)
+    assert one.ledgers == [ledger, other]
+    one._begin(training=True)
+    assert one.ledgers == []
     one.remove()
     assert len(model._forward_pre_hooks) == 1
 
@@ -73,5 +73,5 @@ def test_ledgers_are_those_that_count_the_pass():
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_batch_may_be_empty_or_one_sample(count):
     one = passes()
-    one.begin(training=True)
+    one._begin(training=True)
     assert one.choose(torch.ones(count)).tolist() == [True] * count

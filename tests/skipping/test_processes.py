@@ -6,6 +6,7 @@ from torch import distributed, multiprocessing
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from earlybird.errors import InputError
 from earlybird.precision.fractional import FractionalPrecision
 from earlybird.skipping.layers import LayerSkipping
 from earlybird.skipping.stochastic_depth import StochasticDepth
@@ -39,6 +40,9 @@ def work(rank, rendezvous):
         distributed.all_gather(both, ours)
         assert torch.equal(*both), type(method).__name__
         assert running._ledger.phases["train"].train_images == 2 * 6 * 16
+    model = make("residual")
+    with pytest.raises(InputError, match="rank 0 has seed = 0, rank 1 has seed = 1"):
+        StochasticDepth().attach(model, sgd(model), example_inputs=images(2), seed=rank)
     distributed.destroy_process_group()
 
 

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from earlybird.calls import as_call, first_sample, hooks_idle, left_as_found, plain_execution, tensors_in, unwrapped
 from earlybird.cost.arithmetic import Arithmetic
 from earlybird.errors import InputError
+from earlybird.sharded import hollow
 
 __all__ = ["Amount", "LayerCost", "ModelCost", "count"]
 
@@ -229,12 +230,13 @@ def count(model: nn.Module, example_inputs: Any) -> ModelCost:
     """
     model = unwrapped(model)
     args, kwargs = as_call(first_sample(example_inputs))
-    counter = _Counter(model, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()})
     with ExitStack() as stack:
         stack.enter_context(left_as_found(model))
         stack.enter_context(plain_execution(model))
+        stack.enter_context(hollow(model))
         stack.enter_context(hooks_idle())
-        stack.enter_context(counter)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        counter = stack.enter_context(_Counter(model, weights))
         try:
             model(*args, **kwargs)
         except Exception as error:

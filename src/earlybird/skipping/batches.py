@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from earlybird import ranks
 from earlybird.calls import Call, Hook, as_optimizers, batch_size, unwrapped
 from earlybird.data.loader import Loader
 from earlybird.errors import InputError
@@ -165,6 +166,7 @@ class Dropping:
         seed: int,
     ) -> None:
         self.settings = settings
+        ranks.check_alike(ranks.of_settings(settings, seed=seed), "all ranks leave out the same batches")
         self._selection = settings.selection(seed)
         self._samplers: list[_Thinned] = []
         self._left_out = 0.0  # batches, for each that is trained on
@@ -184,9 +186,11 @@ class Dropping:
             loader: A `torch.utils.data.DataLoader` over a data set with an index, a `Loader`, or a sequence of batches.
 
         Raises:
-            InputError: A loader that cannot leave a batch out without making it first.
+            InputError: A loader that cannot leave a batch out without making it first, or one with more batches than
+                another rank's.
         """
         whole = _length(loader)
+        ranks.check_alike([(str(whole), "batches")], "a DistributedSampler gives each rank as many")
         self._left_out = whole / self._selection.length(whole) - 1
         if isinstance(loader, Loader):
             loader.selection = self._selection

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from earlybird import ranks
 from earlybird.blocks import Block
 from earlybird.calls import Hook, processes
 from earlybird.errors import InputError
@@ -27,12 +28,16 @@ class Passes:
         seed: Of the run.
         alike: The same numbers on all processes.
 
+    Raises:
+        InputError: Processes that train together have different seeds.
+
     Attributes:
         ledgers: Those that count the pass under way. One below the model's hooks (a caller of ``model.forward``, such
             as the refit after a cut) has none: whoever makes it counts it as it likes, every layer on every sample.
     """
 
     def __init__(self, model: nn.Module, ledger: Ledger, seed: int, *, alike: bool = False) -> None:
+        ranks.check_alike([("seed", f"= {seed}")], "attach with the same seed on all ranks")
         self.ledgers: list[Ledger] = []
         self._model, self._ledger, self._seed = model, ledger, seed
         self._rank = torch.distributed.get_rank() if processes() > 1 and not alike else 0

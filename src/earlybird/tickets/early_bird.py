@@ -195,8 +195,9 @@ class EarlyBird:
         """Start the search; from here on an ordinary training loop does the rest.
 
         Args:
-            model: The module that is trained; the wrapper of torch.compile is seen through. In a distributed run, the
-                module inside DistributedDataParallel: wrap it anew in the step after which ``drawn`` is true.
+            model: The module that is trained; wrappers of torch.compile, DistributedDataParallel and Lightning Fabric
+                are seen through. Parameters may be sharded (``fully_shard``). In a distributed run all ranks attach
+                with the same settings, and all draw the same ticket at the same step.
             optimizer: The optimizer over its parameters; the draw happens inside its ``step()``. Of several, all are
                 sliced, and the first one keeps the clock.
             example_inputs: A tensor, tuple or dict the model runs on; a batch of one is enough. Default: the training
@@ -214,7 +215,8 @@ class EarlyBird:
             The running search.
 
         Raises:
-            InputError: The model has nothing to rank or is searched already, or no optimizer holds its parameters.
+            InputError: The model has nothing to rank or is searched already, no optimizer holds its parameters, or
+                ranks of a distributed run differ in model or settings.
             ShrinkError: The graph of the model cannot be followed (with ``example_inputs``; else at the first look).
         """
         return Search(

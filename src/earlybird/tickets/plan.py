@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.errors import InputError, ShrinkError
+from earlybird.sharded import Shards
 from earlybird.tickets.coupling import Group
 from earlybird.tickets.layers import Conv, TransposedConv, is_depthwise, layer_of, width
 
@@ -263,9 +264,11 @@ def _check_shared(slices: dict[str, Slices], model: nn.Module) -> None:
             slices.pop(name, None)
 
 
-def check_optimizers(model: nn.Module, slices: Mapping[str, Slices], optimizers: list[torch.optim.Optimizer]) -> None:
+def check_optimizers(
+    model: nn.Module, slices: Mapping[str, Slices], optimizers: list[torch.optim.Optimizer], shards: Shards
+) -> None:
     """Raise a `ShrinkError` for optimizer state that cannot be sliced like its parameter."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(shards.held(parameter)): name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         whole = not any(id(p) in names and names[id(p)] in slices for g in optimizer.param_groups for p in g["params"])
         for parameter, state in () if whole else optimizer.state.items():

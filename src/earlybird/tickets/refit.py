@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from earlybird import ranks
 from earlybird.arithmetic.add import AddLinear
 from earlybird.arithmetic.shift import ShiftLinear
 from earlybird.calls import as_call, evaluating, hooks_idle
@@ -57,6 +58,16 @@ def estimate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
         for norm, (momentum, tracked) in zip(norms, saved):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(tracked)  # type: ignore[union-attr]
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Give all ranks the mean of their running statistics: each has estimated them from inputs of its own."""
+    norms = [norm for norm in model.modules() if isinstance(norm, BatchNorm) and norm.track_running_stats]
+    buffers = {
+        str(at): b for at, b in enumerate(b for n in norms for b in (n.running_mean, n.running_var)) if b is not None
+    }
+    for name, shared in ranks.share(buffers).items() if buffers else ():
+        buffers[name].copy_(shared)
 
 
 def dense_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:

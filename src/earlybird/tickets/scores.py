@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.errors import InputError
+from earlybird.sharded import gathered, local, spread, whole
 from earlybird.tickets.layers import BatchNorm, TransposedConv, mixes_channels
 
 SCORES = ("bn_scale", "taylor", "magnitude")
@@ -64,7 +65,7 @@ def taylor(model: nn.Module) -> dict[str, Tensor]:
                 f"batch norm '{name}' has no gradient", needed="gradients for score='taylor'",
                 hint="call loss.backward() before, or use score='bn_scale'",
             )  # fmt: skip
-        scores[name] = _first_order(norm, norm.weight.grad).abs_()
+        scores[name] = whole(_first_order(norm, norm.weight.grad).abs_())
     return scores
 
 
@@ -99,10 +100,11 @@ class TaylorMean:
             norm = self._norms[name]
             if norm.weight.grad is None:
                 continue
-            change = _first_order(norm, norm.weight.grad).float().abs_()
+            change = local(_first_order(norm, norm.weight.grad).float().abs_())
             if scale is not None:
                 change /= scale.to(change.device)
-            mean.lerp_(torch.where(torch.isfinite(change).all(), change, mean), 1 - self._memory)
+            own = local(mean)
+            own.lerp_(torch.where(torch.isfinite(change).all(), change, own), 1 - self._memory)
 
     def scores(self) -> dict[str, Tensor]:
         """Return name to scores, each layer's over their norm; zeros before the first step.
@@ -110,11 +112,12 @@ class TaylorMean:
         Layers differ in the size of their gradients by orders of magnitude.
         """
         tiny = torch.finfo(torch.float32).tiny
-        return {name: mean / mean.norm().clamp_min(tiny) for name, mean in self._means.items()}
+        means = {name: whole(mean) for name, mean in self._means.items()}
+        return {name: mean / mean.norm().clamp_min(tiny) for name, mean in means.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return a copy of the means by name."""
-        return {name: mean.clone() for name, mean in self._means.items()}
+        """Return a copy of the means by name, whole ones of sharded layers."""
+        return {name: whole(mean).clone() for name, mean in self._means.items()}
 
     def fits(self, state: Mapping[str, Tensor]) -> bool:
         """Tell whether ``state`` has the layers of this model."""
@@ -124,7 +127,7 @@ class TaylorMean:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` returned."""
         for name, mean in state.items():
-            self._means[name].copy_(mean)
+            local(self._means[name]).copy_(local(spread(mean, self._means[name])))
 
 
 def hidden_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -174,4 +177,7 @@ def score_channels(model: nn.Module, score: str) -> dict[str, Tensor]:
     functions = {"bn_scale": bn_scale, "taylor": taylor, "magnitude": magnitude}
     if score not in functions:
         raise InputError(f"unknown score '{score}'", needed=f"one of {', '.join(SCORES)}")
-    return functions[score](model)
+    if score == "taylor":  # its gradients are where the shards are
+        return taylor(model)
+    with gathered(model):
+        return functions[score](model)

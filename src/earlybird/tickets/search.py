@@ -14,17 +14,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from earlybird.calls import Call, Hook, batch_size, first_sample, given_optimizers, hook_owners, processes, unwrapped
+from earlybird import data_parallel, ranks
+from earlybird.calls import (
+    Call,
+    Hook,
+    batch_size,
+    first_sample,
+    given_optimizers,
+    hook_owners,
+    is_distributed,
+    processes,
+    unwrapped,
+)
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count
+from earlybird.sharded import gathered, is_sharded, local
 from earlybird.step import Step
 from earlybird.tickets.coupling import Group, find_groups
 from earlybird.tickets.draw import draw_coupled, ranked, shuffle
 from earlybird.tickets.layers import fitting_multiple
-from earlybird.tickets.refit import dense_outputs, estimate_batch_norms, least_squares
+from earlybird.tickets.refit import dense_outputs, estimate_batch_norms, least_squares, share_statistics
 from earlybird.tickets.scores import TaylorMean, batch_norms, score_channels
-from earlybird.tickets.shrink import Change, shrink
+from earlybird.tickets.shrink import Change, check_supported, shrink
 from earlybird.tickets.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -64,9 +76,11 @@ class Search:
         self.change: Change | None = None
         self.drawn_at: int | None = None
         self.history: list[dict[str, Any]] = []
-        _check_processes(model, settings, calibration)
+        self._wrapper = data_parallel.wrapper_of(model)  # of several processes, as far as it is known
+        self._wrapper_is_stale = False  # the model was cut, and the wrapper that its loop calls is not known yet
         self._model = model = unwrapped(model)
         self._optimizers = given_optimizers(optimizer)
+        check_supported(model, self._optimizers, self._wrapper)
         self._example_inputs, self._calibration, self._seed = example_inputs, calibration, seed
         self._fresh = fresh
         self._steps_per_epoch = check_count("steps_per_epoch", steps_per_epoch, "len(loader)")
@@ -84,6 +98,7 @@ class Search:
         self._last_call: Call | None = None
         self._autocast: tuple[str, torch.dtype] | None = None
         _check_partners(model, self._optimizers)
+        self._check_ranks(total_steps, calibration)
         if settings.weights == "reinitialise" and fresh is None:
             _check_initialisers(model)
         norms = batch_norms(model) if settings.score != "magnitude" or settings.sparsity else {}
@@ -105,7 +120,10 @@ class Search:
         self._handles: list[Any] = [
             clock.register_step_pre_hook(Hook(self._before_step, self)),
             clock.register_step_post_hook(Hook(self._after_step, self)),
-            model.register_forward_pre_hook(Hook(self._remember_call, self), with_kwargs=True),
+            # before FSDP2's, which may cast the inputs for the layers it shards
+            model.register_forward_pre_hook(
+                Hook(self._remember_call, self), with_kwargs=True, prepend=is_sharded(model)
+            ),
         ]
 
     @property
@@ -182,6 +200,8 @@ class Search:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state. When its ticket was drawn, the (still dense) model and optimizer are shrunk to it.
 
+        In a distributed run, all ranks save, and all take over, at the same point.
+
         Load the weights and the optimizer's state after this, into the shapes that it leaves.
 
         Raises:
@@ -219,6 +239,7 @@ class Search:
             self._rounded = {name: list(channels) for name, channels in state["rounded"].items()}
             self.change = replace(change, rounded=self._rounded)
             self._finish(primary)
+            self._refresh_wrapper(change)
             self._recount()
             if self._ledger.phase == "search":
                 self._ledger.enter("train")
@@ -232,7 +253,14 @@ class Search:
         return score_channels(self._model, self.settings.score)
 
     def _remember_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not module.training or self.drawn:
+        if not module.training or (self.drawn and not self._wrapper_is_stale):
+            return
+        active = data_parallel.active_wrapper()
+        if active is not None:
+            self._wrapper = active
+            if self._wrapper_is_stale and self.change is not None:
+                self._refresh_wrapper(self.change)
+        if self.drawn:
             return
         self._last_call = Call(args, kwargs)
         device = next(self._model.parameters()).device.type
@@ -246,6 +274,8 @@ class Search:
         return found
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._steps and not self.drawn:
+            _check_partners(self._model, self._optimizers, again=True)
         if not self._looked_at and not self._steps and self._skip == 0 and self.settings.score != "taylor":
             self._look()  # the published first look is at the untrained network
         if _has_closure(args, kwargs):  # the gradients come inside the step
@@ -256,8 +286,8 @@ class Search:
         if self.settings.sparsity and (not self.drawn or self.settings.sparsity_after):
             norms = [norm for norm in self._norms if norm.weight.grad is not None]
             if norms:
-                signs = torch._foreach_sign([norm.weight.detach() for norm in norms])
-                gradients: list[Tensor] = [norm.weight.grad for norm in norms]  # type: ignore[misc]
+                signs = torch._foreach_sign([local(norm.weight.detach()) for norm in norms])
+                gradients = [local(norm.weight.grad) for norm in norms]  # type: ignore[arg-type]
                 scale = getattr(optimizer, "grad_scale", None)  # as in _score: these gradients are still scaled
                 torch._foreach_add_(
                     gradients, signs, alpha=self.settings.sparsity * (1.0 if scale is None else float(scale))
@@ -281,7 +311,9 @@ class Search:
 
     def _look(self) -> None:
         """Draw one mask a ratio and compare it with the last ones; draw the ticket when they agree."""
-        scores = _mean_over_ranks(self._scores_now())
+        if self._wrapper is not None:
+            data_parallel.check(self._wrapper)
+        scores = ranks.share(self._scores_now())
         everything = torch.cat([score.float() for score in scores.values()])
         if not torch.isfinite(everything).all():
             raise InputError(
@@ -384,6 +416,9 @@ class Search:
     def _draw(self, ticket: Ticket) -> None:
         """Shrink model and optimizer to the ticket, and mend what the settings ask for."""
         settings = self.settings
+        if self._wrapper is not None:
+            data_parallel.check(self._wrapper)
+        ranks.check_alike(ranks.of_masks(ticket.masks), "all ranks need the same model, settings and seed")
         with self._ledger.during("draw"):
             batches: Iterable[Any] = ()
             if settings.refit != "none":
@@ -393,19 +428,21 @@ class Search:
             joined, batches = _joined(batches) if solve else (None, batches)
             targets: dict[str, Tensor] = {}
             if joined is not None:
-                with self._as_in_training():
+                with self._as_in_training(), gathered(self._model):
                     targets = dense_outputs(self._model, joined)
                 self._ledger.passes(batch_size(joined), inputs=joined)
             inputs = first_sample(self._inputs())
-            scores = self._scores_now()
+            scores = ranks.share(self._scores_now())
             if settings.shuffle:
                 assert self._groups is not None
                 masks, scores = shuffle(ticket.masks, self._groups, torch.Generator().manual_seed(self._seed))
                 ticket = Ticket(masks, ticket.kinds, ticket.provenance)
-            self.change = shrink(
-                self._model, ticket, inputs, optimizer=self._optimizers, groups=self._groups,
-                round_to=self._round_to(), scores=scores,
-            )  # fmt: skip
+            with ranks.all_or_none():
+                self.change = shrink(
+                    self._model, ticket, inputs, optimizer=self._optimizers, groups=self._groups,
+                    round_to=self._round_to(), scores=scores,
+                )  # fmt: skip
+            self._refresh_wrapper(self.change)
             self._rounded = {name: list(channels) for name, channels in self.change.rounded.items()}
             ticket = _with_rounded(ticket, self._rounded)
             self.tickets[self.settings.ratios[0]] = ticket
@@ -413,17 +450,42 @@ class Search:
             self.drawn_at = self._steps
             self._finish(ticket)
             if settings.weights == "reinitialise":
-                if self._fresh is None:
-                    _reinitialise(self._model, self._seed)
-                else:
-                    _copy_fresh(self._model, self._fresh(), ticket, inputs)
+                with gathered(self._model):
+                    if self._fresh is None:
+                        _reinitialise(self._model, self._seed)
+                    else:
+                        _copy_fresh(self._model, self._fresh(), ticket, inputs)
             if settings.optimizer_state == "reset" or settings.weights == "reinitialise":
                 for optimizer in self._optimizers:
                     optimizer.state.clear()
             self._recount(inputs)
             if self.change.layers or self.change.silenced:  # an identity ticket leaves nothing to mend
-                self._refit(joined, targets, batches)
+                with gathered(self._model):
+                    self._refit(joined, targets, batches)
+                if settings.refit != "none":
+                    share_statistics(self._model)
         self._ledger.enter("train")
+
+    def _refresh_wrapper(self, change: Change) -> None:
+        """Let the wrapper that the loop calls know of the cut, as soon as it is known."""
+        cut = bool(change.layers)
+        self._wrapper_is_stale = cut and self._wrapper is None and is_distributed()
+        if cut and self._wrapper is not None:
+            data_parallel.refresh(self._wrapper)
+        self._wrapper = None  # it may be replaced by another; nobody should keep it
+
+    def _check_ranks(self, total_steps: int | None, calibration: Any) -> None:
+        """Refuse ranks that would draw different tickets, or not at the same step."""
+        if processes() > 1 and self.settings.refit == "least_squares" and calibration is None:
+            raise InputError(
+                "refit='least_squares' would solve for another batch on each rank",
+                hint="pass calibration, a function that returns the same batches on all ranks",
+            )
+        ranks.check_alike(ranks.of_model(self._model), "build the same model on all ranks")
+        told = ranks.of_settings(
+            self.settings, steps_per_epoch=self._steps_per_epoch, total_steps=total_steps, seed=self._seed
+        )
+        ranks.check_alike(told, "attach with the same on all ranks")
 
     def _recount(self, inputs: Any = None) -> None:
         """Let every ledger on the model know what it costs now: this search's, other methods', the user's own."""
@@ -461,26 +523,19 @@ def _with_rounded(ticket: Ticket, rounded: Mapping[str, list[int]]) -> Ticket:
     return Ticket(masks, ticket.kinds, {**ticket.provenance, "rounded": sum(map(len, rounded.values()))})
 
 
-def _check_processes(model: nn.Module, settings: EarlyBird, calibration: Any) -> None:
-    """Refuse what would leave the ranks of a distributed run with different networks, or none that runs."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise InputError(
-            "the model is wrapped in DistributedDataParallel, whose buckets keep the sizes of before the cut",
-            hint="attach to the module inside, and wrap it anew in the step after which .drawn is true",
-        )
-    if processes() > 1 and settings.refit == "least_squares" and calibration is None:
-        raise InputError(
-            "refit='least_squares' would solve for another batch on each rank",
-            hint="pass calibration, a function that returns the same batches on all ranks",
-        )
-
-
-def _check_partners(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+def _check_partners(model: nn.Module, optimizers: list[torch.optim.Optimizer], *, again: bool = False) -> None:
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
     if trainable and len(missing) == len(trainable):
+        if again:
+            raise InputError(
+                "the model's parameters were replaced after the search was attached",
+                hint="wrap, shard and move the model first, make its optimizer, then attach",
+            )
         raise InputError("the optimizer holds no parameter of the model", hint="pass the optimizer that trains it")
+    if again:
+        return
     if missing:
         warnings.warn(
             f"no given optimizer holds {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: if another one "
@@ -503,16 +558,6 @@ def _check_initialisers(model: nn.Module) -> None:
 
 def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:])
-
-
-def _mean_over_ranks(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Average scores over all processes of a distributed run, so that every rank draws the same ticket."""
-    if processes() == 1:
-        return scores
-    flat = torch.cat([score.float() for score in scores.values()])
-    torch.distributed.all_reduce(flat)
-    flat /= processes()
-    return dict(zip(scores, flat.split([score.numel() for score in scores.values()])))
 
 
 def _joined(batches: Iterable[Any]) -> tuple[Any, list[Any]]:

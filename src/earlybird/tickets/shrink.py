@@ -32,9 +32,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from earlybird import data_parallel
 from earlybird.arithmetic.add import AddConv2d, AddLinear
 from earlybird.calls import Call, arounds, as_call, as_optimizers, unwrapped
 from earlybird.errors import InputError, ShrinkError
+from earlybird.ranks import all_or_none, check_alike, of_masks
+from earlybird.sharded import Shards, gathered, is_sharded, spread, whole
 from earlybird.tickets.coupling import Group, find_groups
 from earlybird.tickets.layers import layer_of, set_width, width
 from earlybird.tickets.plan import IN_BLOCKS, Plan, Slices, check_optimizers, make_plan, stay
@@ -117,6 +120,9 @@ def shrink(
 ) -> Change:
     """Cut ``model`` down to ``ticket``, in place, and its optimizer's state with it.
 
+    In a distributed run, a model wrapped in DistributedDataParallel has its buckets made anew, and parameters sharded
+    by ``fully_shard`` (FSDP2) are gathered, cut and sharded again; all ranks call it then, and all cut or none does.
+
     Args:
         model: Any module. Its parameters stay the same objects; their contents, gradients and buffers are sliced.
         ticket: Masks over output channels, by module name; `earlybird.draw` makes one.
@@ -139,43 +145,97 @@ def shrink(
             The message names the layer. Nothing was changed.
     """
     start = time.perf_counter()
-    model = unwrapped(model)
+    wrapper, model = data_parallel.wrapper_of(model), unwrapped(model)
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise InputError(f"round_to is {round_to!r}", needed="a whole number of at least 1")
     optimizers = as_optimizers(optimizer)
+    check_supported(model, optimizers, wrapper)
     removed = _check_ticket(ticket, model)
     before = sum(parameter.numel() for parameter in model.parameters())
     if not any(bool(mask.any()) for mask in removed.values()):
         return Change(parameters_before=before, parameters_after=before, seconds=time.perf_counter() - start)
 
     call = as_call(example_inputs)
-    groups = find_groups(model, call) if groups is None else groups
-    bare = _bare(groups, removed)
-    silent, carried = probe(model, call, removed, bare)
+    together = wrapper is not None or is_sharded(model)
+    done: _Applied | None = None
+    with gathered(model) as shards:
+        try:
+            with all_or_none(together):
+                groups = find_groups(model, call) if groups is None else groups
+                bare = _bare(groups, removed)
+                silent, carried = probe(model, call, removed, bare)
 
-    def applied(spared: Mapping[int, str]) -> _Applied:
-        plan = make_plan(model, groups, removed, silent, carried, round_to, scores or {}, spared)
-        check_optimizers(model, plan.slices, optimizers)
-        return _cut_and_check(model, call, plan, removed | carried, bare)
+                def applied(spared: Mapping[int, str]) -> _Applied:
+                    plan = make_plan(model, groups, removed, silent, carried, round_to, scores or {}, spared)
+                    check_optimizers(model, plan.slices, optimizers, shards)
+                    return _cut_and_check(model, call, plan, removed | carried, bare)
 
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    try:
-        plan, layers, _ = applied({})
-    except ShrinkError as error:
-        asked = [index for index, group in enumerate(groups) if not group.output and _asks(group, removed)]
-        plan, layers, _ = _without_culprits(applied, asked, error)
-    _follow(model, plan, shapes, optimizers)
+                shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+                try:
+                    done = applied({})
+                except ShrinkError as error:
+                    asked = [index for index, group in enumerate(groups) if not group.output and _asks(group, removed)]
+                    done = _without_culprits(applied, asked, error)
+                sliced = done.plan.slices
+                shards.check({name: parameter.shape for name, parameter in model.named_parameters() if name in sliced})
+            if together:
+                cut = {f"{name} ({side})": ~gone for (name, side, _), gone in done.plan.cuts.items()}
+                check_alike(
+                    of_masks(cut), hint="give all ranks the same ticket and example_inputs; nothing was changed"
+                )
+        except BaseException:
+            if done is not None:
+                _take_back(done.undo)
+            raise
+        plan = done.plan
+        _follow(model, plan, shapes, optimizers, shards)
+    if wrapper is not None:
+        data_parallel.refresh(wrapper)
     after = sum(parameter.numel() for parameter in model.parameters())
     seconds = time.perf_counter() - start
     rounded = {name: mask & ~plan.whole.get(name, ~mask) for name, mask in plan.alive.items() if name in removed}
     rounded = {name: mask for name, mask in rounded.items() if mask.any()}
     read = {name: ~cut for (name, side, _), cut in plan.cuts.items() if side != "out"}
-    kept = {name: stay(cut) for (name, side, _), cut in plan.cuts.items() if side != "in"}
-    change = Change(layers, _as_lists(plan.silenced), _as_lists(rounded), kept, read, plan.why, before, after, seconds)
+    silenced = _as_lists(plan.silenced)
+    change = Change(done.layers, silenced, _as_lists(rounded), _kept(plan), read, plan.why, before, after, seconds)
     followers = {id(owner): owner for module in model.modules() for owner in arounds(module, Follower)}  # type: ignore[type-abstract]
     for follower in followers.values():
         follower.follow(change)
     return change
+
+
+def check_supported(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    wrapper: torch.nn.parallel.DistributedDataParallel | None,
+) -> None:
+    """Raise an `InputError` for a way of distributing that no cut can follow."""
+    if wrapper is not None:
+        data_parallel.check(wrapper)
+    records = is_sharded(model)
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise InputError(
+                f"FullyShardedDataParallel around '{name or 'the model'}' keeps weights in flat vectors",
+                hint="use torch.distributed.fsdp.fully_shard (FSDP2)",
+            )
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor") and not records:
+            raise InputError(
+                f"parameter '{name}' is split by tensor parallelism",
+                needed="whole parameters, or ones that fully_shard has sharded",
+                hint="draw the ticket before the model is parallelised",
+            )
+    for optimizer in optimizers:
+        if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+            raise InputError(
+                "ZeroRedundancyOptimizer divides its state among the ranks by the old sizes",
+                hint="use torch.distributed.fsdp.fully_shard with an ordinary optimizer",
+            )
+
+
+def _kept(plan: Plan) -> dict[str, Tensor]:
+    return {name: stay(cut) for (name, side, _), cut in plan.cuts.items() if side != "in"}
 
 
 def _check_ticket(ticket: Ticket, model: nn.Module) -> dict[str, Tensor]:
@@ -243,11 +303,10 @@ def _cut_and_check(
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and (name, "both", None) in plan.cuts
     }
     wanted = outputs(model, call, unheard, gone, normed)
-    kept = {name: stay(cut) for (name, side, _), cut in plan.cuts.items() if side != "in"}
     undo: list[Callable[[], None]] = []
     try:
         layers = _cut(model, plan, undo)
-        compare(model, call, wanted, kept)
+        compare(model, call, wanted, _kept(plan))
         broken = training_error(model, call)
         if broken is not None:
             _take_back(undo)
@@ -334,14 +393,16 @@ def _cut(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) -> dict[s
 
 def _take(tensor: Tensor, keep: Slices) -> Tensor:
     """Slice along several dimensions; the memory format of images (channels last) survives."""
-    last = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    # a 1 x 1 filter is contiguous in either format, but its strides tell; DDP's buckets go by them
+    ordinary = torch.empty(tensor.shape, device="meta").stride() == tensor.stride()
+    last = tensor.dim() == 4 and not ordinary and tensor.is_contiguous(memory_format=torch.channels_last)
     if IN_BLOCKS in keep:
         blocks = zip(tensor.chunk(len(keep[IN_BLOCKS])), keep[IN_BLOCKS])
         tensor = torch.cat([block.index_select(1, indices.to(tensor.device)) for block, indices in blocks])
     for dim, indices in keep.items():
         if isinstance(dim, int):
             tensor = tensor.index_select(dim, indices.to(tensor.device))
-    return tensor.contiguous(memory_format=torch.channels_last) if last else tensor.contiguous()
+    return tensor.clone(memory_format=torch.channels_last) if last else tensor.contiguous()
 
 
 def _silent_rows(modules: Mapping[str, nn.Module], plan: Plan) -> list[tuple[nn.Parameter, int, Tensor]]:
@@ -360,31 +421,44 @@ def _silent_rows(modules: Mapping[str, nn.Module], plan: Plan) -> list[tuple[nn.
 
 
 def _follow(
-    model: nn.Module, plan: Plan, shapes: Mapping[str, torch.Size], optimizers: list[torch.optim.Optimizer]
+    model: nn.Module,
+    plan: Plan,
+    shapes: Mapping[str, torch.Size],
+    optimizers: list[torch.optim.Optimizer],
+    shards: Shards,
 ) -> None:
     """Slice gradients and optimizer state as the weights were, and silence what belongs to silent channels."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name not in plan.slices:
                 continue
-            gradient, parameter.grad = parameter.grad, None
-            # Inside optimizer.step() the last graph is still alive, and its gradient accumulator remembers the old
-            # shape. It is made anew only when the dtype changes, so the parameter passes through an empty tensor.
-            data = parameter.data
-            detour = torch.float32 if data.dtype != torch.float32 else torch.float16
-            parameter.data = torch.empty(0, dtype=detour, device=data.device)
-            parameter.data = data
+            held, keep = shards.held(parameter), plan.slices[name]
+            gradient, held.grad = held.grad, None
+            if held is parameter:
+                # Inside optimizer.step() the last graph is still alive, and its gradient accumulator remembers the old
+                # shape. It is made anew only when the dtype changes, so the parameter passes through an empty tensor.
+                data = parameter.data
+                detour = torch.float32 if data.dtype != torch.float32 else torch.float16
+                parameter.data = torch.empty(0, dtype=detour, device=data.device)
+                parameter.data = data
+            else:
+                shards.renew(parameter)
             if gradient is not None:
-                parameter.grad = _take(gradient, plan.slices[name])
-            for state in (optimizer.state.get(parameter, {}) for optimizer in optimizers):
+                held.grad = _changed(gradient, partial(_take, keep=keep))
+            for state in (optimizer.state.get(held, {}) for optimizer in optimizers):
                 for key, value in state.items():
                     if isinstance(value, Tensor) and value.dim() > 0 and value.shape == shapes[name]:
-                        state[key] = _take(value, plan.slices[name])
+                        state[key] = _changed(value, partial(_take, keep=keep))
         for parameter, at, rows in _silent_rows(dict(model.named_modules()), plan):
-            for state in (optimizer.state.get(parameter, {}) for optimizer in optimizers):
-                for value in state.values():
+            for state in (optimizer.state.get(shards.held(parameter), {}) for optimizer in optimizers):
+                for key, value in state.items():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        value.index_fill_(at, rows, 0.0)
+                        state[key] = _changed(value, partial(torch.index_fill, dim=at, index=rows, value=0.0))
+
+
+def _changed(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return what ``change`` makes of a tensor; a sharded one is gathered for it, and sharded alike."""
+    return spread(change(whole(tensor)), tensor)
 
 
 def _take_back(undo: list[Callable[[], None]]) -> None:

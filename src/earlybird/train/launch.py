@@ -80,6 +80,20 @@ def shared_path(fabric: Fabric, choose: Callable[[], Path]) -> Path:
     return Path(os.fsdecode(bytes(text.cpu().tolist()).rstrip(b"\0")))
 
 
+def started_again() -> bool:
+    """Whether torchrun has started these processes anew (``--max-restarts``), because one of them had ended."""
+    elastic = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+    return elastic and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def agreed(fabric: Fabric, decide: Callable[[], bool]) -> bool:
+    """Let the first rank decide, and tell it to all."""
+    flag = torch.tensor(int(fabric.is_global_zero and decide()), device=fabric.device)
+    if fabric.world_size > 1:
+        torch.distributed.broadcast(flag, 0)
+    return bool(flag)
+
+
 def environment(fabric: Fabric) -> dict[str, Any]:
     """Return what a number depends on besides the recipe: versions, processor, device, threads."""
     cuda = fabric.device.type == "cuda"

@@ -34,7 +34,7 @@ from earlybird.tickets.refit import estimate_batch_norms
 from earlybird.traces import Ranking, Tracing, rank_inputs
 from earlybird.train import checkpoint, ema
 from earlybird.train.folder import RunFolder
-from earlybird.train.launch import environment, launch, precision, shared_path
+from earlybird.train.launch import agreed, environment, launch, precision, shared_path, started_again
 from earlybird.train.loop import StopSignal, evaluate, fit
 from earlybird.train.parts import free_folder, load_data, make_board, make_loaders, make_optimizer, require_board
 from earlybird.train.progress import Display, warnings_shown
@@ -108,6 +108,8 @@ def train(
 ) -> Result:
     """Train what ``recipe`` says, into a new run folder.
 
+    Started again by torchrun because a rank had ended, it goes on with the run that it had begun in ``out``.
+
     Args:
         recipe: See `Recipe.from_toml` and `Recipe.from_values`.
         out: Run folder; by default the recipe's ``out``, else a new one under ``runs/``.
@@ -129,6 +131,9 @@ def train(
     fabric = launch(recipe)
     path = shared_path(fabric, lambda: Path(out or recipe.out or free_folder(recipe)))
     with RunFolder(path, writer=fabric.is_global_zero) as folder:
+        if started_again() and agreed(fabric, lambda: _is_begun(path, recipe)):
+            folder.accept()
+            return Result.read(path) or _execute(recipe, folder, fabric, quiet=quiet, on_event=on_event)
         folder.check_unused()
         if folder.writer:
             write_text(path / "recipe.toml", recipe.to_toml())
@@ -137,6 +142,11 @@ def train(
         except BaseException:
             folder.discard_unless_begun()
             raise
+
+
+def _is_begun(path: Path, recipe: Recipe) -> bool:
+    """Whether a folder holds a run of ``recipe``."""
+    return (path / "recipe.toml").is_file() and Recipe.from_toml(path / "recipe.toml").hash() == recipe.hash()
 
 
 def resume(out: str | Path, *, quiet: bool = False, on_event: OnEvent | None = None) -> Result:
