@@ -40,7 +40,7 @@ from earlybird import data_parallel
 from earlybird.arithmetic.add import AddConv2d, AddLinear
 from earlybird.calls import Call, arounds, as_call, as_optimizers, unwrapped
 from earlybird.errors import InputError, ShrinkError, nearest
-from earlybird.ranks import all_or_none
+from earlybird.ranks import all_or_none, check_alike, of_masks
 from earlybird.sharded import Shards, gathered, is_sharded, spread, whole
 from earlybird.tickets.coupling import Group, find_groups
 from earlybird.tickets.layers import layer_of, set_width, width
@@ -200,10 +200,16 @@ def shrink(
                 except ShrinkError as error:
                     asked = [index for index, group in enumerate(groups) if not group.output and _asks(group, removed)]
                     done = _without_culprits(applied, asked, error)
-                changed = (item for item in model.named_parameters() if item[0] in done.plan.slices)
-                shards.check({name: parameter.shape for name, parameter in changed})
-        except BaseException:  # on another rank, perhaps
-            _take_back([] if done is None else done.undo)
+                sliced = done.plan.slices
+                shards.check({name: parameter.shape for name, parameter in model.named_parameters() if name in sliced})
+            if together:
+                cut = {f"{name} ({side})": ~gone for (name, side, _), gone in done.plan.cuts.items()}
+                check_alike(
+                    of_masks(cut), hint="give all ranks the same ticket and example_inputs; nothing was changed"
+                )
+        except BaseException:
+            if done is not None:
+                _take_back(done.undo)
             raise
         plan = done.plan
         _follow(model, plan, shapes, optimizers, shards)
@@ -214,9 +220,8 @@ def shrink(
     rounded = {name: mask & ~plan.whole.get(name, ~mask) for name, mask in plan.alive.items() if name in removed}
     rounded = {name: mask for name, mask in rounded.items() if mask.any()}
     read = {name: ~cut for (name, side, _), cut in plan.cuts.items() if side != "out"}
-    change = Change(
-        done.layers, _as_lists(plan.silenced), _as_lists(rounded), _kept(plan), read, plan.why, before, after, seconds
-    )
+    silenced = _as_lists(plan.silenced)
+    change = Change(done.layers, silenced, _as_lists(rounded), _kept(plan), read, plan.why, before, after, seconds)
     followers = {id(owner): owner for module in model.modules() for owner in arounds(module, Follower)}  # type: ignore[type-abstract]
     for follower in followers.values():
         follower.follow(change)
