@@ -33,10 +33,10 @@ check: .venv/installed-dev
 
 HOURS ?= 8
 
-bench: .venv/installed
+bench: .venv/installed-bench
 	$(BIN)/python benchmarks/run_all.py
 
-bench-full: .venv/installed
+bench-full: .venv/installed-bench
 	$(BIN)/python benchmarks/run_all.py --full --hours $(HOURS)
 
 clean:
@@ -50,6 +50,10 @@ clean:
 	$(PIP) install --quiet --no-deps -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(PIP) install --quiet -c constraints.txt hatchling editables
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable .
+	@touch $@
+
+.venv/installed-bench: .venv/installed
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[peers]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed

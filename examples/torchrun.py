@@ -21,7 +21,6 @@ from earlybird.train import checkpoint
 
 
 def train(out: Path, epochs: int, save_every: int = 10) -> None:
-    """Train on this process's part of each batch."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
     data = load("digits")
     part = {"mean": data.mean, "std": data.std, "rank": rank, "world_size": world}
@@ -29,8 +28,7 @@ def train(out: Path, epochs: int, save_every: int = 10) -> None:
     torch.manual_seed(0)
     model = build("small_cnn", classes=10, in_channels=1, image_size=8, width=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    images = loader.sample(2, 0)
-    bird = eb.EarlyBird(keep=0.5).attach(model, optimizer, example_inputs=images, steps_per_epoch=len(loader))
+    bird = eb.EarlyBird(keep=0.5).attach(model, optimizer, steps_per_epoch=len(loader))
     step, saved = checkpoint.load_newest(out, "torchrun", print) or (0, None)
     if saved is not None:
         bird.load_state_dict(saved["bird"])  # shrinks model and optimizer where the ticket had been drawn
@@ -38,8 +36,7 @@ def train(out: Path, epochs: int, save_every: int = 10) -> None:
     ddp = DistributedDataParallel(model)
     for epoch in range(step // len(loader), epochs):
         for images, labels in loader.epoch(epoch, start=step % len(loader)):
-            loss = functional.cross_entropy(ddp(images), labels)
-            loss.backward()
+            functional.cross_entropy(ddp(images), labels).backward()
             optimizer.step()  # all ranks draw the same ticket in here; the model shrinks inside its wrapper
             optimizer.zero_grad()
             step += 1

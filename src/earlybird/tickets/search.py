@@ -550,10 +550,12 @@ def cut_as_saved(
     modules = dict(model.named_modules())
     if len(lengths) > 1 or any(name not in modules for name in sizes):
         raise _another_model()
-    dense = all(width(modules[name]) == size for name, size in sizes.items())
+    widths = {name: width(modules[name]) or 0 for name in sizes}
+    dense = widths == sizes
     if state["change"] is None or primary is None:
         if not dense:
-            raise _from_before(state)
+            shrunk = all(widths[name] <= size for name, size in sizes.items())
+            raise _from_before(state) if shrunk else _another_model()
         return False
     change, ticket = Change.from_json(state["change"]), _saved_ticket(state, str(settings.ratios[0]))
     cut = False
