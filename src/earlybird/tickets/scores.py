@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
 import torch
@@ -77,6 +77,12 @@ def _first_order(norm: BatchNorm, gradient: Tensor) -> Tensor:
     return change
 
 
+def _products(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return each parameter times its gradient, this rank's part of sharded ones."""
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    return list(torch._foreach_mul([local(parameter.detach()) for parameter in parameters], gradients))
+
+
 class TaylorMean:
     """The running mean of the Taylor scores over the steps of a training.
 
@@ -96,15 +102,23 @@ class TaylorMean:
         Args:
             scale: What the gradients are multiplied by, shape ().
         """
-        for name, mean in self._means.items():
-            norm = self._norms[name]
-            if norm.weight.grad is None:
-                continue
-            change = local(_first_order(norm, norm.weight.grad).float().abs_())
-            if scale is not None:
-                change /= scale.to(change.device)
-            own = local(mean)
-            own.lerp_(torch.where(torch.isfinite(change).all(), change, own), 1 - self._memory)
+        # all layers at once: in every step of a search, small operations one by one would be what it costs
+        seen = [
+            (norm, mean) for name, mean in self._means.items() if (norm := self._norms[name]).weight.grad is not None
+        ]
+        if not seen:
+            return
+        changes = _products([norm.weight for norm, _ in seen])
+        shifted = [at for at, (norm, _) in enumerate(seen) if norm.bias is not None and norm.bias.grad is not None]
+        if shifted:
+            torch._foreach_add_([changes[at] for at in shifted], _products([seen[at][0].bias for at in shifted]))
+        changes = [change.float() for change in changes]
+        torch._foreach_abs_(changes)
+        if scale is not None:
+            torch._foreach_div_(changes, [scale.to(change.device) for change in changes])
+        sizes, means = torch._foreach_norm(changes, 1), [local(mean) for _, mean in seen]
+        news = [torch.where(torch.isfinite(size), change, own) for size, change, own in zip(sizes, changes, means)]
+        torch._foreach_lerp_(means, news, 1 - self._memory)
 
     def scores(self) -> dict[str, Tensor]:
         """Return name to scores, each layer's over their norm; zeros before the first step.
