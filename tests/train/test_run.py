@@ -17,8 +17,10 @@ from torch.nn import functional
 from earlybird.cost.bill import Bill
 from earlybird.data import Augment, Loader, load
 from earlybird.errors import CheckpointError, DivergedError, EarlybirdError, InputError, Interrupted
+from earlybird.kernels import convolution
+from earlybird.kernels.install import Kernels
 from earlybird.models import build
-from earlybird.train import checkpoint, ema
+from earlybird.train import checkpoint, ema, tune
 from earlybird.train.folder import RunFolder
 from earlybird.train.loop import fit
 from earlybird.train.recipe import Recipe
@@ -654,3 +656,35 @@ def test_fixed_checkpoints_fall_on_their_steps_where_looks_are_rare(
         on_event=lambda kind, fields: saved.append(fields["step"]) if kind == "checkpoint" else None,
     )  # fmt: skip
     assert saved == [step for step in range(1, 45) if step % 7 == 0]
+
+
+def test_own_kernels_stay_the_same_ones_over_a_resume(small: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    kernels = Kernels(products_for_weights=64, products_for_all=16)
+    monkeypatch.setattr(tune, "choose", lambda *_: (kernels, []))
+    monkeypatch.setattr(tune, "MARGIN", -10.0)  # they are taken, whatever they gain here
+    calls: list[bool] = []
+    plain = convolution.convolve
+
+    def watched(*args: Any, passes: bool) -> Any:
+        calls.append(passes)
+        return plain(*args, passes=passes)
+
+    monkeypatch.setattr(convolution, "convolve", watched)
+    recipe = small(
+        exact=False, kernels=True, compile=False, precision="fp32", channels_last=True, model="small_cnn", width=0.25
+    )
+    train(recipe, tmp_path / "whole", quiet=True)
+    with pytest.raises(Stop):
+        train(recipe, tmp_path / "stopped", quiet=True, on_event=at(40, crash))  # after the draw
+    monkeypatch.setattr(tune, "choose", lambda *_: pytest.fail("chosen once more"))
+    resume(tmp_path / "stopped", quiet=True)
+    assert same(tmp_path / "whole", tmp_path / "stopped")
+    assert set(calls) == {False, True}
+    train(recipe.replace(kernels=False), tmp_path / "without", quiet=True)
+    assert not same(tmp_path / "whole", tmp_path / "without")  # the last bits differ
+
+
+def test_own_kernels_without_timing_are_refused() -> None:
+    for key in ("tune", "exact"):
+        with pytest.raises(InputError, match="kernels"):
+            Recipe.from_values({"kernels": True, key: key == "exact"})

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,8 @@ import torch
 from torch import nn
 
 from earlybird.errors import InputError
+from earlybird.kernels.convolution import Gain
+from earlybird.kernels.install import Kernels
 from earlybird.train import tune as module
 from earlybird.train.recipe import Recipe
 from earlybird.train.tune import Choice, tune, untuned
@@ -50,7 +53,7 @@ def test_the_fastest_is_chosen_and_the_reason_has_its_numbers(fake_times: Any) -
     assert (choice.precision, choice.channels_last, choice.compile) == ("bf16", True, False)
     assert "2.50 times faster" in record["reason"]
     assert len(record["candidates"]) == 4
-    assert Choice(**json.loads(json.dumps(record))["choice"]) == choice
+    assert Choice.read(json.loads(json.dumps(record))["choice"]) == choice
 
 
 def test_a_large_batch_is_timed_in_part_on_a_cpu(fake_times: Any) -> None:
@@ -127,6 +130,85 @@ def test_a_machine_without_compiler_goes_on_eagerly(fake_times: Any, monkeypatch
     assert not choice.compile
     assert record["candidates"][-1]["failure"] == "RuntimeError: no C++ compiler"
     assert record["candidates"][-1]["step_s"] is None
+
+
+def build_small_maps() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(),
+        nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def fake_kernels(monkeypatch: Any) -> Callable[[float, Kernels], None]:
+    """Let own kernels make a step take that much of the time of PyTorch's, where layers ask for them."""
+
+    def set_ratio(ratio: float, kernels: Kernels) -> None:
+        def fake(candidate: Any) -> float:
+            candidate._step()
+            return ratio if candidate.choice.kernels else 1.0
+
+        monkeypatch.setattr(module._Candidate, "_time", fake)
+        monkeypatch.setattr(module, "choose", lambda *_: (kernels, [Gain(4, 1, 3.0, 2.0, 1.0)]))
+
+    return set_ratio
+
+
+SMALL = Kernels(products_for_weights=16, products_for_all=4)
+
+
+def test_own_kernels_are_taken_where_whole_steps_gain(fake_kernels: Any) -> None:
+    fake_kernels(0.5, SMALL)
+    choice, record = tune(Recipe.from_values(), build_small_maps, IMAGES, LABELS, steps=2000)
+    assert choice.kernels == SMALL
+    assert "own kernels (weight gradients on maps of up to 16 positions" in record["reason"]
+    assert "2.00 times as fast" in record["reason"]
+    assert [row["kernels"] for row in record["candidates"]] == [False] * 4 + [True]
+    assert record["convolutions"] == [
+        {"positions": 4, "layers": 1, "pytorch_s": 3.0, "weights_s": 2.0, "passes_s": 1.0}
+    ]
+    assert Choice.read(json.loads(json.dumps(record))["choice"]) == choice
+
+
+def test_own_kernels_that_gain_within_noise_are_not_taken(fake_kernels: Any) -> None:
+    fake_kernels(0.98, SMALL)
+    choice, record = tune(Recipe.from_values(), build_small_maps, IMAGES, LABELS, steps=2000)
+    assert not choice.kernels
+    assert "1.02 times as fast" in record["reason"]
+
+
+def test_short_runs_try_own_kernels_only_when_asked(fake_kernels: Any) -> None:
+    fake_kernels(0.5, SMALL)
+    for values, taken in (({}, False), ({"kernels": True}, True)):
+        choice, _ = tune(Recipe.from_values(values), build_small_maps, IMAGES, LABELS, steps=50)
+        assert bool(choice.kernels) == taken
+    choice, _ = tune(Recipe.from_values({"kernels": False}), build_small_maps, IMAGES, LABELS, steps=2000)
+    assert not choice.kernels
+    assert "not tried" in tune(Recipe.from_values(), build_small_maps, IMAGES, LABELS, steps=50)[1]["reason"]
+
+
+def test_own_kernels_are_timed_for_real() -> None:
+    _, record = tune(Recipe.from_values({"kernels": True}), build_small_maps, IMAGES, LABELS, steps=50)
+    assert [row["positions"] for row in record["convolutions"]] == [4, 64]
+    assert all(row["passes_s"] > 0 for row in record["convolutions"])
+
+
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        None, {}, {"products_for_weights": 4}, {"products_for_weights": "4", "products_for_all": 0},
+        {"products_for_weights": -1, "products_for_all": 0},
+    ],
+)  # fmt: skip
+def test_a_choice_with_other_kernels_is_not_read(kernels: Any) -> None:
+    written = dataclasses.asdict(Choice(device="cpu"))
+    assert Choice.read({**written, "kernels": kernels}) is None
+
+
+def test_a_choice_from_before_there_were_kernels_is_read() -> None:
+    written = dataclasses.asdict(Choice(device="cpu"))
+    del written["kernels"]
+    assert Choice.read(written) == Choice(device="cpu")
 
 
 def test_real_timing_disturbs_no_generator() -> None:

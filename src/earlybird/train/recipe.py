@@ -94,10 +94,11 @@ class Recipe(BaseModel):
     # where and how it is computed
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order of images, augmentation and dropout")
     tune: bool = Field(True, description="choose what is 'auto' below by timed steps")
-    exact: bool = Field(False, description="fp32, contiguous, eager; nothing is tuned")
+    exact: bool = Field(False, description="fp32, contiguous, eager, PyTorch's kernels; nothing is tuned")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="bf16 computes in bf16 on fp32 weights")
     channels_last: bool | Auto = Field("auto", description="memory order of images")
     compile: bool | Auto = Field("auto", description="torch.compile")
+    kernels: bool | Auto = Field("auto", description="own kernels for what PyTorch is slow at on a CPU, if they gain")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: PyTorch's choice")
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is a device")
     devices: int | None = Field(None, ge=1, description="processes, one a device; more than one needs torchrun")
@@ -120,8 +121,10 @@ class Recipe(BaseModel):
         for name in _MUON if self.optimizer != "muon" else ():
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is for optimizer 'muon', not '{self.optimizer}'")
+        if self.kernels is True and not self.tune:
+            raise ValueError("kernels = true needs tune = true: which of them gain here is known by timing alone")
         if self.exact:
-            for key, exact in (("precision", "fp32"), ("channels_last", False), ("compile", False)):
+            for key, exact in (("precision", "fp32"), ("channels_last", False), ("compile", False), ("kernels", False)):
                 if getattr(self, key) not in ("auto", exact):
                     raise ValueError(f"exact and {key} = {getattr(self, key)!r} contradict each other")
         return self

@@ -27,6 +27,7 @@ from earlybird.data import CATALOGUE
 from earlybird.data.loader import Sample
 from earlybird.errors import CheckpointError, DivergedError, InputError, Interrupted
 from earlybird.files import write_tensors, write_text
+from earlybird.kernels.install import install
 from earlybird.ledger import Ledger
 from earlybird.models.blueprint import Blueprint
 from earlybird.settings import accepted
@@ -318,6 +319,7 @@ class Run:
                 if isinstance(method, Converting)
             ),
         )
+        self._kernels = install(self.model, self.choice.kernels)
         self.search = next((method for method in self.methods.values() if isinstance(method, Drawing)), None)
         self.observers = [method for method in self.methods.values() if isinstance(method, Observing)]
         self._shape_drawn = False
@@ -748,6 +750,7 @@ class Run:
         self.display.close()
         if self._board is not None:
             self._board.close()
+        self._kernels.remove()
         for method in self.methods.values():
             method.detach()
         self.ledger.unwatch()

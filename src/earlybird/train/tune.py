@@ -1,9 +1,10 @@
-"""Choose number format, memory layout and compilation by timed steps, and write down why.
+"""Choose number format, memory layout, kernels and compilation by timed steps, and write down why.
 
 Every candidate runs real training steps (forward, loss, backward, optimizer) of the run's model and batch (on a CPU,
 where steps of thousands of images take seconds, of a part of it). They take turns, so that a busy machine slows all of
 them alike; the first step of each is warm-up and is not counted; the fastest step of each stands for it. A candidate
-must beat plain fp32 by 3 %, so that noise alone changes nothing.
+must beat plain fp32 by 3 %, so that noise alone changes nothing. The winner then races against itself with kernels of
+our own (`earlybird.kernels`), if the run is long enough for what that takes, some twenty steps.
 `torch.compile` is tried only on runs that are long enough to pay for compiling twice (before and after the draw).
 
 The time it takes belongs to the bill, phase ``setup``. A resumed run reuses what was written; it never tunes again.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.errors import InputError
+from earlybird.kernels.convolution import Gain
+from earlybird.kernels.install import Kernels, choose, install
 from earlybird.train.recipe import Recipe
 
 MARGIN = 0.03
@@ -32,6 +35,9 @@ DROPPED = (3.0, 1.3)
 """A candidate this many times slower than the best is not timed further: after one timed step, and after more."""
 ENOUGH_IMAGES = 256
 """On a CPU, which a small batch keeps busy, no more images than these are timed; a step is as many times longer."""
+KERNELS_FROM_STEPS = 1000
+"""Steps of the run from which kernels of our own are tried, so that what it takes stays under some 2 %."""
+_KERNEL_ROUNDS = 3
 COMPILE_FROM_S = 3600.0
 """Estimated length of the run from which compiling is tried: half a minute of a CPU, so that it stays under 1 %."""
 
@@ -46,6 +52,7 @@ class Choice:
         channels_last: Images in memory order NHWC.
         compile: The forward pass goes through `torch.compile`.
         threads: CPU threads; the last bits of sums depend on them.
+        kernels: Which kernels of our own compute what PyTorch is slow at.
     """
 
     device: str
@@ -53,21 +60,26 @@ class Choice:
     channels_last: bool = False
     compile: bool = False
     threads: int = 1
+    kernels: Kernels = Kernels()
 
     @classmethod
     def read(cls, value: Any) -> Choice | None:
         """Return the choice that was written as a dict, or None if ``value`` is not one."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        if not isinstance(value, dict) or value.keys() != fields.keys():
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(value, dict) or {"kernels", *value} != fields:
             return None
-        choice = cls(**value)
+        kernels = Kernels.read(value["kernels"]) if "kernels" in value else Kernels()  # before there were any
+        if kernels is None:
+            return None
+        choice = cls(**{**value, "kernels": kernels})
         flags = type(choice.channels_last) is type(choice.compile) is bool
         known = choice.device in ("cpu", "cuda") and choice.precision in ("fp32", "bf16")
         return choice if flags and known and type(choice.threads) is int and choice.threads > 0 else None
 
     def __str__(self) -> str:
         words = [self.precision, "channels_last" if self.channels_last else "contiguous"]
-        return " + ".join([*words, "compiled" if self.compile else "eager"])
+        words.append("compiled" if self.compile else "eager")
+        return " + ".join([*words, "own kernels"] if self.kernels else words)
 
 
 def untuned(recipe: Recipe, device: torch.device) -> Choice:
@@ -112,22 +124,31 @@ def tune(
         for precision in precisions
         for layout in layouts
     ]
-    if len(candidates) == 1 and recipe.compile != "auto":
+    wants_kernels = recipe.kernels is True or (recipe.kernels == "auto" and steps >= KERNELS_FROM_STEPS)
+    wants_kernels = wants_kernels and device.type == "cpu"
+    if len(candidates) == 1 and recipe.compile != "auto" and not wants_kernels:
         return candidates[0].choice, _record(candidates[0].choice, [], "every key was given", start)
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
         best, reason = _race(candidates, build, images, labels, steps)
+        timed: list[Gain] = []
+        if wants_kernels:
+            best, timed, why = _try_kernels(best, candidates, build, images, labels)
+            reason += f"; {why}"
+        elif recipe.kernels == "auto" and device.type == "cpu":
+            reason += f"; own kernels not tried: {steps} steps, fewer than {KERNELS_FROM_STEPS}"
         if recipe.compile == "auto":
             length_s = best.seconds * steps
             if length_s < COMPILE_FROM_S:
                 reason += f"; compile not tried: the run takes about {length_s:.0f} s, under {COMPILE_FROM_S:.0f} s"
             else:
-                compiled = _Candidate(dataclasses.replace(best.choice, compile=True), batch / len(images))
+                uncompiled = dataclasses.replace(best.choice, kernels=Kernels())  # the compiler has its own
+                compiled = _Candidate(dataclasses.replace(uncompiled, compile=True), batch / len(images))
                 candidates.append(compiled)
                 best, why = _try_compile(compiled, best, build, images, labels, steps)
                 reason += f"; {why}"
-    return best.choice, _record(best.choice, candidates, reason, start)
+    return best.choice, _record(best.choice, candidates, reason, start, timed)
 
 
 class _Candidate:
@@ -169,6 +190,7 @@ class _Candidate:
         model = build().to(images.device).train()
         model.to(memory_format=layout)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=layout)
+        install(model, self.choice.kernels)
         forward = torch.compile(model) if self.choice.compile else model
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
         bf16 = self.choice.precision == "bf16"
@@ -184,6 +206,10 @@ class _Candidate:
 
         self._step = step
         self.first_s = self._time()
+
+    def with_kernels(self, kernels: Kernels) -> _Candidate:
+        """Return a candidate that differs in its kernels alone."""
+        return _Candidate(dataclasses.replace(self.choice, kernels=kernels), self._parts)
 
     def time_once(self) -> None:
         self.times_s.append(self._time() * self._parts)
@@ -233,6 +259,38 @@ def _race(
     )
 
 
+def _try_kernels(
+    plain: _Candidate,
+    candidates: list[_Candidate],
+    build: Callable[[], nn.Module],
+    images: Tensor,
+    labels: Tensor,
+) -> tuple[_Candidate, list[Gain], str]:
+    """Time single layers, then whole steps with what gained there; the candidate that is tried joins the others."""
+    layout = torch.channels_last if plain.choice.channels_last else torch.contiguous_format
+    model = build()
+    model.to(memory_format=layout)  # type: ignore[call-overload]
+    dtype = torch.bfloat16 if plain.choice.precision == "bf16" else torch.float32
+    kernels, timed = choose(model, images.contiguous(memory_format=layout), dtype)
+    if not kernels:
+        return plain, timed, "own kernels would not be faster"
+    candidates.append(own := plain.with_kernels(kernels))
+    rivals = (plain.with_kernels(Kernels()), own)
+    for candidate in rivals:  # the winner's model was given back after the first race
+        candidate.attempt(partial(candidate.prepare, build, images, labels))
+    for _ in range(_KERNEL_ROUNDS):
+        for candidate in rivals:
+            if not candidate.failure:
+                candidate.attempt(candidate.time_once)
+    for candidate in rivals:
+        candidate.release()
+    if own.failure:
+        return plain, timed, f"own kernels failed ({own.failure})"
+    ratio = rivals[0].seconds / own.seconds
+    text = f"own kernels ({kernels}) make a step {ratio:.2f} times as fast: {_ms(own)}"
+    return (own if ratio > 1 + MARGIN else plain), timed, text
+
+
 def _try_compile(
     compiled: _Candidate,
     eager: _Candidate,
@@ -257,12 +315,15 @@ def _ms(candidate: _Candidate) -> str:
     return f"{candidate.seconds * 1e3:.3g} ms"
 
 
-def _record(choice: Choice, candidates: list[_Candidate], reason: str, start: float) -> dict[str, Any]:
+def _record(
+    choice: Choice, candidates: list[_Candidate], reason: str, start: float, timed: Sequence[Gain] = ()
+) -> dict[str, Any]:
     rows = [
         {
             "precision": candidate.choice.precision,
             "channels_last": candidate.choice.channels_last,
             "compile": candidate.choice.compile,
+            "kernels": bool(candidate.choice.kernels),
             "step_s": candidate.seconds if candidate.times_s else None,
             "steps_timed": len(candidate.times_s),
             "first_step_s": candidate.first_s,
@@ -274,5 +335,6 @@ def _record(choice: Choice, candidates: list[_Candidate], reason: str, start: fl
         "choice": dataclasses.asdict(choice),
         "reason": reason,
         "candidates": rows,
+        "convolutions": [gain._asdict() for gain in timed],
         "seconds": time.perf_counter() - start,
     }

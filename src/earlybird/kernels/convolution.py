@@ -1,0 +1,429 @@
+"""Convolutions on small maps as matrix products.
+
+Where the map of a convolution is small, the kernels that PyTorch calls on a CPU (oneDNN 3.12) spend their time on
+something else than arithmetic, above all in the gradient of the weight: on maps of 2x2 to 8x8 positions it takes 3 to
+12 times as long as one matrix product that holds the same sums,
+
+    dW (O, K) = dY (N P, O)^T  U(X) (N P, K)
+
+with N images, P positions of the output, O outputs, and K = kernel x inputs numbers that one position sees, laid out
+as rows by U. The other two passes gain less, the forward one on U(X), and the gradient of the input as the forward pass
+of dY with the kernel turned. Where each position of the input meets each of the output (3x3 kernels on maps of at most
+2x2), the convolution *is* a linear layer from all numbers of an image's input to all of its output, and these two are
+products with that layer's weight.
+
+What is computed stays the same; sums are added in another order, so results differ from PyTorch's in their last bits.
+It saves seconds alone; MACs, bytes and accuracy are what they were. Which sizes of map gain depends on processor,
+number format and PyTorch, and where maps are large it loses. So `gains` times the convolutions of a model, `chosen`
+says up to which maps products are faster, and `SmallMaps` lets a model use them. There is nothing for a GPU.
+
+A training step of VGG-16 (batch 128, bf16) is 1.9 times as fast on a CPU with AMX, 1.1 times on one with AVX-512 alone
+(2 cores each, PyTorch 2.13, 2026-11-29; ``benchmarks/alternatives.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from earlybird.calls import Hook, as_call
+
+__all__ = ["Gain", "SmallMaps", "Window", "chosen", "convolve", "gains"]
+
+BUDGET_BYTES = 64 * 2**20
+"""Memory that unfolded images may take at a time."""
+
+LARGEST_MAP = 256
+"""Positions of the largest output map that is tried: on larger ones, unfolding costs more than it brings."""
+
+_ROUNDS = 3
+
+
+class Window(NamedTuple):
+    """How a kernel moves over an image; each a height and a width."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def map_of(self, image: tuple[int, int]) -> tuple[int, int]:
+        """Return height and width of the output for those of ``image``."""
+        height, width = (
+            (side + 2 * padding - gap * (kernel - 1) - 1) // stride + 1
+            for side, kernel, stride, padding, gap in zip(image, *self)
+        )
+        return height, width
+
+    def turned(self) -> Window | None:
+        """Return the window that takes the output's gradient to the input's; None where there is none."""
+        padding = tuple(
+            gap * (kernel - 1) - padding for kernel, padding, gap in zip(self.kernel, self.padding, self.dilation)
+        )
+        if self.stride != (1, 1) or min(padding) < 0:
+            return None
+        return self._replace(padding=(padding[0], padding[1]))
+
+
+def convolve(x: Tensor, weight: Tensor, window: Window, *, passes: bool = True) -> Tensor:
+    """Convolve, like `torch.nn.functional.conv2d` without groups, with matrix products.
+
+    Args:
+        x: ``(N, I, H, W)``, bfloat16 or float32; fastest in channels_last.
+        weight: ``(O, I, kh, kw)``, of the same type.
+        window: Its kernel is that of ``weight``; outside of the image are zeros.
+        passes: Compute the output and the gradient of the input so, too, and not that of the weight alone.
+
+    Returns:
+        ``(N, O, H', W')``. Its gradients cannot be differentiated once more.
+    """
+    return _Products.apply(x, weight, window, passes)  # type: ignore[no-any-return]
+
+
+def output(x: Tensor, weight: Tensor, window: Window) -> Tensor:
+    """Return the output ``(N, O, H', W')`` of a convolution as products, in channels_last; arguments as `convolve`."""
+    taps = _taps(x.shape[2], x.shape[3], window)
+    if taps is not None:
+        y = x.permute(0, 2, 3, 1).reshape(len(x), -1) @ _as_linear(weight, taps).t()  # (N, O * P')
+        return y.view(len(x), len(weight), *x.shape[2:]).contiguous(memory_format=torch.channels_last)
+    rows = weight.permute(0, 2, 3, 1).reshape(len(weight), -1).t()  # (K, O)
+    size = (*window.map_of((x.shape[2], x.shape[3])), len(weight))
+    parts = [(_unfolded(part, window) @ rows).view(len(part), *size) for part in x.split(_images(x, window))]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).permute(0, 3, 1, 2)
+
+
+def input_gradient(x: Tensor, weight: Tensor, gradient: Tensor, window: Window) -> Tensor:
+    """Return the gradient ``(N, I, H, W)`` of the input as products; without them, where a step skips positions.
+
+    Args:
+        x: Input of the convolution.
+        weight: Its weight.
+        gradient: That of the output, ``(N, O, H', W')``.
+        window: How the kernel moves.
+    """
+    taps = _taps(x.shape[2], x.shape[3], window)
+    if taps is not None:
+        rows = gradient.reshape(len(x), -1) @ _as_linear(weight, taps)  # (N, P * I)
+        return rows.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+    back = window.turned()
+    if back is None:
+        return _input_gradient(x, weight, gradient, window)
+    # the convolution of the output's gradient with the weight turned by half a turn, inputs and outputs exchanged
+    turned = weight.flip(2, 3).transpose(0, 1)  # (I, O, kh, kw)
+    return output(gradient, turned, back)
+
+
+def _input_gradient(x: Tensor, weight: Tensor, gradient: Tensor, window: Window) -> Tensor:
+    """Return what `input_gradient` does, by PyTorch's own kernel."""
+    found: Tensor = torch.ops.aten.convolution_backward(
+        gradient, x, weight, None, window.stride, window.padding, window.dilation, False, (0, 0), 1,
+        (True, False, False),
+    )[0]  # fmt: skip
+    return found
+
+
+def weight_gradient(x: Tensor, gradient: Tensor, window: Window) -> Tensor:
+    """Return the gradient ``(O, I, kh, kw)`` of the weight as products, in channels_last.
+
+    What `BUDGET_BYTES` holds of the images is summed up by one product, and the sums of several in float32.
+
+    Args:
+        x: Input of the convolution, ``(N, I, H, W)``.
+        gradient: That of the output, ``(N, O, H', W')``, of the same type.
+        window: How the kernel moves.
+    """
+    images = _images(x, window)
+    rows = gradient.permute(0, 2, 3, 1)  # (N, H', W', O)
+    products = (
+        part.reshape(-1, part.shape[-1]).t() @ _unfolded(seen, window)
+        for part, seen in zip(rows.split(images), x.split(images))
+    )
+    total: Tensor = next(products)
+    if images < len(x):
+        total = sum((product.float() for product in products), total.float()).to(x.dtype)
+    return total.view(gradient.shape[1], *window.kernel, x.shape[1]).permute(0, 3, 1, 2)
+
+
+def _images(x: Tensor, window: Window) -> int:
+    """Return how many images of ``x`` may be unfolded at a time, at least one."""
+    numbers = math.prod(window.map_of((x.shape[2], x.shape[3]))) * math.prod(window.kernel) * x.shape[1]
+    return max(BUDGET_BYTES // max(numbers * x.element_size(), 1), 1)
+
+
+def _unfolded(x: Tensor, window: Window) -> Tensor:
+    """Return what each position of the output sees: ``(N * H' * W', kh * kw * I)``."""
+    (top, left), (stride_y, stride_x), (gap_y, gap_x) = window.padding, window.stride, window.dilation
+    rows = functional.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))  # (N, H + 2 top, W + 2 left, I)
+    image, row, column, channel = rows.stride()
+    windows = rows.as_strided(
+        (len(x), *window.map_of((x.shape[2], x.shape[3])), *window.kernel, x.shape[1]),
+        (image, stride_y * row, stride_x * column, gap_y * row, gap_x * column, channel),
+    )
+    return windows.reshape(-1, math.prod(window.kernel) * x.shape[1])
+
+
+@functools.cache
+def _taps(height: int, width: int, window: Window) -> Tensor | None:
+    """Return which number of the kernel joins each position of the output to each of the input: ``(P', P)``.
+
+    None where some pair does not meet, so that the convolution is no full linear layer, or where the map changes size.
+    """
+    if (height, width) != window.map_of((height, width)) or window.stride != (1, 1) or window.dilation != (1, 1):
+        return None
+    tall, wide = (
+        torch.arange(side) + padding - torch.arange(side)[:, None]  # (output, input)
+        for side, padding in zip((height, width), window.padding)
+    )
+    for tap, kernel in zip((tall, wide), window.kernel):
+        if not 0 <= int(tap.min()) <= int(tap.max()) < kernel:
+            return None
+    taps = tall[:, None, :, None] * window.kernel[1] + wide[None, :, None, :]  # (H', W', H, W)
+    return taps.reshape(height * width, height * width)
+
+
+def _as_linear(weight: Tensor, taps: Tensor) -> Tensor:
+    """Return the weight of the linear layer that a convolution is: ``(O * P', P * I)``."""
+    outputs, inputs = weight.shape[:2]
+    rows = weight.permute(0, 2, 3, 1).reshape(outputs, -1, inputs)  # (O, kh * kw, I)
+    return rows.index_select(1, taps.flatten()).view(outputs * len(taps), -1)
+
+
+class _Products(torch.autograd.Function):
+    """See `convolve`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, window: Window, passes: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.window, ctx.passes = window, passes
+        if passes:
+            return output(x, weight, window)
+        return torch.conv2d(x, weight, None, window.stride, window.padding, window.dilation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        of_input, of_weight = ctx.needs_input_grad[:2]
+        backwards = input_gradient if ctx.passes else _input_gradient
+        return (
+            backwards(x, weight, gradient, ctx.window) if of_input else None,
+            weight_gradient(x, gradient, ctx.window) if of_weight else None,
+            None,
+            None,
+        )
+
+
+def _eligible(module: nn.Module) -> bool:
+    """Whether a module is a plain convolution in one group whose surroundings are zeros, not overridden by anybody."""
+    return (
+        type(module) is nn.Conv2d
+        and module.groups == 1
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and "_conv_forward" not in vars(module)
+    )
+
+
+def _window(module: nn.Conv2d) -> Window:
+    return Window(module.kernel_size, module.stride, module.padding, module.dilation)  # type: ignore[arg-type]
+
+
+class SmallMaps:
+    """Convolutions of a model on small maps, computed as matrix products while it trains.
+
+        maps = SmallMaps(model, weights=64, passes=16)     # up to 8 x 8, and up to 4 x 4
+        ...
+        maps.remove()
+
+    The modules stay the same objects with the same parameters; channels may be cut from them at any time. Where nothing
+    learns (evaluation, tracing, export), under `torch.compile`, on other devices and for larger maps they compute as
+    before. Convolutions in groups, subclasses of `torch.nn.Conv2d`, and those that somebody else has overridden, are
+    left alone.
+
+    Args:
+        model: Changed in place: its convolutions get a ``_conv_forward`` of their own.
+        weights: Positions of the largest output map for which the gradient of the weight is a product; see `chosen`.
+        passes: The same for all three passes.
+
+    Attributes:
+        layers: Names of the convolutions that may be computed so.
+    """
+
+    def __init__(self, model: nn.Module, *, weights: int, passes: int) -> None:
+        found = {name: module for name, module in model.named_modules() if max(weights, passes) and _eligible(module)}
+        for module in found.values():
+            # a partial, which copies of the model copy along with the module that it is bound to
+            module._conv_forward = functools.partial(_conv_forward, module, weights, passes)
+        self._modules = found
+        self.layers = tuple(found)
+
+    def remove(self) -> None:
+        """Let all convolutions compute as they did before."""
+        for module in self._modules.values():
+            vars(module).pop("_conv_forward", None)
+        self._modules = {}
+
+
+def _conv_forward(
+    module: nn.Conv2d, weights: int, passes: int, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Stand in for ``module._conv_forward``."""
+    window = _window(module)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    small = (
+        module.training
+        and not Hook.idle  # the library itself looks at the model, operator by operator
+        and torch.is_grad_enabled()
+        and x.ndim == 4
+        and x.device.type == "cpu"
+        and dtype in (torch.bfloat16, torch.float32)
+        and not torch.compiler.is_compiling()
+    )
+    positions = math.prod(window.map_of((x.shape[2], x.shape[3]))) if small else 0
+    if not 0 < positions <= max(weights, passes):
+        theirs: Tensor = nn.Conv2d._conv_forward(module, x, weight, bias)
+        return theirs
+    y = convolve(x.to(dtype), weight.to(dtype), window, passes=positions <= passes)
+    return y if bias is None else y + bias.to(dtype).view(-1, 1, 1)
+
+
+class Gain(NamedTuple):
+    """What the convolutions on maps of one size take in a training step, forward and backward.
+
+    Attributes:
+        positions: Of the output's map.
+        layers: How many convolutions of the model have it.
+        pytorch_s: Seconds by PyTorch's own kernels.
+        weights_s: Seconds with the gradient of the weight as products.
+        passes_s: Seconds with all three passes as products.
+    """
+
+    positions: int
+    layers: int
+    pytorch_s: float
+    weights_s: float
+    passes_s: float
+
+
+MARGIN = 0.05
+"""Share by which products must be faster: less is within what timings of single layers differ by."""
+
+
+def chosen(gains: Sequence[Gain]) -> dict[str, int]:
+    """Return ``weights`` and ``passes`` for `SmallMaps`: the largest maps up to which products are the faster way."""
+    worth = takewhile(lambda gain: (1 + MARGIN) * min(gain.weights_s, gain.passes_s) < gain.pytorch_s, gains)
+    faster = list(worth)
+    all_three = list(takewhile(lambda gain: gain.passes_s < gain.weights_s, faster))
+    return {
+        "weights": faster[-1].positions if faster else 0,
+        "passes": all_three[-1].positions if all_three else 0,
+    }
+
+
+def gains(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torch.float32) -> list[Gain]:
+    """Time the convolutions of a model on maps of up to `LARGEST_MAP` positions in each way, in turns.
+
+    Layers of one shape are timed once, on random numbers; the fastest of some rounds counts.
+
+    Args:
+        model: On a CPU. It is called once, in training mode; its buffers are put back.
+        example_inputs: What it is called with: a batch as in training.
+        dtype: In which its convolutions compute: bfloat16 is that of autocast.
+
+    Returns:
+        One `Gain` a size of map, smallest first.
+    """
+    layers: dict[_Shape, int] = {}
+    with _shapes_seen(model, layers), torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        call = as_call(example_inputs)
+        model(*call.args, **call.kwargs)
+    sums: dict[int, Gain] = {}
+    for shape, number in layers.items():
+        before = sums.get(shape.positions, Gain(shape.positions, 0, 0.0, 0.0, 0.0))
+        times = [old + number * new for old, new in zip(before[2:], shape.timed(dtype))]
+        sums[shape.positions] = Gain(shape.positions, before.layers + number, *times)
+    return [sums[size] for size in sorted(sums)]
+
+
+class _Shape(NamedTuple):
+    """A convolution as far as its time depends on it."""
+
+    image: tuple[int, ...]  # (N, I, H, W)
+    outputs: int
+    window: Window
+    last: bool  # channels_last
+    needs_input: bool  # whether anybody wants the gradient of its input
+
+    @property
+    def positions(self) -> int:
+        return math.prod(self.window.map_of((self.image[2], self.image[3])))
+
+    def timed(self, dtype: torch.dtype) -> list[float]:
+        """Return the seconds of a forward and backward pass: by PyTorch, with products for the weight, and for all."""
+        generator = torch.Generator().manual_seed(0)
+        layout = torch.channels_last if self.last else torch.contiguous_format
+
+        def numbers(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator).to(dtype).contiguous(memory_format=layout)
+
+        x = numbers(*self.image).requires_grad_(self.needs_input)
+        weight = numbers(self.outputs, self.image[1], *self.window.kernel).requires_grad_()
+        gradient = numbers(len(x), self.outputs, *self.window.map_of((self.image[2], self.image[3])))
+        _, stride, padding, gap = self.window
+        ways: tuple[Callable[[], Tensor], ...] = (
+            lambda: torch.conv2d(x, weight, None, stride, padding, gap),
+            lambda: convolve(x, weight, self.window, passes=False),
+            lambda: convolve(x, weight, self.window),
+        )
+        wanted = (x, weight) if self.needs_input else (weight,)
+        times: list[list[float]] = [[] for _ in ways]
+        for _ in range(1 + _ROUNDS):
+            for way, taken in zip(ways, times):
+                start = time.perf_counter()
+                with torch.enable_grad():
+                    torch.autograd.grad(way(), wanted, gradient)
+                taken.append(time.perf_counter() - start)
+        return [min(taken[1:]) for taken in times]  # the first round warms up
+
+
+@contextmanager
+def _shapes_seen(model: nn.Module, layers: dict[_Shape, int]) -> Iterator[None]:
+    """Count the shapes of convolutions that run in the body; modes and buffers are put back afterwards."""
+    seen: list[nn.Module] = []
+
+    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(module, nn.Conv2d)
+        x = args[0]
+        if x.ndim != 4:
+            return
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        # nobody asks for the gradient of the images
+        shape = _Shape(tuple(x.shape), module.out_channels, _window(module), last, needs_input=bool(seen))
+        seen.append(module)
+        if shape.positions <= LARGEST_MAP:
+            layers[shape] = layers.get(shape, 0) + 1
+
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    handles = [module.register_forward_pre_hook(see) for module in model.modules() if _eligible(module)]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for handle in handles:
+            handle.remove()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
