@@ -1,19 +1,18 @@
 """Question: would another way to compute the worst convolutions of VGG-16 make its training step faster here?
 
-A 3x3 convolution's weight gradient is the one pass for which oneDNN (3.12, as in PyTorch 2.13) has no matrix-product
-kernel on a CPU with AVX-512 but without AMX: it takes an older one (``jit_bf16``) that transposes each image apart, and
-lets its threads meet at a barrier for each. On maps of 2x2 positions that costs more than the arithmetic, and much more
-where another process takes one of the processors. Every way below is timed against PyTorch's own on the same operands
-(bf16, channels_last, batch 128), in turns, and must give the same numbers:
+A 3x3 convolution's weight gradient is the pass at which oneDNN (3.12, as in PyTorch 2.13) is worst on small maps. On a
+CPU with AVX-512 but without AMX it has no matrix-product kernel for it: it takes an older one (``jit_bf16``) that
+transposes each image apart, and lets its threads meet at a barrier for each. On one with AMX it has one
+(``brgconv_bwd_w``), which is as slow. On maps of 2x2 positions this costs more than the arithmetic, and much more where
+another process takes one of the processors. Every way below is timed against PyTorch's own on the same operands (bf16, channels_last,
+batch 128), in turns, and must give the same numbers:
 
 - ``contiguous``, ``fp32``: the same operator on another layout or format;
 - ``forward kernel``: the gradient of the input as a forward convolution with the turned weight;
-- ``products``: unfold the image (forward, weight), and multiply matrices over batch and positions;
-- ``one product``: on 2x2 maps every input meets every output, so that one product holds all taps;
+- ``products``: matrix products over batch and positions, as `earlybird.kernels.convolution` does it in the product;
 - ``padded``: the first layer with its 3 channels filled up with zeros to 4, 8 and 16.
 
-Then whole steps of VGG-16-BN at half and full width, dense and shrunk layer by layer to half, with the weight gradient
-of small maps as products.
+Then whole steps of networks, dense and shrunk layer by layer to half, with the kernels that timing chooses.
 
     python benchmarks/alternatives.py                  # some four minutes
     python benchmarks/alternatives.py --quick          # a look of about a minute; nothing is recorded
@@ -25,6 +24,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -32,22 +32,28 @@ import torch
 from common import interleaved, machine, rows
 from records import by_machine, newest, record
 from roofline import BATCH, LEAST_S, SHAPE
-from step_times import network, stepper
+from step_times import stepper
 from tables import origin
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 import earlybird as eb
 from earlybird.allocator import keep_freed
+from earlybird.kernels import convolution
+from earlybird.kernels.convolution import Window
+from earlybird.kernels.install import choose, install
+from earlybird.models import build
 
 NAME = "alternatives"
 SHAPES = (
     (32, 3, 32), (32, 32, 32), (16, 64, 64), (8, 96, 96), (8, 128, 128), (4, 112, 112), (4, 128, 128), (4, 256, 256),
     (2, 112, 112), (2, 128, 128), (2, 256, 256), (2, 512, 512),
 )  # fmt: skip
+WINDOW = Window((3, 3), (1, 1), (1, 1), (1, 1))
+NETWORKS = (("vgg16", 0.5), ("vgg16", 1.0), ("resnet18", 0.5), ("resnet18", 1.0), ("resnet20", 1.0))
 HEADS = {
     "pass": "| side | channels | pass | PyTorch's own, ms | own / other way |\n| --- | --- | --- | --- | --- |",
-    "network": "| width | network | ms a step | products on 2x2 | on 2x2 and 4x4 |\n| --- | --- | --- | --- | --- |",
+    "network": "| network | ms a step | PyTorch's own / with products |\n| --- | --- | --- |",
 }
 """Key that a kind of row has to the head of its table."""
 
@@ -67,80 +73,9 @@ def weight_gradient(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.aten.convolution_backward(y, x, weight, None, *SHAPE, (False, True, False))[1]
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """Return a channels_last ``x`` ``(N, C, H, W)`` as a matrix ``(N * H * W, C)``, without a copy."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def unfolded(x: Tensor) -> Tensor:
-    """Return what each position of ``x`` ``(N, C, H, W)`` sees through a 3x3 window: ``(N * H * W, 9 * C)``."""
-    batch, channels, height, width = x.shape
-    padded = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (N, H + 2, W + 2, C)
-    image, row, column, channel = padded.stride()
-    windows = padded.as_strided(
-        (batch, height, width, 3, 3, channels), (image, row, column, row, column, channel)
-    )  # (N, H, W, 3, 3, C)
-    return windows.reshape(-1, 9 * channels)
-
-
-def forward_as_products(x: Tensor, weight: Tensor) -> Tensor:
-    """`forward` as one product over batch and positions."""
-    batch, _, height, width = x.shape
-    product = unfolded(x) @ weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
-    return product.view(batch, height, width, -1).permute(0, 3, 1, 2)
-
-
 def input_gradient_by_forward(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """`input_gradient` as a forward convolution of ``y`` with the turned weight."""
     return forward(y, weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last))
-
-
-def weight_gradient_as_products(x: Tensor, y: Tensor) -> Tensor:
-    """`weight_gradient` as one product over batch and positions."""
-    product = rows_of(y).t() @ unfolded(x)  # (O, 9 * I)
-    return product.view(y.shape[1], 3, 3, x.shape[1]).permute(0, 3, 1, 2)
-
-
-def weight_gradient_of_2x2(x: Tensor, y: Tensor) -> Tensor:
-    """`weight_gradient` on maps of 2x2, from one product over the batch that pairs every input with every output."""
-    batch, inputs, outputs = x.shape[0], x.shape[1], y.shape[1]
-    flat = [tensor.permute(0, 2, 3, 1).reshape(batch, -1) for tensor in (y, x)]
-    pairs = (flat[0].t() @ flat[1]).view(2, 2, outputs, 2, 2, inputs)  # (H, W, O, H, W, I)
-    gradient = pairs.new_zeros(outputs, 3, 3, inputs)
-    for row in range(2):
-        for column in range(2):  # of the output; its window begins one before it
-            gradient[:, 1 - row : 3 - row, 1 - column : 3 - column] += pairs[row, column]
-    return gradient.permute(0, 3, 1, 2)
-
-
-class SmallMap(torch.autograd.Function):
-    """The 3x3 convolution, its weight gradient computed by matrix products."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gradient: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.gradient = gradient
-        return forward(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, y: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        return input_gradient(x, y, weight), ctx.gradient(x, y), None
-
-
-def with_products(model: nn.Module, most: int) -> nn.Module:
-    """Let 3x3 convolutions on maps of at most ``most`` x ``most`` use `SmallMap` under autocast; in place."""
-
-    def convolve(old: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if x.shape[-1] > most or not torch.is_autocast_enabled("cpu"):
-            return old(x, weight, bias)
-        gradient = weight_gradient_of_2x2 if x.shape[-1] == 2 else weight_gradient_as_products
-        return SmallMap.apply(x.bfloat16(), weight.bfloat16(), gradient)
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module._conv_forward = partial(convolve, module._conv_forward)  # type: ignore[method-assign]
-    return model
 
 
 def ways(side: int, inputs: int, outputs: int) -> dict[tuple[str, str], Callable[[], Tensor]]:
@@ -156,11 +91,10 @@ def ways(side: int, inputs: int, outputs: int) -> dict[tuple[str, str], Callable
         found["forward", way] = partial(forward, x_, weight_)
         found["input", way] = partial(input_gradient, x_, y_, weight_)
         found["weight", way] = partial(weight_gradient, x_, y_, weight_)
-    found["forward", "products"] = partial(forward_as_products, x, weight)
+    found["forward", "products"] = partial(convolution.output, x, weight, WINDOW)
     found["input", "forward kernel"] = partial(input_gradient_by_forward, x, y, weight)
-    found["weight", "products"] = partial(weight_gradient_as_products, x, y)
-    if side == 2:
-        found["weight", "one product"] = partial(weight_gradient_of_2x2, x, y)
+    found["input", "products"] = partial(convolution.input_gradient, x, weight, y, WINDOW)
+    found["weight", "products"] = partial(convolution.weight_gradient, x, y, WINDOW)
     if inputs == 3:
         for channels in (4, 8, 16):
             filled = functional.pad(x, (0, 0, 0, 0, 0, channels - 3)).contiguous(memory_format=layout)
@@ -202,24 +136,28 @@ def convolutions(options: argparse.Namespace) -> None:
 
 
 def steps(options: argparse.Namespace) -> None:
-    """Print and record whole steps with the weight gradient of small maps as products."""
+    """Print and record whole steps with the kernels that timing chooses."""
     x, y = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last), torch.arange(BATCH) % 10
     print(f"\n{HEADS['network']}")
-    for width in (0.5,) if options.quick else (0.5, 1.0):
-        for name in ("dense", "ticket_layer"):
-            actions = {}
-            for most in (0, 2, 4):
-                model, optimizer = network(width, tuned=True)
-                if name == "ticket_layer":
+    for name, width in NETWORKS[:1] if options.quick else NETWORKS:
+        for shrunk in (False, True):
+            actions: dict[str, Callable[[], None]] = {}
+            for way in ("own", "products"):
+                model = build(name, classes=10, width=width).to(memory_format=torch.channels_last)
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+                if way == "products":  # chosen as a run does it, for the dense network
+                    chosen, _ = choose(model, x, torch.bfloat16)
+                    install(model, chosen)
+                if shrunk:
                     eb.shrink(model, eb.draw(model, 0.5, scope="layer"), x[:1], optimizer=optimizer)
-                actions[most] = stepper(with_products(model, most), optimizer, x, y, True)
+                actions[way] = stepper(model, optimizer, x, y, True)
             head = machine()
             times, others = interleaved(actions, options.rounds)
-            ratios = {
-                f"up to {most}": statistics.median(a / b for a, b in zip(times[0], times[most])) for most in (2, 4)
-            }
-            row = {"width": width, "network": name, "step_seconds": statistics.median(times[0]), "ratios": ratios}
-            row |= {"rounds": options.rounds, "others": others, **head}
+            row = {
+                "network": name, "width": width, "shrunk": shrunk, "chosen": asdict(chosen),
+                "step_seconds": statistics.median(times["own"]), "rounds": options.rounds, "others": others,
+                "ratio": statistics.median(a / b for a, b in zip(times["own"], times["products"])), **head,
+            }  # fmt: skip
             print(line(row), flush=True)
             record(NAME, row, quick=options.quick)
 
@@ -230,8 +168,11 @@ def line(row: dict[str, Any]) -> str:
         ratios = ", ".join(f"{way} {ratio:.2f}x" for way, ratio in row["ratios"].items())
         cells = [f"{row['side']}", f"{row['inputs']} to {row['outputs']}", row["pass"]]
         return "| " + " | ".join([*cells, f"{1e3 * row['own_seconds']:.3f}", ratios]) + " |"
-    ratios = " | ".join(f"{row['ratios'][most]:.3f}x" for most in ("up to 2", "up to 4"))
-    return f"| {row['width']:g} | {row['network']} | {1e3 * row['step_seconds']:.1f} | {ratios} |"
+    if "ratio" not in row:  # of a version that knew weight gradients on maps of up to 2x2 and 4x4 alone
+        name, ratio = f"vgg16 x {row['width']:g}, {row['network']}", row["ratios"]["up to 4"]
+    else:
+        name, ratio = f"{row['network']} x {row['width']:g}{', shrunk by layer' * row['shrunk']}", row["ratio"]
+    return f"| {name} | {1e3 * row['step_seconds']:.1f} | {ratio:.2f}x |"
 
 
 def tables(found: Sequence[dict[str, Any]]) -> str:

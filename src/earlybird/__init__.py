@@ -34,6 +34,7 @@ _HOMES = {
     "draw_units": "earlybird.tickets.draw",
     "shrink": "earlybird.tickets.shrink",
     "Change": "earlybird.tickets.shrink",
+    "use_kernels": "earlybird.kernels.install",
     "Step": "earlybird.step",
     "Ledger": "earlybird.ledger",
     "Bill": "earlybird.cost.bill",
@@ -41,12 +42,13 @@ _HOMES = {
 __all__ = [
     "BatchDropping", "Bill", "BlockFloat", "Change", "EarlyBert", "EarlyBird", "FractionalPrecision",
     "LayerSkipping", "Ledger", "PredictiveSign", "ProgressivePrecision", "ProgressiveResizing", "Search", "ShiftAdd",
-    "Step", "StochasticDepth", "Ticket", "UnitSearch", "__version__", "draw", "draw_units", "shrink",
+    "Step", "StochasticDepth", "Ticket", "UnitSearch", "__version__", "draw", "draw_units", "shrink", "use_kernels",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from earlybird.arithmetic.shift_add import ShiftAdd
     from earlybird.cost.bill import Bill
+    from earlybird.kernels.install import use_kernels
     from earlybird.ledger import Ledger
     from earlybird.precision.block_float import BlockFloat
     from earlybird.precision.fractional import FractionalPrecision
