@@ -36,8 +36,8 @@ from torch.nn import functional
 from earlybird.allocator import keep_freed
 from earlybird.arithmetic import add_kernel
 from earlybird.arithmetic.add import add_conv2d
-from earlybird.arithmetic.add_kernel import Window
 from earlybird.arithmetic.shift_add import ShiftAdd
+from earlybird.kernels.window import Window
 from earlybird.models import build
 
 NAME = "add_layer"

@@ -4,8 +4,8 @@ A 3x3 convolution's weight gradient is the pass at which oneDNN (3.12, as in PyT
 CPU with AVX-512 but without AMX it has no matrix-product kernel for it: it takes an older one (``jit_bf16``) that
 transposes each image apart, and lets its threads meet at a barrier for each. On one with AMX it has one
 (``brgconv_bwd_w``), which is as slow. On maps of 2x2 positions this costs more than the arithmetic, and much more where
-another process takes one of the processors. Every way below is timed against PyTorch's own on the same operands (bf16, channels_last,
-batch 128), in turns, and must give the same numbers:
+another process takes one of the processors. Every way below is timed against PyTorch's own on the same operands
+(bf16, channels_last, batch 128), in turns, and must give the same numbers:
 
 - ``contiguous``, ``fp32``: the same operator on another layout or format;
 - ``forward kernel``: the gradient of the input as a forward convolution with the turned weight;
@@ -40,8 +40,8 @@ from torch.nn import functional
 import earlybird as eb
 from earlybird.allocator import keep_freed
 from earlybird.kernels import convolution
-from earlybird.kernels.convolution import Window
 from earlybird.kernels.install import choose, install
+from earlybird.kernels.window import Window
 from earlybird.models import build
 
 NAME = "alternatives"
@@ -147,7 +147,7 @@ def steps(options: argparse.Namespace) -> None:
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
                 if way == "products":  # chosen as a run does it, for the dense network
                     chosen, _ = choose(model, x, torch.bfloat16)
-                    install(model, chosen)
+                    install(model, chosen, x)
                 if shrunk:
                     eb.shrink(model, eb.draw(model, 0.5, scope="layer"), x[:1], optimizer=optimizer)
                 actions[way] = stepper(model, optimizer, x, y, True)

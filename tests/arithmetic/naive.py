@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from earlybird.arithmetic.add_kernel import Window
+from earlybird.kernels.window import Window
 
 
 def patches(x: Tensor, window: Window) -> Tensor:

@@ -8,9 +8,9 @@ from torch.nn import functional
 
 from earlybird.arithmetic import add, add_kernel
 from earlybird.arithmetic.add import AddConv2d, AddLinear, adapt_gradients, add_conv2d, rescale_gradients
-from earlybird.arithmetic.add_kernel import Window
 from earlybird.cost.count import count
 from earlybird.errors import InputError
+from earlybird.kernels.window import Window
 from tests.arithmetic import naive
 
 

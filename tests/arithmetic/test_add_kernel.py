@@ -1,12 +1,8 @@
-import os
-import warnings
-from pathlib import Path
-
 import pytest
 import torch
 
 from earlybird.arithmetic import add_kernel
-from earlybird.arithmetic.add_kernel import Window
+from earlybird.kernels.window import Window
 from tests.arithmetic import naive
 
 SHAPES = [
@@ -114,38 +110,3 @@ def test_without_a_kernel_patches_stay_within_the_budget(budget, monkeypatch):
     a_line = 5 * 6 * window.map_of((9, 8))[1] * 8
     assert all(4 * taken <= max(budget, 4 * a_line) for taken, _ in sizes[-3:])
     assert len(sizes) > 2
-
-
-def test_without_a_compiler_a_warning_says_why(monkeypatch, tmp_path):
-    from torch.utils import cpp_extension
-
-    def fail(*args, **kwargs):
-        raise RuntimeError("Ninja is required to load C++ extensions\n(details)")
-
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(cpp_extension, "load", fail)
-    with pytest.warns(UserWarning, match=r"several times slower \(Ninja is required to load C\+\+ extensions\)"):
-        assert add_kernel._kernel.__wrapped__() is None
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="without their compiled kernel"):
-        assert add_kernel._kernel.__wrapped__() is None
-
-
-def test_a_compiled_kernel_is_found_again(monkeypatch):
-    from torch.utils import cpp_extension
-
-    if add_kernel._kernel() is None:
-        pytest.skip("the kernel cannot be compiled here")
-    monkeypatch.setattr(cpp_extension, "load", lambda *args, **kwargs: pytest.fail("compiled again"))
-    library = add_kernel._compiled()
-    assert library.is_file()
-    assert sorted(path.name for path in library.parent.iterdir()) == [library.name]
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", os.fspath(Path(library).parents[1]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert add_kernel._kernel.__wrapped__() is not None

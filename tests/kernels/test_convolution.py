@@ -12,7 +12,8 @@ from torch.nn import functional
 
 import earlybird as eb
 from earlybird.kernels import convolution
-from earlybird.kernels.convolution import Gain, SmallMaps, Window, chosen, convolve, gains
+from earlybird.kernels.convolution import Gain, SmallMaps, chosen, convolve, gains
+from earlybird.kernels.window import Window
 
 CL = torch.channels_last
 

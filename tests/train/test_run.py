@@ -659,7 +659,7 @@ def test_fixed_checkpoints_fall_on_their_steps_where_looks_are_rare(
 
 
 def test_own_kernels_stay_the_same_ones_over_a_resume(small: Make, tmp_path: Path, monkeypatch: Any) -> None:
-    kernels = Kernels(products_for_weights=64, products_for_all=16)
+    kernels = Kernels(products_for_weights=64, products_for_all=16, batch_norms=True)
     monkeypatch.setattr(tune, "choose", lambda *_: (kernels, []))
     monkeypatch.setattr(tune, "MARGIN", -10.0)  # they are taken, whatever they gain here
     calls: list[bool] = []

@@ -196,8 +196,10 @@ def test_own_kernels_are_timed_for_real() -> None:
 @pytest.mark.parametrize(
     "kernels",
     [
-        None, {}, {"products_for_weights": 4}, {"products_for_weights": "4", "products_for_all": 0},
-        {"products_for_weights": -1, "products_for_all": 0},
+        None, {}, {"products_for_weights": 4},
+        {"products_for_weights": "4", "products_for_all": 0, "batch_norms": False},
+        {"products_for_weights": -1, "products_for_all": 0, "batch_norms": False},
+        {"products_for_weights": 4, "products_for_all": 0, "batch_norms": 1},
     ],
 )  # fmt: skip
 def test_a_choice_with_other_kernels_is_not_read(kernels: Any) -> None:

@@ -35,11 +35,11 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from earlybird.arithmetic import add_kernel
-from earlybird.arithmetic.add_kernel import Window
 from earlybird.arithmetic.fixed_point import check_fraction_bits, floor_to
 from earlybird.calls import Hook, after_gradients
 from earlybird.cost.arithmetic import Arithmetic
 from earlybird.errors import InputError
+from earlybird.kernels.window import Window
 
 __all__ = ["ETA", "AddConv2d", "AddLinear", "adapt_gradients", "add_conv2d", "rescale_gradients"]
 

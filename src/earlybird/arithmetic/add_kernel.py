@@ -6,10 +6,8 @@
 with p positions, k the numbers of a patch and o outputs. As tensors of (positions, outputs, numbers of a patch) these
 are thousands of times as large as the image; neither way below ever holds one:
 
-- On a CPU, ``add_kernel.cpp`` is compiled at its first use, once for a machine and release, into the folder of
-  PyTorch's extensions (``TORCH_EXTENSIONS_DIR``, else ``~/.cache/torch_extensions``), in a few seconds. That needs a
-  compiler (GCC or Clang) and ninja. It works on the image as it lies there; beside images laid out (N, H, W, C), it
-  needs as much memory as one copy of the filters.
+- On a CPU, ``add_kernel.cpp`` is compiled at its first use (`earlybird.kernels.compiled`). It works on the image as
+  it lies there; beside images laid out (N, H, W, C), it needs as much memory as one copy of the filters.
 - Otherwise PyTorch does it: `torch.cdist` and a loop over outputs, on as many unfolded patches at a time as fit into
   `BUDGET_BYTES`. So it is on GPUs, for which there is no kernel of our own, and, several times slower and with a
   warning, on CPUs without a compiler.
@@ -21,44 +19,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import platform
-import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["BUDGET_BYTES", "Window", "distances", "input_gradient"]
+from earlybird.kernels import compiled
+from earlybird.kernels.window import Window
+
+__all__ = ["BUDGET_BYTES", "distances", "input_gradient"]
 
 BUDGET_BYTES = 64 * 2**20
 """Working memory that PyTorch's own way may take, beside inputs and results."""
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = ("-O3", "-march=native", "-fopenmp")
-
-
-class Window(NamedTuple):
-    """How a filter moves over an image; each a height and a width."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-    def map_of(self, image: tuple[int, int]) -> tuple[int, int]:
-        """Return height and width of the output for those of ``image``."""
-        height, width = (
-            (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for side, kernel, stride, padding, dilation in zip(image, *self)
-        )
-        return height, width
+SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 def distances(x: Tensor, filters: Tensor, window: Window) -> Tensor:
@@ -186,9 +163,9 @@ def _in_lanes(rows: Tensor, kernel: _Kernel) -> Tensor:
 class _Kernel:
     """The compiled library."""
 
-    def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
-        lanes = self._library.earlybird_lanes
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        lanes = library.earlybird_lanes
         lanes.restype = ctypes.c_int64
         self.lanes = {torch.float32: int(lanes(0)), torch.float64: int(lanes(1))}
 
@@ -204,44 +181,5 @@ class _Kernel:
 
 @functools.cache
 def _kernel() -> _Kernel | None:
-    """Return the library, compiled if this machine has not done so before; None where that fails."""
-    try:
-        return _Kernel(_compiled())
-    except (OSError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(
-            f"add layers run without their compiled kernel, several times slower ({reason}); it needs a C++ compiler "
-            "and ninja",
-            stacklevel=2,
-        )
-        return None
-
-
-def _compiled() -> Path:
-    """Return the library of this source, release of PyTorch and processor."""
-    from torch.utils import cpp_extension  # takes a while to import
-
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    # a home folder may be shared by machines of which some lack the instructions of others
-    parts = (_SOURCE.read_text("utf-8"), *_FLAGS, torch.__version__, platform.machine(), _instructions())
-    folder = Path(root) / f"earlybird_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
-    library = folder / f"add_kernel{cpp_extension.LIB_EXT}"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # in a folder of its own, and then put in place at once: no lock that a killed process would leave behind
-        with tempfile.TemporaryDirectory(dir=folder) as build:
-            built = cpp_extension.load(
-                "add_kernel", [str(_SOURCE)], extra_cflags=list(_FLAGS), extra_ldflags=["-fopenmp"],
-                build_directory=build, is_python_module=False,
-            )  # fmt: skip
-            os.replace(built, library)
-    return library
-
-
-def _instructions() -> str:
-    """Return what instructions the processor has, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    library = compiled.load(SOURCE, "add layers")
+    return None if library is None else _Kernel(library)

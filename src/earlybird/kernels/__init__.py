@@ -1,1 +1,1 @@
-"""Kernels of our own, where PyTorch's leave much on the table; results stay the same up to rounding."""
+"""Kernels of our own, for what PyTorch's leave much time on the table: what they compute is the same up to rounding."""

@@ -37,8 +37,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from earlybird.calls import Hook, as_call
+from earlybird.kernels.window import Window
 
-__all__ = ["Gain", "SmallMaps", "Window", "chosen", "convolve", "gains"]
+__all__ = ["Gain", "SmallMaps", "chosen", "convolve", "gains"]
 
 BUDGET_BYTES = 64 * 2**20
 """Memory that unfolded images may take at a time."""
@@ -47,32 +48,6 @@ LARGEST_MAP = 256
 """Positions of the largest output map that is tried: on larger ones, unfolding costs more than it brings."""
 
 _ROUNDS = 3
-
-
-class Window(NamedTuple):
-    """How a kernel moves over an image; each a height and a width."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-    def map_of(self, image: tuple[int, int]) -> tuple[int, int]:
-        """Return height and width of the output for those of ``image``."""
-        height, width = (
-            (side + 2 * padding - gap * (kernel - 1) - 1) // stride + 1
-            for side, kernel, stride, padding, gap in zip(image, *self)
-        )
-        return height, width
-
-    def turned(self) -> Window | None:
-        """Return the window that takes the output's gradient to the input's; None where there is none."""
-        padding = tuple(
-            gap * (kernel - 1) - padding for kernel, padding, gap in zip(self.kernel, self.padding, self.dilation)
-        )
-        if self.stride != (1, 1) or min(padding) < 0:
-            return None
-        return self._replace(padding=(padding[0], padding[1]))
 
 
 def convolve(x: Tensor, weight: Tensor, window: Window, *, passes: bool = True) -> Tensor:

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from earlybird.calls import unwrapped
+from earlybird.kernels.batch_norm import available
 from earlybird.kernels.convolution import Gain, SmallMaps, chosen, gains
+from earlybird.kernels.fuse import FusedBatchNorms
 
 __all__ = ["Installed", "Kernels", "choose", "install", "use_kernels"]
 
@@ -29,18 +31,20 @@ class Kernels:
         products_for_weights: Positions of the largest output map on which the weight gradient of a convolution is
             computed as a matrix product; see `earlybird.kernels.convolution`.
         products_for_all: The same for all three passes.
+        batch_norms: Batch norms, with the ReLUs that read nothing but them, go through `earlybird.kernels.batch_norm`.
     """
 
     products_for_weights: int = 0
     products_for_all: int = 0
+    batch_norms: bool = False
 
     @classmethod
     def read(cls, value: Any) -> Kernels | None:
         """Return what was written as a dict, or None if ``value`` is not that."""
         if not isinstance(value, dict) or value.keys() != asdict(cls()).keys():
             return None
-        known = all(type(positions) is int and positions >= 0 for positions in value.values())
-        return cls(**value) if known else None
+        known = all(type(value[key]) is type(own) for key, own in asdict(cls()).items())
+        return cls(**value) if known and min(value.values()) >= 0 else None
 
     def __bool__(self) -> bool:
         return self != Kernels()
@@ -51,6 +55,8 @@ class Kernels:
             words.append(f"weight gradients on maps of up to {self.products_for_weights} positions as products")
         if self.products_for_all:
             words.append(f"all passes up to {self.products_for_all}")
+        if self.batch_norms:
+            words.append("batch norms with their ReLU")
         return ", ".join(words) or "PyTorch's kernels"
 
 
@@ -62,17 +68,23 @@ class Installed:
         gains: What their layers took in each way, where that was timed.
     """
 
-    def __init__(self, model: nn.Module, kernels: Kernels, timed: tuple[Gain, ...] = ()) -> None:
+    def __init__(self, model: nn.Module, kernels: Kernels, example_inputs: Any, timed: tuple[Gain, ...] = ()) -> None:
         self.kernels, self.gains = kernels, timed
         self._maps = SmallMaps(model, weights=kernels.products_for_weights, passes=kernels.products_for_all)
+        self._norms = FusedBatchNorms(model, example_inputs) if kernels.batch_norms else None
 
     def remove(self) -> None:
         """Let the model compute by PyTorch's kernels again."""
         self._maps.remove()
+        if self._norms is not None:
+            self._norms.remove()
 
 
 def choose(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torch.float32) -> tuple[Kernels, list[Gain]]:
-    """Time the layers for which there is a kernel, and return which to use here, with what was timed.
+    """Time convolutions both ways, and return which kernels to use here, with what was timed.
+
+    The kernel of batch norms is faster for every layer; it is taken where it can be compiled, which takes some seconds
+    on a machine that has not done so before.
 
     Args:
         model: On a CPU; on other devices there is nothing to choose. It is called once, and left as it was.
@@ -84,12 +96,14 @@ def choose(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torch.flo
         return Kernels(), []
     timed = gains(model, example_inputs, dtype)
     best = chosen(timed)
-    return Kernels(products_for_weights=best["weights"], products_for_all=best["passes"]), timed
+    norms = any(type(module) is nn.BatchNorm2d for module in model.modules()) and available()
+    kernels = Kernels(products_for_weights=best["weights"], products_for_all=best["passes"], batch_norms=norms)
+    return kernels, timed
 
 
-def install(model: nn.Module, kernels: Kernels) -> Installed:
-    """Put ``kernels`` under ``model``."""
-    return Installed(unwrapped(model), kernels)
+def install(model: nn.Module, kernels: Kernels, example_inputs: Any) -> Installed:
+    """Put ``kernels`` under ``model``, which is called with ``example_inputs`` once, and left as it was."""
+    return Installed(unwrapped(model), kernels, example_inputs)
 
 
 def use_kernels(model: nn.Module, example_inputs: Any, *, dtype: torch.dtype = torch.float32) -> Installed:
@@ -108,4 +122,4 @@ def use_kernels(model: nn.Module, example_inputs: Any, *, dtype: torch.dtype = t
     """
     model = unwrapped(model)
     kernels, timed = choose(model, example_inputs, dtype)
-    return Installed(model, kernels, tuple(timed))
+    return Installed(model, kernels, example_inputs, tuple(timed))

@@ -319,7 +319,7 @@ class Run:
                 if isinstance(method, Converting)
             ),
         )
-        self._kernels = install(self.model, self.choice.kernels)
+        self._kernels = install(self.model, self.choice.kernels, example)
         self.search = next((method for method in self.methods.values() if isinstance(method, Drawing)), None)
         self.observers = [method for method in self.methods.values() if isinstance(method, Observing)]
         self._shape_drawn = False

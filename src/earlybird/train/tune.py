@@ -190,7 +190,7 @@ class _Candidate:
         model = build().to(images.device).train()
         model.to(memory_format=layout)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=layout)
-        install(model, self.choice.kernels)
+        install(model, self.choice.kernels, images[:2])
         forward = torch.compile(model) if self.choice.compile else model
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
         bf16 = self.choice.precision == "bf16"
