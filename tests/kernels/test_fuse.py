@@ -69,7 +69,9 @@ def step(model, x):
 
 def assert_close(found, expected, tolerance=1e-4):
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * max(1, float(other.detach().abs().max())))
+        torch.testing.assert_close(
+            one, other, rtol=tolerance, atol=tolerance * max(1, float(other.detach().abs().max()))
+        )
 
 
 @pytest.fixture
