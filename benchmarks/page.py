@@ -14,6 +14,7 @@ from typing import Any
 
 import add_layer
 import alternatives
+import batch_norm
 import early_bert
 import efficient_steps
 import int8_forward
@@ -74,6 +75,10 @@ def add_layer_section(images: Path) -> str:
     return add_layer.tables(rows(add_layer.NAME))
 
 
+def batch_norm_section(images: Path) -> str:
+    return batch_norm.tables(rows(batch_norm.NAME))
+
+
 def int8_forward_section(images: Path) -> str:
     return int8_forward.tables(rows(int8_forward.NAME))
 
@@ -108,6 +113,7 @@ SECTIONS: dict[str, tuple[Any, Callable[[Path], str]]] = {
     "What the machine could give": (roofline, roofline_section),
     "Other ways to compute a convolution": (alternatives, alternatives_section),
     "The kernel of the add layer": (add_layer, add_layer_section),
+    "The kernel of batch norm": (batch_norm, batch_norm_section),
     "A forward pass in 8-bit integers": (int8_forward, int8_forward_section),
     "How costs grow": (scaling, scaling_section),
     "What the library itself costs": (overheads, overheads_section),

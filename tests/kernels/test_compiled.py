@@ -37,7 +37,7 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(kernel, monkeypatc
         assert kernel.__wrapped__() is None
 
 
-@pytest.mark.parametrize(("source", "kernel"), zip(SOURCES, CACHES))
+@pytest.mark.parametrize(("source", "kernel"), list(zip(SOURCES, CACHES)))
 def test_a_compiled_kernel_is_found_again(source, kernel, monkeypatch):
     from torch.utils import cpp_extension
 

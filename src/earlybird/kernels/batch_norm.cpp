@@ -1,8 +1,11 @@
 // Batch norm of training on a CPU, with or without a ReLU behind it.
 //
-//   forward:   y = relu?(x * scale + shift), scale = weight / sqrt(variance + eps), shift = bias - mean * scale
+//   forward:   y = relu?((x - mean) * scale + bias), scale = weight / sqrt(variance + eps)
 //   backward: dx = scale * (g - sum(g) / rows - (x - mean) * sum(g * (x - mean)) / (variance + eps) / rows)
 //              g = dy where y is not clamped, else 0
+//
+// Here the mean is that of floats, and what it lacks is a part of the summand (`shift`, `level`): where it is huge beside
+// the variance, x - mean is exact, and x * scale - mean * scale would not be.
 //
 // An image laid out (batch, height, width, channels) is a matrix of rows (one pixel) and channels. Both directions are
 // a pass that sums over rows and one that computes the result. What they wait for is memory; so a thread works on the
@@ -204,16 +207,16 @@ void sums_of(const T* x, const T* dy, const Matrix& m, int64_t block, int64_t ro
     for (int64_t row = 0; row < rows; ++row)
         for (int b = 0; b < COUNT; ++b) {
             const int64_t at = row * m.width + m.start(block + b);
-            const Pair value = load(x + at);
-            Pair g = load(dy + at);
+            Pair value = load(x + at), g = load(dy + at);
+            value = {value.a - mean[b].a, value.b - mean[b].b};
             if (RELU) {
                 g.a = where_open(value.a * scale[b].a + shift[b].a, g.a);
                 g.b = where_open(value.b * scale[b].b + shift[b].b, g.b);
             }
             sum[b].a += g.a;
             sum[b].b += g.b;
-            product[b].a += g.a * (value.a - mean[b].a);
-            product[b].b += g.b * (value.b - mean[b].b);
+            product[b].a += g.a * value.a;
+            product[b].b += g.b * value.b;
         }
     for (int b = 0; b < COUNT; ++b) {
         put<T>(sums + m.start(block + b), sum[b]);
@@ -222,28 +225,29 @@ void sums_of(const T* x, const T* dy, const Matrix& m, int64_t block, int64_t ro
 }
 
 template <typename T, bool RELU>
-void outputs_of(const T* x, T* y, const Matrix& m, int64_t rows, const float* scales, const float* shifts) {
+void outputs_of(const T* x, T* y, const Matrix& m, int64_t rows, const float* scales, const float* shifts,
+                const float* means) {
     for (int64_t row = 0; row < rows; ++row, x += m.width, y += m.width)
         for (int64_t block = 0; block < m.blocks; ++block) {
-            const Pair scale = vectors(scales, block), shift = vectors(shifts, block);
+            const Pair scale = vectors(scales, block), shift = vectors(shifts, block), mean = vectors(means, block);
             Pair value = load(x + m.start(block));
-            value.a = value.a * scale.a + shift.a;
-            value.b = value.b * scale.b + shift.b;
+            value.a = (value.a - mean.a) * scale.a + shift.a;
+            value.b = (value.b - mean.b) * scale.b + shift.b;
             if (RELU) value = {clamped(value.a), clamped(value.b)};
             store(y + m.start(block), value);
         }
 }
 
-// dx = scale * g + slope * x + level
+// dx = scale * g + slope * (x - mean) + level
 template <typename T, bool RELU>
 void gradients_of(const T* x, const T* dy, T* dx, const Matrix& m, int64_t rows, const float* scales,
-                  const float* shifts, const float* slopes, const float* levels) {
+                  const float* shifts, const float* means, const float* slopes, const float* levels) {
     for (int64_t row = 0; row < rows; ++row, x += m.width, dy += m.width, dx += m.width)
         for (int64_t block = 0; block < m.blocks; ++block) {
             const Pair scale = vectors(scales, block), shift = vectors(shifts, block);
-            const Pair slope = vectors(slopes, block), level = vectors(levels, block);
-            const Pair value = load(x + m.start(block));
-            Pair g = load(dy + m.start(block));
+            const Pair slope = vectors(slopes, block), level = vectors(levels, block), mean = vectors(means, block);
+            Pair value = load(x + m.start(block)), g = load(dy + m.start(block));
+            value = {value.a - mean.a, value.b - mean.b};
             if (RELU) {
                 g.a = where_open(value.a * scale.a + shift.a, g.a);
                 g.b = where_open(value.b * scale.b + shift.b, g.b);
@@ -273,7 +277,7 @@ inline int threads_for(const Matrix& m, int threads) {
 inline std::unique_ptr<float[]> floats(int64_t count) { return std::unique_ptr<float[]>(new float[count]); }
 
 struct Saved {
-    double *mean, *inverse, *scale, *shift;  // of (4, channels); inverse: of the standard deviation
+    double *mean, *inverse, *scale, *shift;  // of (4, channels); inverse: of the standard deviation; shift: the bias
 
     Saved(double* saved, int64_t c) : mean(saved), inverse(saved + c), scale(saved + 2 * c), shift(saved + 3 * c) {}
 };
@@ -286,8 +290,9 @@ template <typename T, bool RELU>
 void forward(const T* x, T* y, const Matrix& m, const float* weight, const float* bias, float* running_mean,
              float* running_variance, const Saved& saved, const Settings& settings, int threads) {
     const int64_t channels = m.channels, vectors = m.blocks * BLOCK;
-    const auto partial = floats(2 * m.chunks * m.stride), spread_out = floats(3 * vectors);
+    const auto partial = floats(2 * m.chunks * m.stride), spread_out = floats(4 * vectors);
     float *const reference = spread_out.get(), *const scales = reference + vectors, *const shifts = scales + vectors;
+    float* const means_of_all = shifts + vectors;
     const T* const rest = x + m.rows * m.width;
     spread<T>(m, [&](int64_t c) { return as_float(x[c]); }, reference);
 
@@ -326,7 +331,7 @@ void forward(const T* x, T* y, const Matrix& m, const float* weight, const float
                 saved.mean[at] = off;
                 saved.inverse[at] = 1 / std::sqrt(sum / m.all_rows() + settings.epsilon);
                 saved.scale[at] = clean(weight[at] * saved.inverse[at]);
-                saved.shift[at] = clean(bias[at] - off * saved.scale[at]);
+                saved.shift[at] = clean(bias[at] - (off - (float)off) * saved.scale[at]);
                 if (running_mean) {
                     const double unbiased = sum / (m.all_rows() - 1), kept = 1 - settings.momentum;
                     running_mean[at] = (float)(kept * running_mean[at] + settings.momentum * off);
@@ -336,9 +341,11 @@ void forward(const T* x, T* y, const Matrix& m, const float* weight, const float
         }
         spread<T>(m, [&](int64_t c) { return (float)saved.scale[c]; }, scales);
         spread<T>(m, [&](int64_t c) { return (float)saved.shift[c]; }, shifts);
+        spread<T>(m, [&](int64_t c) { return (float)saved.mean[c]; }, means_of_all);
         for (int64_t i = 0; i < m.rest * channels; ++i) {
             const int64_t c = i % channels;
-            const float value = as_float(rest[i]) * (float)saved.scale[c] + (float)saved.shift[c];
+            const float off = as_float(rest[i]) - (float)saved.mean[c];
+            const float value = off * (float)saved.scale[c] + (float)saved.shift[c];
             set(y[m.rows * m.width + i], RELU && value < 0 ? 0 : value);
         }
     };
@@ -360,7 +367,7 @@ void forward(const T* x, T* y, const Matrix& m, const float* weight, const float
         combine();
         for (int64_t index = own.last - 1; index >= own.first; --index) {
             const int64_t at = index * m.chunk * m.width;
-            outputs_of<T, RELU>(x + at, y + at, m, m.count(index), scales, shifts);
+            outputs_of<T, RELU>(x + at, y + at, m, m.count(index), scales, shifts, means_of_all);
         }
     }
 }
@@ -377,7 +384,7 @@ void backward(const T* x, const T* dy, T* dx, const Matrix& m, const Saved& save
     spread<T>(m, [&](int64_t c) { return (float)saved.shift[c]; }, shifts);
     spread<T>(m, [&](int64_t c) { return (float)saved.mean[c]; }, means);
     const auto gradient = [&](int64_t at, int64_t c) {
-        const float y = as_float(x[at]) * (float)saved.scale[c] + (float)saved.shift[c];
+        const float y = (as_float(x[at]) - (float)saved.mean[c]) * (float)saved.scale[c] + (float)saved.shift[c];
         return RELU && y <= 0 ? 0.0f : as_float(dy[at]);
     };
 
@@ -408,7 +415,7 @@ void backward(const T* x, const T* dy, T* dx, const Matrix& m, const Saved& save
                 of_weight[at] = (float)(product[c] * inverse);
                 const double slope = -saved.scale[at] * inverse * inverse * product[c] / m.all_rows();
                 lines[at] = clean(slope);
-                lines[channels + at] = clean(-saved.scale[at] * sum[c] / m.all_rows() - lines[at] * mean);
+                lines[channels + at] = clean(-saved.scale[at] * sum[c] / m.all_rows() - lines[at] * (mean - (float)mean));
             }
         }
         if (!dx) return;
@@ -417,7 +424,7 @@ void backward(const T* x, const T* dy, T* dx, const Matrix& m, const Saved& save
         for (int64_t i = 0; i < m.rest * channels; ++i) {
             const int64_t c = i % channels, at = rest + i;
             set(dx[at], (float)saved.scale[c] * gradient(at, c) +
-                            (lines[c] * as_float(x[at]) + lines[channels + c]));
+                            (lines[c] * (as_float(x[at]) - (float)saved.mean[c]) + lines[channels + c]));
         }
     };
 
@@ -439,7 +446,7 @@ void backward(const T* x, const T* dy, T* dx, const Matrix& m, const Saved& save
         combine();
         for (int64_t index = own.last - 1; dx && index >= own.first; --index) {
             const int64_t at = index * m.chunk * m.width;
-            gradients_of<T, RELU>(x + at, dy + at, dx + at, m, m.count(index), scales, shifts, slopes, levels);
+            gradients_of<T, RELU>(x + at, dy + at, dx + at, m, m.count(index), scales, shifts, means, slopes, levels);
         }
     }
 }

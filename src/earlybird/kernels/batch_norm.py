@@ -47,6 +47,7 @@ def supports(
     vectors = [weight, bias, *(own for own in (running_mean, running_var) if own is not None)]
     return (
         type(x) is Tensor  # what only looks like one has no memory of its own
+        and not torch._C._are_functorch_transforms_active()
         and x.device.type == "cpu"
         and x.dtype in _TYPES
         and x.ndim == 4
@@ -56,7 +57,6 @@ def supports(
             own.dtype == torch.float32 and own.device.type == "cpu" and own.is_contiguous() and len(own) == x.shape[1]
             for own in vectors
         )
-        and not torch._C._are_functorch_transforms_active()
         and _kernel() is not None
     )
 

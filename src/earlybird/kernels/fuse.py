@@ -49,8 +49,8 @@ def find_relus(model: nn.Module, example_inputs: Any) -> dict[nn.BatchNorm2d, li
         example_inputs: What it is called with.
     """
     call = as_call(example_inputs)
-    handles = []
-    with undisturbed(model), _Readers() as readers:
+    handles, readers = [], _Readers()
+    with undisturbed(model), readers:
         for module in model.modules():
             module.training = not isinstance(module, _BatchNorm)  # which must not see a batch of one
             handles += [
@@ -65,8 +65,7 @@ def find_relus(model: nn.Module, example_inputs: Any) -> dict[nn.BatchNorm2d, li
         for tensor in tensors_in(result):
             readers.note(tensor)
         del result
-        found = readers.found()
-    return found
+        return readers.found()
 
 
 class _Output:
@@ -163,7 +162,7 @@ class FusedBatchNorms:
         model = unwrapped(model)
         fusable = find_relus(model, example_inputs)
         norms = {name: module for name, module in model.named_modules() if type(module) is nn.BatchNorm2d}
-        relus = [seer for seer in dict.fromkeys(sum(fusable.values(), [])) if type(seer) is nn.ReLU]
+        relus = dict.fromkeys(seer for seers in fusable.values() for seer in seers if type(seer) is nn.ReLU)
         self._relus: dict[nn.Module, Around] = {relu: around(relu, _pass_on, self) for relu in relus}
         self._norms = [_Norm(name, module, fusable.get(module), self) for name, module in norms.items()]
 
