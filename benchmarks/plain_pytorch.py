@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from earlybird.data import load
 from earlybird.models import build
+from earlybird.train.parts import read_data
 from earlybird.train.recipe import Recipe
 
 OVERRIDES = ("model", "width", "epochs", "seed", "accelerator", "threads")
@@ -53,7 +53,7 @@ def train(recipe: Recipe, steps: int, complete: bool) -> dict[str, Any]:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     device = torch.device("cuda" if recipe.accelerator == "cuda" else "cpu")
-    data = load(recipe.data)
+    data = read_data(recipe)
     train_set = Images(data.train_images, data.train_labels, data.mean, data.std, train=True)
     test_set = Images(data.test_images, data.test_labels, data.mean, data.std, train=False)
     train_loader = DataLoader(train_set, recipe.batch_size, shuffle=True, num_workers=2, drop_last=True)

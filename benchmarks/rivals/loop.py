@@ -1,8 +1,9 @@
 """The ground that all rivals stand on: data, network, schedule, clock and counters are those of the product.
 
-A rival is a short function on top of `fit`. It computes in bf16 autocast with channels_last from the first step on,
-which is what tuning chooses for the networks here; it pays nothing for choosing, where a run of the product does. Its
-seconds begin before the data is loaded, as those of a product's run do, and its widths are rounded alike.
+A rival is a short function on top of `fit`. It computes in bf16 autocast with channels_last and the product's kernels
+from the first step on, which is what tuning chooses for the networks here; it pays nothing for choosing, where a run of
+the product does. Its seconds begin before the data is loaded, as those of a product's run do, and its widths are
+rounded alike.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from torch.nn import functional
 
 from earlybird.cost.bill import Bill
 from earlybird.cost.count import ModelCost, count
-from earlybird.data import Loader, load
+from earlybird.data import Loader
 from earlybird.errors import DivergedError, InputError
 from earlybird.export import load as load_network
 from earlybird.files import read_rows
+from earlybird.kernels.install import Installed, use_kernels
 from earlybird.ledger import PHASES, Ledger
 from earlybird.models.blueprint import Blueprint
 from earlybird.tickets.coupling import find_groups
@@ -34,7 +36,7 @@ from earlybird.tickets.scores import hidden_layers, magnitude
 from earlybird.tickets.shrink import shrink
 from earlybird.tickets.ticket import Ticket
 from earlybird.train.launch import launch
-from earlybird.train.parts import make_loaders, make_optimizer
+from earlybird.train.parts import make_loaders, make_optimizer, read_data
 from earlybird.train.recipe import Recipe
 from earlybird.train.result import Result
 from earlybird.train.run import CALIBRATION_IMAGES
@@ -149,7 +151,7 @@ def start(recipe: Recipe, options: Options) -> Contest:
     torch.manual_seed(recipe.seed)
     ledger = Ledger(device=fabric.device)
     ledger.enter("setup")
-    data = load(recipe.data, image_size=recipe.image_size)
+    data = read_data(recipe)
     loader, test = make_loaders(recipe, data, fabric)
     loader.channels_last = test.channels_last = True
     channels, size = data.train_images.shape[1:3]
@@ -217,6 +219,7 @@ def fit(
     ledger.bits = 16
     ledger.pause()
     ledger.watch(model, optimizer, contest.example)
+    kernels = own_kernels(contest, model)
     ledger.resume()
     model.train()
     accuracy = math.nan
@@ -244,7 +247,17 @@ def fit(
         accuracy = evaluate(contest, model)
         print(f"{phase} epoch {epoch + 1}: {accuracy:.2%} after {contest.seconds:.0f} s", file=sys.stderr, flush=True)
     ledger.unwatch()
+    if kernels is not None:
+        kernels.remove()
     return accuracy
+
+
+def own_kernels(contest: Contest, model: nn.Module) -> Installed | None:
+    """Let a rival compute with the product's kernels, as tuning would choose them, without the time that takes."""
+    if contest.recipe.kernels is False or contest.loader.device.type != "cpu":
+        return None
+    images = contest.loader.sample(contest.recipe.batch_size, contest.recipe.seed)
+    return use_kernels(model, images, dtype=torch.bfloat16)
 
 
 def evaluate(contest: Contest, model: nn.Module) -> float:

@@ -248,13 +248,21 @@ def forecast(recipe: Recipe) -> Forecast:
 
 def _extent(recipe: Recipe) -> tuple[int, int, int, tuple[int, int, int]]:
     """Return training images, test images, classes and shape of the recipe's data."""
-    from earlybird.data import CATALOGUE, load
+    from earlybird.data import CATALOGUE
+    from earlybird.train.parts import read_data
 
     if recipe.data in CATALOGUE:
         info = CATALOGUE[recipe.data]
         channels, height, width = info.shape
         side = recipe.image_size or height
-        return info.train_images, info.test_images, info.classes, (channels, side, recipe.image_size or width)
-    data: Any = load(recipe.data, image_size=recipe.image_size)
+        if (recipe.train_images or 0) > info.train_images:
+            raise InputError(f"{recipe.data} has {info.train_images} training images, not {recipe.train_images}")
+        return (
+            recipe.train_images or info.train_images,
+            info.test_images,
+            info.classes,
+            (channels, side, recipe.image_size or width),
+        )
+    data: Any = read_data(recipe)
     channels, height, width = data.train_images.shape[1:]
     return len(data.train_images), len(data.test_images), len(data.classes), (channels, height, width)

@@ -42,7 +42,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def recipe(epochs: int = 1, **changes: Any) -> Recipe:
-    return Recipe.from_toml(DIGITS, {"width": 0.2, "epochs": epochs, "dense": True, **changes})
+    return Recipe.from_toml(DIGITS, {"width": 0.2, "epochs": epochs, "dense": True, "kernels": False, **changes})
 
 
 def contest(epochs: int = 1, **options: Any) -> Contest:
@@ -205,6 +205,23 @@ def test_fit_is_the_products_loop(tmp_path: Path) -> None:
     assert arena.curve[-1][1] == result.accuracy
     ours, theirs = arena.ledger.bill().phases["train"], result.bill.phases["train"]
     assert (ours.macs, ours.images, ours.modelled_joules) == (theirs.macs, theirs.images, theirs.modelled_joules)
+
+
+def test_rivals_get_the_products_kernels_while_they_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = start(recipe(kernels="auto"), Options())
+    model, removed = arena.build(), []
+
+    class Handle:
+        def remove(self) -> None:
+            removed.append(model)
+
+    def use(given: nn.Module, images: torch.Tensor, *, dtype: torch.dtype) -> Handle:
+        assert (given is model, len(images), dtype) == (True, arena.recipe.batch_size, torch.bfloat16)
+        return Handle()
+
+    monkeypatch.setattr(loop, "use_kernels", use)
+    fit(arena, model, schedule(arena))
+    assert removed == [model]
 
 
 def test_tickets_at_initialisation_are_drawn_from_a_few_images(run: Run) -> None:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from earlybird.data import load
 from earlybird.data.dataset import DataSet, channel_statistics, resize, stratified_split
 from earlybird.errors import DataError
 
@@ -74,3 +75,20 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
     good()
     with pytest.raises(DataError, match=message):
         good(**changes)
+
+
+def test_a_part_of_the_training_images_keeps_the_shares_of_classes():
+    whole = load("digits")
+    part = whole.with_training_images(500)
+    assert len(part.train_images) == len(part.train_labels) == 500
+    shares, wanted = (torch.bincount(data.train_labels) / len(data.train_labels) for data in (part, whole))
+    assert float((shares - wanted).abs().max()) < 1 / 500 + 1e-9
+    again = load("digits").with_training_images(500)
+    assert torch.equal(part.train_images, again.train_images)
+    smaller = whole.with_training_images(100)
+    known = {image.numpy().tobytes() for image in part.train_images}
+    assert {image.numpy().tobytes() for image in smaller.train_images} <= known  # a smaller choice is part of a larger
+    assert (part.mean, part.test_images is whole.test_images) == (whole.mean, True)
+    assert torch.equal(whole.with_training_images(len(whole.train_images)).train_labels, whole.train_labels)
+    with pytest.raises(DataError, match="fewer than 100000"):
+        whole.with_training_images(100_000)

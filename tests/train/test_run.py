@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from earlybird.cost.bill import Bill
 from earlybird.data import Augment, Loader, load
-from earlybird.errors import CheckpointError, DivergedError, EarlybirdError, InputError, Interrupted
+from earlybird.errors import CheckpointError, DataError, DivergedError, EarlybirdError, InputError, Interrupted
 from earlybird.kernels import convolution
 from earlybird.kernels.install import Kernels
 from earlybird.models import build
@@ -688,3 +688,11 @@ def test_own_kernels_without_timing_are_refused() -> None:
     for key in ("tune", "exact"):
         with pytest.raises(InputError, match="kernels"):
             Recipe.from_values({"kernels": True, key: key == "exact"})
+
+
+def test_a_run_may_train_on_a_part_of_the_images(small: Make, tmp_path: Path) -> None:
+    recipe = small(dense=True, model="small_cnn", width=0.25, train_images=640, epochs=2)
+    assert train(recipe, tmp_path / "part", quiet=True).steps == 2 * 640 // 64
+    with pytest.raises(DataError, match="fewer than 999999"):
+        train(recipe.replace(train_images=999_999), tmp_path / "none", quiet=True)
+    assert not (tmp_path / "none").exists()

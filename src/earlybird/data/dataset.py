@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -62,6 +62,28 @@ class DataSet:
                 f"{self.name}: {len(self.mean)} means and {len(self.std)} standard deviations",
                 needed=f"one of each for the {self.train_images.shape[1]} channels",
             )
+
+    def with_training_images(self, number: int) -> DataSet:
+        """Return this data set with so many of its training images: a random choice, the same one each time.
+
+        Classes keep their shares, as far as whole numbers can. Everything else stays, ``mean`` and ``std`` among it.
+
+        Raises:
+            DataError: There are fewer.
+        """
+        if number > len(self.train_images):
+            raise DataError(
+                f"{self.name} has {len(self.train_images)} training images, fewer than {number}",
+                hint=f"ask for {len(self.train_images)} at most",
+            )
+        order = torch.randperm(len(self.train_labels), generator=torch.Generator().manual_seed(0))
+        labels = self.train_labels[order]
+        place = torch.empty(len(labels), dtype=torch.float64)  # of an image among those of its class, 0 to 1
+        for label in labels.unique():
+            own = labels == label
+            place[own] = (torch.arange(int(own.sum()), dtype=torch.float64) + 0.5) / own.sum()
+        chosen = order[place.argsort(stable=True)[:number]].sort().values
+        return replace(self, train_images=self.train_images[chosen], train_labels=self.train_labels[chosen])
 
 
 def check_images(images: Tensor, labels: Tensor, what: str) -> None:

@@ -30,13 +30,13 @@ import torch
 from earlybird.cost.bill import Spending
 from earlybird.cost.count import count
 from earlybird.cost.verdict import judge
-from earlybird.data import load
 from earlybird.errors import EarlybirdError, InputError, Interrupted
 from earlybird.files import write_json, write_text
 from earlybird.models import MODELS, build, takes_width
 from earlybird.step import Step
 from earlybird.train.folder import RunFolder
 from earlybird.train.loop import StopSignal
+from earlybird.train.parts import read_data
 from earlybird.train.recipe import Recipe
 from earlybird.train.result import Result
 from earlybird.train.run import resume, train
@@ -215,7 +215,7 @@ def _width(recipe: Recipe, ticket: Mapping[str, Any]) -> float:
             "small-dense needs a ticket that was drawn before the last step, with its MACs counted",
             hint="leave small-dense out, or set an earlier deadline",
         )
-    data = load(recipe.data, image_size=recipe.image_size)
+    data = read_data(recipe)
     images = data.train_images[:1].float()
 
     def cost(width: float) -> int:

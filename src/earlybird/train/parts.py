@@ -18,6 +18,7 @@ from earlybird.train.recipe import Recipe
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+    from earlybird.data.download import Progress
     from earlybird.train.progress import Display
 
 _TEST_BATCH = 256
@@ -34,6 +35,12 @@ def free_folder(recipe: Recipe) -> Path:
     return path
 
 
+def read_data(recipe: Recipe, progress: Progress | None = None) -> DataSet:
+    """Return the recipe's data: whole, or with as many training images as it asks for."""
+    data = load(recipe.data, image_size=recipe.image_size, progress=progress)
+    return data if recipe.train_images is None else data.with_training_images(recipe.train_images)
+
+
 def load_data(recipe: Recipe, fabric: Fabric, display: Display) -> DataSet:
     """Load the recipe's data; what takes longer than a second says what it does."""
     begun, shown = time.perf_counter(), ""
@@ -46,7 +53,7 @@ def load_data(recipe: Recipe, fabric: Fabric, display: Display) -> DataSet:
 
     if fabric.world_size > 1 and fabric.local_rank != 0:
         fabric.barrier()  # the first rank of each machine downloads, the others find the files
-    data = load(recipe.data, image_size=recipe.image_size, progress=progress)
+    data = read_data(recipe, progress)
     if fabric.world_size > 1 and fabric.local_rank == 0:
         fabric.barrier()
     height, width = data.train_images.shape[2:]
