@@ -29,7 +29,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from alternatives import forward, unfolded
+from alternatives import WINDOW, forward
 from common import interleaved, machine, rows
 from records import by_machine, newest, record
 from roofline import BATCH, LEAST_S
@@ -121,7 +121,7 @@ def ways(x: Tensor, weight: Tensor) -> dict[str, Way]:
         "oneDNN": Way(partial(onednn, x_codes, x_step, packed, steps)),
         "FBGEMM": Way(lambda: torch.ops.quantized.conv2d(quantised, held, y_step, y_zero), torch.dequantize),
         "product": Way(
-            lambda: torch._int_mm(unfolded(halves), matrix),
+            lambda: torch._int_mm(unfolded(halves, WINDOW), matrix),
             lambda sums: (sums * (2 * x_step * steps)).view(batch, height, width, -1).permute(0, 3, 1, 2),
         ),
         "oneDNN, evaluation": Way(lambda: onednn(input_codes(x, largest), x_step, packed, steps)),

@@ -17,6 +17,7 @@ import alternatives
 import batch_norm
 import early_bert
 import efficient_steps
+import few_images
 import int8_forward
 import networks
 import overheads
@@ -104,6 +105,7 @@ def pictures(images: Path, named: dict[str, str]) -> str:
 SECTIONS: dict[str, tuple[Any, Callable[[Path], str]]] = {
     "Whole runs: VGG-16 against what a user would pick instead": (vgg16_cifar10, vgg16_cifar10.section),
     "The fastest dense recipe, alone and with our methods": (speedrun_cifar10, speedrun_cifar10.section),
+    "Few images, many epochs": (few_images, few_images.section),
     "Other networks": (networks, networks.section),
     "Less on every step: samples, layers, bits, operations": (efficient_steps, efficient_steps.section),
     "Transformers: heads and neurons": (early_bert, early_bert_section),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from earlybird.models import build
 from earlybird.train.parts import read_data
 from earlybird.train.recipe import Recipe
 
-OVERRIDES = ("model", "width", "epochs", "seed", "accelerator", "threads")
+OVERRIDES = ("model", "width", "epochs", "seed", "accelerator", "threads", "train_images", "evaluate_every")
 WARM_UP = 5
 
 
@@ -96,10 +97,11 @@ def train(recipe: Recipe, steps: int, complete: bool) -> dict[str, Any]:
         seconds = time.perf_counter() - begun
         return {**row, "accuracy": accuracy, "seconds": seconds, "seconds_kind": "measured", "curve": curve}
     step_seconds = trained / steps
+    tests = math.ceil(total / max(recipe.evaluate_every.in_iterations(len(train_loader), total), 1))
     return {
         **row,
         "accuracy": None,
-        "seconds": step_seconds * total + test_seconds * recipe.epochs,
+        "seconds": step_seconds * total + test_seconds * tests,
         "seconds_kind": f"extrapolated from {steps} timed steps and one test epoch",
         "step_seconds": step_seconds,
         "test_seconds": test_seconds,
@@ -110,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, required=True, help="file of the product")
     for name in OVERRIDES:
-        parser.add_argument(f"--{name}", help="default: the recipe's")
+        parser.add_argument(f"--{name.replace('_', '-')}", help="default: the recipe's")
     parser.add_argument("--steps", type=int, default=30, help=f"timed steps, after {WARM_UP} that are not")
     parser.add_argument("--complete", action="store_true", help="train to the end")
     parser.add_argument("--out", type=Path, required=True, help="folder for row.json")

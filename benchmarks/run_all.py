@@ -28,7 +28,15 @@ RUNS = HERE.parent / "runs"
 Job = tuple[str, list[str]]
 """Script and its words."""
 
-BUDGETED = ("vgg16_cifar10", "speedrun_cifar10", "networks", "efficient_steps", "early_bert", "paper_figures")
+BUDGETED = (
+    "vgg16_cifar10",
+    "speedrun_cifar10",
+    "few_images",
+    "networks",
+    "efficient_steps",
+    "early_bert",
+    "paper_figures",
+)
 """Scripts that take ``--budget MINUTES`` and go on where they stopped."""
 
 # one rival of each kind: all of them would take six minutes more
@@ -51,6 +59,7 @@ def quick(work: Path) -> list[Job]:
         ("int8_forward", ["--quick"]),
         ("scaling", ["--quick"]),
         ("vgg16_cifar10", ["--tasks", "quick", "--contestants", ",".join(_CONTESTANTS)]),
+        ("few_images", ["--tasks", "quick"]),
         ("networks", ["--tasks", "quick", "--contestants", "dense,ticket"]),
         ("speedrun_cifar10", ["--tasks", "quick", "--contestants", "dense,resized-ticket"]),
         ("efficient_steps", ["--tasks", "quick"]),
@@ -80,6 +89,7 @@ def full(work: Path) -> list[Job]:
         ("vgg16_cifar10", ["--tasks", "quarter", *together]),
         ("vgg16_cifar10", ["--tasks", "full"]),
         ("speedrun_cifar10", ["--tasks", "speedrun"]),
+        ("few_images", ["--tasks", "half", *together]),
         ("networks", ["--tasks", "resnet20,resnet18,preact_resnet29,mobilenet_v2", *together]),
         ("efficient_steps", ["--tasks", "dropping,skipping,ladder,signs,operations,search,together", *together]),
         ("early_bert", ["--tasks", "sst2,scratch,mlm"]),

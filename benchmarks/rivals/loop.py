@@ -311,9 +311,10 @@ def dense_network(contest: Contest) -> nn.Module:
         raise InputError(f"{folder} is not finished", hint=f"go on with 'earlybird resume {folder}'")
     ours, theirs = contest.recipe, Recipe.from_toml(folder / "recipe.toml")
     # where it was computed is no part of what was trained; that its seconds are comparable is the caller's matter
-    if ours.hash() != theirs.replace(threads=ours.threads, accelerator=ours.accelerator).hash():
+    how = {key: getattr(ours, key) for key in ("threads", "accelerator", "kernels")}
+    if ours.hash() != theirs.replace(**how).hash():
         said = theirs.values()
-        other = [key for key, value in ours.values().items() if key != "out" and said.get(key) != value]
+        other = [key for key, value in ours.values().items() if key not in ("out", *how) and said.get(key) != value]
         raise InputError(f"{folder} is another training ({', '.join(other)} differ)", needed="the same recipe, dense")
     spent = result.bill.phases
     # its setup is left out: this process has its own

@@ -50,7 +50,7 @@ RIVALS: dict[str, Callable[[Contest], tuple[nn.Module, float]]] = {
     "selective-backprop": composer.selective_backprop,
     "small-dense": dense.small_dense,
 }
-OVERRIDES = ("model", "width", "epochs", "seed", "accelerator", "threads")
+OVERRIDES = ("model", "width", "epochs", "seed", "accelerator", "threads", "train_images")
 """Keys of the recipe that are flags here, too."""
 BEGIN_DENSE = [name for name in RIVALS if name.startswith(("prune-finetune", "lottery"))]
 WHOLE_NETWORK = ("progressive-resizing", "layer-freezing", "selective-backprop")
@@ -122,6 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", choices=("auto", "cpu", "cuda"), help="default: the recipe's")
+    parser.add_argument("--train-images", type=int, help="train on so many images; default: the recipe's")
     parser.add_argument("--threads", type=int, help="default: PyTorch's choice")
     parser.add_argument("--macs-share", type=float, help="forward MACs of the small network over the dense one's")
     parser.add_argument("--dense", type=Path, help="finished dense run to take over")

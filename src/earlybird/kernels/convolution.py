@@ -73,7 +73,7 @@ def output(x: Tensor, weight: Tensor, window: Window) -> Tensor:
         return y.view(len(x), len(weight), *x.shape[2:]).contiguous(memory_format=torch.channels_last)
     rows = weight.permute(0, 2, 3, 1).reshape(len(weight), -1).t()  # (K, O)
     size = (*window.map_of((x.shape[2], x.shape[3])), len(weight))
-    parts = [(_unfolded(part, window) @ rows).view(len(part), *size) for part in x.split(_images(x, window))]
+    parts = [(unfolded(part, window) @ rows).view(len(part), *size) for part in x.split(_images(x, window))]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).permute(0, 3, 1, 2)
 
 
@@ -120,7 +120,7 @@ def weight_gradient(x: Tensor, gradient: Tensor, window: Window) -> Tensor:
     images = _images(x, window)
     rows = gradient.permute(0, 2, 3, 1)  # (N, H', W', O)
     products = (
-        part.reshape(-1, part.shape[-1]).t() @ _unfolded(seen, window)
+        part.reshape(-1, part.shape[-1]).t() @ unfolded(seen, window)
         for part, seen in zip(rows.split(images), x.split(images))
     )
     total: Tensor = next(products)
@@ -135,7 +135,7 @@ def _images(x: Tensor, window: Window) -> int:
     return max(BUDGET_BYTES // max(numbers * x.element_size(), 1), 1)
 
 
-def _unfolded(x: Tensor, window: Window) -> Tensor:
+def unfolded(x: Tensor, window: Window) -> Tensor:
     """Return what each position of the output sees: ``(N * H' * W', kh * kw * I)``."""
     (top, left), (stride_y, stride_x), (gap_y, gap_x) = window.padding, window.stride, window.dilation
     rows = functional.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))  # (N, H + 2 top, W + 2 left, I)
