@@ -32,7 +32,8 @@ TASKS = {
     ),
     "quick": Task(
         "VGG-11-BN, 1/8 width, 1,000 images of CIFAR-10, 10 epochs (shows that it runs, proves nothing)",
-        "vgg16-cifar10", {"model": "vgg11", "width": 0.125, "train_images": 1000, "epochs": 10, "evaluate_every": "5ep"},
+        "vgg16-cifar10",
+        {"model": "vgg11", "width": 0.125, "train_images": 1000, "epochs": 10, "evaluate_every": "5ep"},
         seeds=1, budget_s=300, contestants=("dense", "ticket", "ticket_layer"),
     ),
 }  # fmt: skip

@@ -38,6 +38,7 @@ from tables import origin
 from torch import Tensor, nn
 
 from earlybird.allocator import keep_freed
+from earlybird.kernels.convolution import unfolded
 from earlybird.models import build
 from earlybird.precision.int8 import convolve
 from earlybird.precision.progressive import ProgressivePrecision

@@ -89,7 +89,7 @@ def full(work: Path) -> list[Job]:
         ("vgg16_cifar10", ["--tasks", "quarter", *together]),
         ("vgg16_cifar10", ["--tasks", "full"]),
         ("speedrun_cifar10", ["--tasks", "speedrun"]),
-        ("few_images", ["--tasks", "half", *together]),
+        ("few_images", ["--tasks", "half,full", *together]),
         ("networks", ["--tasks", "resnet20,resnet18,preact_resnet29,mobilenet_v2", *together]),
         ("efficient_steps", ["--tasks", "dropping,skipping,ladder,signs,operations,search,together", *together]),
         ("early_bert", ["--tasks", "sst2,scratch,mlm"]),

@@ -133,7 +133,7 @@ def test_the_memory_roof_is_the_fastest_copy_that_no_cache_holds(head):
 
 def test_alternatives_show_the_newest_session_of_each_machine(results, head):
     convolution = {"side": 2, "inputs": 8, "outputs": 16, "pass": "weight", "own_seconds": 1e-3}
-    step = {"width": 0.5, "network": "dense", "step_seconds": 0.1, "ratios": {"up to 2": 1.1, "up to 4": 0.9}}
+    step = {"width": 0.5, "network": "vgg16", "shrunk": False, "step_seconds": 0.1, "ratio": 1.5}
     add(
         alternatives.NAME,
         {**convolution, "ratios": {"products": 9.0}, **head(session="old")},
@@ -143,7 +143,7 @@ def test_alternatives_show_the_newest_session_of_each_machine(results, head):
     )
     text = page.alternatives_section(results)
     assert ["2", "8 to 16", "weight", "1.000", "products 2.00x, fp32 0.50x"] in cells(text)
-    assert ["0.5", "dense", "100.0", "1.100x", "0.900x"] in cells(text)
+    assert ["vgg16 x 0.5", "100.0", "1.50x"] in cells(text)
     assert "9.00x" not in text
     assert text.index("2.00x") < text.index("small, 2 threads") < text.index("3.00x")
 

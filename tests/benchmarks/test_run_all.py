@@ -149,10 +149,16 @@ def test_when_the_time_is_over_nothing_is_left_to_share(calls, monkeypatch):
 def test_small_networks_run_two_at_a_time_where_there_are_two_cores(monkeypatch, tmp_path):
     cores = len(cores_of_slots(1)[0])
     paired = [words for _, words in run_all.full(tmp_path) if "--side-by-side" in words]
-    assert len(paired) == (4 if cores >= 2 else 0)
+    assert len(paired) == (5 if cores >= 2 else 0)
     monkeypatch.setattr(run_all, "cores_of_slots", lambda slots: [{core} for core in range(slots)])
     paired = [(name, words) for name, words in run_all.full(tmp_path) if words[-2:] == ["--side-by-side", "2"]]
-    assert [name for name, _ in paired] == ["vgg16_cifar10", "networks", "efficient_steps", "paper_figures"]
+    assert [name for name, _ in paired] == [
+        "vgg16_cifar10",
+        "few_images",
+        "networks",
+        "efficient_steps",
+        "paper_figures",
+    ]
     assert paired[0][1][1] == "quarter"
 
     def refuse(slots):
