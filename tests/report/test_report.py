@@ -321,3 +321,19 @@ def test_a_run_of_which_nothing_tells_what_dense_would_have_taken(tmp_path):
     assert "Time" not in [tile.name for tile in page["tiles"] if "less" in tile.value]
     html = write([folder], tmp_path / "out.html").read_text(encoding="utf-8")
     assert "not measured" in html
+
+
+def test_own_kernels_show_as_a_candidate_and_layer_by_layer(tmp_path):
+    run = write_run(tmp_path / "ticket")
+    tune = json.loads((run / "tune.json").read_text())
+    fastest = tune["candidates"][1]
+    tune["candidates"] = [{**fastest, "kernels": False}, {**fastest, "kernels": True, "step_s": 0.05}]
+    tune["choice"] |= {"kernels": {"products_for_weights": 16, "products_for_all": 0, "batch_norms": True}}
+    tune["convolutions"] = [{"positions": 16, "layers": 3, "pytorch_s": 0.3, "weights_s": 0.1, "passes_s": 0.2}]
+    (run / "tune.json").write_text(json.dumps(tune))
+    steps, layers = page_of(run)[0]["tuned"]
+    assert steps["title"].endswith("eager + own kernels")
+    assert [row.style for row in steps["table"].rows] == ["", "chosen"]
+    assert layers["table"].rows[0].cells == ["16", "3", "300 ms", "100 ms", "200 ms"]
+    write([run], tmp_path / "report.html")
+    assert "all passes as products" in (tmp_path / "report.html").read_text()

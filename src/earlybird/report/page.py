@@ -100,7 +100,7 @@ def _tuned_section(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
                     str(candidate.get("steps_timed", "")),
                     candidate.get("failure", ""),
                 ],
-                "chosen" if all(candidate.get(key) == choice.get(key) for key in _SETTINGS) else "",
+                "chosen" if _setting(candidate) == _setting(choice) else "",
             )
             for candidate in run.tune.get("candidates", [])
         ]
@@ -115,15 +115,37 @@ def _tuned_section(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
         shown.append(
             {"title": f"{run.path.name}: {_setting(choice)}", "reason": f"Why: {reason}.{took}", "table": table}
         )
+        if run.tune.get("convolutions"):
+            shown.append(_convolutions(run))
     return shown
 
 
-_SETTINGS = ("precision", "channels_last", "compile")
+def _convolutions(run: RunRecord) -> dict[str, Any]:
+    """Return what convolutions took in each way when own kernels were tried, a size of map a row."""
+    rows = [
+        Row(
+            [
+                str(gain["positions"]),
+                str(gain["layers"]),
+                *(f"{1e3 * gain[way]:.3g} ms" for way in ("pytorch_s", "weights_s", "passes_s")),
+            ]
+        )
+        for gain in run.tune["convolutions"]
+    ]
+    columns = ["positions of the map", "layers", "PyTorch", "weight gradient as products", "all passes as products"]
+    return {
+        "title": f"{run.path.name}: convolutions by the size of their map",
+        "reason": "Forward and backward passes of the dense network's layers, one batch, when kernels were chosen.",
+        "table": Table(f"{run.path.name}: convolutions", columns, rows),
+    }
 
 
 def _setting(choice: dict[str, Any]) -> str:
     words = [str(choice.get("precision", "?")), "channels_last" if choice.get("channels_last") else "contiguous"]
-    return " + ".join([*words, "compiled" if choice.get("compile") else "eager"])
+    words.append("compiled" if choice.get("compile") else "eager")
+    kernels = choice.get("kernels")  # of a candidate whether, of a choice which
+    own = any(kernels.values()) if isinstance(kernels, dict) else bool(kernels)
+    return " + ".join([*words, "own kernels"] if own else words)
 
 
 def _environment_section(runs: Sequence[RunRecord]) -> dict[str, Any]:
