@@ -182,6 +182,8 @@ def test_short_runs_try_own_kernels_only_when_asked(fake_kernels: Any) -> None:
     for values, taken in (({}, False), ({"kernels": True}, True)):
         choice, _ = tune(Recipe.from_values(values), build_small_maps, IMAGES, LABELS, steps=50)
         assert bool(choice.kernels) == taken
+    large = torch.randn(1024, 1, 8, 8), torch.zeros(1024, dtype=torch.long)
+    assert tune(Recipe.from_values(), build_small_maps, *large, steps=250)[0].kernels  # 1,000 steps of 256 images
     choice, _ = tune(Recipe.from_values({"kernels": False}), build_small_maps, IMAGES, LABELS, steps=2000)
     assert not choice.kernels
     assert "not tried" in tune(Recipe.from_values(), build_small_maps, IMAGES, LABELS, steps=50)[1]["reason"]

@@ -36,7 +36,7 @@ DROPPED = (3.0, 1.3)
 ENOUGH_IMAGES = 256
 """On a CPU, which a small batch keeps busy, no more images than these are timed; a step is as many times longer."""
 KERNELS_FROM_STEPS = 1000
-"""Steps of the run from which kernels of our own are tried, so that what it takes stays under some 2 %."""
+"""Steps of the run, of as many images as are timed, from which kernels of our own are tried: it takes some 2 % then."""
 _KERNEL_ROUNDS = 3
 COMPILE_FROM_S = 3600.0
 """Estimated length of the run from which compiling is tried: half a minute of a CPU, so that it stays under 1 %."""
@@ -124,7 +124,8 @@ def tune(
         for precision in precisions
         for layout in layouts
     ]
-    wants_kernels = recipe.kernels is True or (recipe.kernels == "auto" and steps >= KERNELS_FROM_STEPS)
+    timed_steps = round(steps * batch / len(images))
+    wants_kernels = recipe.kernels is True or (recipe.kernels == "auto" and timed_steps >= KERNELS_FROM_STEPS)
     wants_kernels = wants_kernels and device.type == "cpu"
     if len(candidates) == 1 and recipe.compile != "auto" and not wants_kernels:
         return candidates[0].choice, _record(candidates[0].choice, [], "every key was given", start)
@@ -137,7 +138,7 @@ def tune(
             best, timed, why = _try_kernels(best, candidates, build, images, labels)
             reason += f"; {why}"
         elif recipe.kernels == "auto" and device.type == "cpu":
-            reason += f"; own kernels not tried: {steps} steps, fewer than {KERNELS_FROM_STEPS}"
+            reason += f"; own kernels not tried: {timed_steps} steps, fewer than {KERNELS_FROM_STEPS}"
         if recipe.compile == "auto":
             length_s = best.seconds * steps
             if length_s < COMPILE_FROM_S:
