@@ -12,7 +12,9 @@ another process takes one of the processors. Every way below is timed against Py
 - ``products``: matrix products over batch and positions, as `earlybird.kernels.convolution` does it in the product;
 - ``padded``: the first layer with its 3 channels filled up with zeros to 4, 8 and 16.
 
-Then whole steps of networks, dense and shrunk layer by layer to half, with the kernels that timing chooses.
+Then whole steps of networks, dense and shrunk layer by layer to half, with the kernels that timing chooses; and one
+while another process keeps a processor busy: a thread that spins at oneDNN's barrier until the other one gets its turn
+makes a step of a fraction of a second one of many seconds.
 
     python benchmarks/alternatives.py                  # some four minutes
     python benchmarks/alternatives.py --quick          # a look of about a minute; nothing is recorded
@@ -23,7 +25,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -40,7 +45,7 @@ from torch.nn import functional
 import earlybird as eb
 from earlybird.allocator import keep_freed
 from earlybird.kernels import convolution
-from earlybird.kernels.install import choose, install
+from earlybird.kernels.install import Kernels, choose, install
 from earlybird.kernels.window import Window
 from earlybird.models import build
 
@@ -51,6 +56,8 @@ SHAPES = (
 )  # fmt: skip
 WINDOW = Window((3, 3), (1, 1), (1, 1), (1, 1))
 NETWORKS = (("vgg16", 0.5), ("vgg16", 1.0), ("resnet18", 0.5), ("resnet18", 1.0), ("resnet20", 1.0))
+BUSY = ("vgg16", 0.25)
+BUSY_ROUNDS = 3
 HEADS = {
     "pass": "| side | channels | pass | PyTorch's own, ms | own / other way |\n| --- | --- | --- | --- | --- |",
     "network": "| network | ms a step | PyTorch's own / with products |\n| --- | --- | --- |",
@@ -135,31 +142,61 @@ def convolutions(options: argparse.Namespace) -> None:
             record(NAME, row, quick=options.quick)
 
 
+def contestants(name: str, width: float, x: Tensor, shrunk: bool) -> tuple[dict[str, Callable[[], None]], Kernels]:
+    """Return a training step by PyTorch's kernels and one by those that timing chooses; and which these are."""
+    actions: dict[str, Callable[[], None]] = {}
+    chosen = Kernels()
+    for way in ("own", "products"):
+        model = build(name, classes=10, width=width).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        if way == "products":  # chosen as a run does it, for the dense network
+            chosen, _ = choose(model, x, torch.bfloat16)
+            install(model, chosen, x)
+        if shrunk:
+            eb.shrink(model, eb.draw(model, 0.5, scope="layer"), x[:1], optimizer=optimizer)
+        actions[way] = stepper(model, optimizer, x, torch.arange(len(x)) % 10, True)
+    return actions, chosen
+
+
 def steps(options: argparse.Namespace) -> None:
-    """Print and record whole steps with the kernels that timing chooses."""
-    x, y = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last), torch.arange(BATCH) % 10
+    """Print and record whole steps with the kernels that timing chooses, alone and beside a busy process."""
+    x = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
     print(f"\n{HEADS['network']}")
     for name, width in NETWORKS[:1] if options.quick else NETWORKS:
         for shrunk in (False, True):
-            actions: dict[str, Callable[[], None]] = {}
-            for way in ("own", "products"):
-                model = build(name, classes=10, width=width).to(memory_format=torch.channels_last)
-                optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-                if way == "products":  # chosen as a run does it, for the dense network
-                    chosen, _ = choose(model, x, torch.bfloat16)
-                    install(model, chosen, x)
-                if shrunk:
-                    eb.shrink(model, eb.draw(model, 0.5, scope="layer"), x[:1], optimizer=optimizer)
-                actions[way] = stepper(model, optimizer, x, y, True)
-            head = machine()
-            times, others = interleaved(actions, options.rounds)
-            row = {
-                "network": name, "width": width, "shrunk": shrunk, "chosen": asdict(chosen),
-                "step_seconds": statistics.median(times["own"]), "rounds": options.rounds, "others": others,
-                "ratio": statistics.median(a / b for a, b in zip(times["own"], times["products"])), **head,
-            }  # fmt: skip
-            print(line(row), flush=True)
-            record(NAME, row, quick=options.quick)
+            actions, chosen = contestants(name, width, x, shrunk)
+            record_steps(
+                options, actions, {"network": name, "width": width, "shrunk": shrunk, "chosen": asdict(chosen)}
+            )
+    name, width = BUSY
+    actions, chosen = contestants(name, width, x, False)
+    with neighbour():
+        about = {"network": name, "width": width, "shrunk": False, "busy": True, "chosen": asdict(chosen)}
+        record_steps(about, actions, BUSY_ROUNDS, quick=options.quick)
+
+
+def record_steps(about: dict[str, Any], actions: dict[str, Callable[[], None]], rounds: int, *, quick: bool) -> None:
+    """Time two kinds of step in turns; print and record what they took."""
+    head = machine()
+    # a process that is busy on purpose is no disturbance
+    times, others = interleaved(actions, rounds, others=(lambda: 0.0) if about.get("busy") else None)
+    row = {
+        **about, "step_seconds": statistics.median(times["own"]), "rounds": rounds, "others": others,
+        "ratio": statistics.median(a / b for a, b in zip(times["own"], times["products"])), **head,
+    }  # fmt: skip
+    print(line(row), flush=True)
+    record(NAME, row, quick=quick)
+
+
+@contextmanager
+def neighbour() -> Iterator[None]:
+    """Let another process keep one processor busy."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def line(row: dict[str, Any]) -> str:
@@ -172,6 +209,7 @@ def line(row: dict[str, Any]) -> str:
         name, ratio = f"vgg16 x {row['width']:g}, {row['network']}", row["ratios"]["up to 4"]
     else:
         name, ratio = f"{row['network']} x {row['width']:g}{', shrunk by layer' * row['shrunk']}", row["ratio"]
+        name += ", beside a busy process" * row.get("busy", False)
     return f"| {name} | {1e3 * row['step_seconds']:.1f} | {ratio:.2f}x |"
 
 
