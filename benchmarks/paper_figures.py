@@ -139,7 +139,7 @@ def plan(options: argparse.Namespace) -> list[Training]:
                                 kind="dense")  # fmt: skip
                 for figure in options.figures:
                     found |= dict.fromkeys(FIGURES[figure](base, options.draws))
-    return list(found)
+    return [training for training in found if training.keep is None or f"{training.keep:g}" in options.keeps]
 
 
 def of_draw_epoch(base: Training, draws: Sequence[str]) -> Iterable[Training]:
@@ -601,6 +601,8 @@ def read(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--networks", type=some(WIDTHS), default=["vgg11"], help=f"of {','.join(WIDTHS)}")
     parser.add_argument("--data", type=some(DATA), default=["cifar10"], help=f"of {','.join(DATA)}")
     parser.add_argument("--figures", type=some(FIGURES), default=list(FIGURES), help=f"of {','.join(FIGURES)}")
+    shares = [f"{keep:g}" for keep in KEEPS]
+    parser.add_argument("--keeps", type=some(shares), default=shares, help=f"of {','.join(shares)}")
     parser.add_argument("--preset", choices=("default", "published"), default="default")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)

@@ -76,6 +76,12 @@ def test_figures_share_their_runs_and_the_first_seed_comes_first():
     assert plan(options("--figures", "distances")) == plan(options("--figures", "precision"))
 
 
+def test_a_plan_may_be_of_some_shares_only():
+    whole, part = plan(options("--seeds", "1")), plan(options("--seeds", "1", "--keeps", "0.5"))
+    assert part == [training for training in whole if training.keep in (None, 0.5)]
+    assert 0 < len(part) < len(whole)
+
+
 def test_every_training_has_a_folder_of_its_own_and_flags_that_say_all():
     whole = plan(options("--networks", "vgg11,resnet20,preact_resnet29", "--data", "cifar10,fashion-mnist"))
     assert len({training.name for training in whole}) == len(whole)
