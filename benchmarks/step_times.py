@@ -1,10 +1,11 @@
 """Question: what fraction of a dense training step does a step of the shrunk network take?
 
-VGG-16-BN on 32x32 images, batch 128: plain PyTorch (eager, fp32), dense as `tune` sets it (bf16, channels_last), and
-tickets at keep 0.5 drawn after a few steps on CIFAR-10, ranked over the network and layer by layer. Forward, backward
-and optimizer step; no data loading, no evaluation. Every round times one step of each contestant, so that noise hits
-all alike; medians count: of the seconds, and of the ratios within a round. All run in one process, whose malloc keeps
-what is freed as `earlybird train` sets it; plain PyTorch gets that for nothing.
+VGG-16-BN on 32x32 images, batch 128: plain PyTorch (eager, fp32); dense in bf16 and channels_last by PyTorch's kernels;
+dense as `tune` sets it, with kernels of our own where they gain; and with these the tickets at keep 0.5 drawn after a
+few steps on CIFAR-10, ranked over the network and layer by layer. Forward, backward and optimizer step; no data
+loading, no evaluation. Every round times one step of each contestant, so that noise hits all alike; medians count: of
+the seconds, and of the ratios within a round. All run in one process, whose malloc keeps what is freed as
+`earlybird train` sets it; plain PyTorch gets that for nothing.
 
     EARLYBIRD_DATA=... python benchmarks/step_times.py --width 1 --rounds 9
     EARLYBIRD_DATA=... python benchmarks/step_times.py --quick       # a look at half width; nothing is recorded
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ import earlybird as eb
 from earlybird.allocator import keep_freed
 from earlybird.cost.count import count
 from earlybird.data import Augment, Loader, load
+from earlybird.kernels.install import Kernels, choose, install
 from earlybird.models import build
 
 NAME = "step_times"
@@ -82,10 +85,17 @@ def measure(width: float, rounds: int, search_steps: int) -> list[dict[str, Any]
     loader = batches()
     x, y = next(loader.epoch(0))
     plain, dense = network(width, tuned=False), network(width, tuned=True)
-    steps = {"plain": stepper(*plain, x.contiguous(), y, False), "dense": stepper(*dense, x, y, True)}
-    macs = {name: count(model, x).forward_macs for name, (model, _) in (("plain", plain), ("dense", dense))}
+    kernels, _ = choose(dense[0], x, torch.bfloat16)
+    theirs = network(width, tuned=True)
+    steps = {
+        "plain": stepper(*plain, x.contiguous(), y, False), "dense_pytorch": stepper(*theirs, x, y, True),
+        "dense": stepper(*dense, x, y, True),
+    }  # fmt: skip
+    macs = dict.fromkeys(steps, count(plain[0], x).forward_macs)
+    install(dense[0], kernels, x)
     for name, scope in (("ticket", "network"), ("ticket_layer", "layer")):
         model, optimizer, _ = early_ticket(width, loader, search_steps, scope=scope)
+        install(model, kernels, x)
         steps[name], macs[name] = stepper(model, optimizer, x, y, True), count(model, x).forward_macs
     head = machine()
     times, others = interleaved(steps, rounds)
@@ -93,6 +103,7 @@ def measure(width: float, rounds: int, search_steps: int) -> list[dict[str, Any]
         {
             "contestant": name, "width": width, "step_seconds": statistics.median(taken), "rounds": rounds,
             "others": others, "forward_macs": macs[name], "spread": [min(taken), max(taken)],
+            "kernels": asdict(Kernels() if name in ("plain", "dense_pytorch") else kernels),
             "ratios": {
                 base: statistics.median(a / b for a, b in zip(times[base], taken)) for base in BASES if base != name
             },

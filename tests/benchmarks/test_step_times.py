@@ -21,6 +21,7 @@ def test_ratios_are_medians_of_those_within_a_round(monkeypatch):
     """plain / dense is 2, 5 and 1 in the three rounds, though 6 / 2 of the medians."""
     times = {
         "plain": [4.0, 10.0, 6.0],
+        "dense_pytorch": [3.0, 3.0, 9.0],
         "dense": [2.0, 2.0, 6.0],
         "ticket": [1.0, 1.0, 1.0],
         "ticket_layer": [1.0, 1.0, 2.0],
