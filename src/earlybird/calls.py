@@ -269,6 +269,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     setattr(module, name, registered)
 
 
+@contextmanager
+def as_in_training(model: nn.Module) -> Iterator[None]:
+    """`undisturbed`, but in training mode, except batch norms, which must not see a batch of one."""
+    with undisturbed(model):
+        for module in model.modules():
+            module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        yield
+
+
 class Hook:
     """A hook of one model or optimizer. Copies and pickles of the model hold an idle one, which does nothing.
 

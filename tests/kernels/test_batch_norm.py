@@ -196,3 +196,30 @@ def test_what_it_does_not_support():
 def test_without_a_kernel_it_supports_nothing(monkeypatch):
     monkeypatch.setattr(module, "_kernel", lambda: None)
     assert not supports(*operands((2, 4, 3, 3), torch.float32)[:5])
+
+
+@needs_kernel
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_type_of_new_tensors_is_not_that_of_its_gradients(default):
+    """The kernel wrote float32 into tensors of the default type: beyond their end, if that is bfloat16."""
+    given = operands((4, 24, 5, 5), torch.float32)
+    expected = run(by_pytorch, *given, relu=True)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = run(batch_norm, *given, relu=True)
+    finally:
+        torch.set_default_dtype(before)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert error(one, other.double()) < CLOSE[torch.float32]
+
+
+@needs_kernel
+def test_the_default_device_of_new_tensors_is_not_that_of_its_own():
+    """The kernel wrote to address 0."""
+    given = operands((4, 24, 5, 5), torch.float32)
+    expected = run(by_pytorch, *given, relu=True)
+    with torch.device("meta"):
+        found = run(batch_norm, *given, relu=True)
+    assert all(error(one, other.double()) < CLOSE[torch.float32] for one, other in zip(found, expected, strict=True))

@@ -163,10 +163,22 @@ def test_what_somebody_else_has_overridden_is_left_alone() -> None:
     assert (first.layers, second.layers) == (("4",), ())
 
 
+def test_removed_it_leaves_what_somebody_has_overridden_since() -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    maps = SmallMaps(layer, weights=64, passes=0)
+    layer._conv_forward = theirs = lambda x, weight, bias: x  # type: ignore[method-assign, assignment, misc]
+    maps.remove()
+    assert layer._conv_forward is theirs
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_use_their_own_weights(copied: Any) -> None:
+def test_copies_and_pickles_are_plain_and_use_their_own_weights(copied: Any) -> None:
+    """They kept what nobody could remove, and were not read without this library."""
     model = network()
     SmallMaps(model, weights=64, passes=64)
+    assert b"earlybird" not in pickle.dumps(model)
+    twin = copied(model)
+    assert SmallMaps(twin, weights=64, passes=64).layers == ("0", "4")
     twin = copied(model)
     with torch.no_grad():
         twin[0].weight.zero_()
@@ -197,6 +209,70 @@ def test_gains_are_of_the_layers_there_are_and_leave_no_trace() -> None:
     assert not any(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_looking_for_gains_runs_no_hooks_and_draws_no_random_numbers() -> None:
+    model = nn.Sequential(network(), nn.Dropout(0.5))
+    calls: list[Any] = []
+    model.register_forward_hook(lambda *args: calls.append(args))
+    before = torch.get_rng_state()
+    gains(model, torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert calls == []
+
+
+def test_gains_can_be_looked_for_with_one_image_and_arguments_by_name() -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(input=x))  # type: ignore[no-any-return]
+
+    assert [gain.positions for gain in gains(ByName(), torch.randn(1, 3, 3, 3))] == [1]
+
+
+def layer(**kwargs: Any) -> nn.Conv2d:
+    found = nn.Conv2d(3, 4, 3, **kwargs)
+    SmallMaps(found, weights=64, passes=64)
+    return found
+
+
+def test_autocast_leaves_float64_alone_as_pytorch_does() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer().double()(torch.randn(2, 3, 4, 4).double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16), "should be the same"),
+        (torch.zeros(2, 5, 4, 4), "to have 3 channels, but got 5"),
+        (torch.zeros(2, 3, 1, 1), "Kernel size can't be greater"),
+    ],
+)
+def test_what_pytorch_refuses_is_refused_by_it(x: Tensor, message: str) -> None:
+    """Types were mended silently, and other errors were those of a product that nobody had asked for."""
+    with pytest.raises(RuntimeError, match=message):
+        layer(bias=False)(x)
+
+
+@pytest.mark.parametrize("side", [2, 8])
+def test_no_images_are_no_error(side: int) -> None:
+    assert layer(padding=1)(torch.zeros(0, 3, side, side)).shape == (0, 4, side, side)
+
+
+def test_gradients_keep_their_precision_where_backward_is_called_under_autocast() -> None:
+    ours = layer(padding=1)
+    plain = copy.deepcopy(ours)
+    x, gradient = torch.randn(8, 3, 8, 8), torch.randn(8, 4, 8, 8)
+    for own in (ours, plain):
+        y = own(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y.backward(gradient)
+    assert ours.weight.grad is not None
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint_sequential
 
 import earlybird as eb
 from earlybird.kernels import batch_norm, fuse
@@ -336,3 +337,59 @@ def test_it_follows_a_network_that_is_cut_in_mid_training(used):
     assert_close(step(model, x), step(plain, x))
     assert len(used) == count + 2
     fused.remove()
+
+
+class ByName(Sequence):
+    def forward(self, x):
+        return self.relu(input=self.block[1](input=self.block[0](x)))
+
+
+def test_layers_may_be_called_with_their_argument_by_name(used):
+    model = made(ByName, nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU())
+    plain = copy.deepcopy(model)
+    FusedBatchNorms(model, images())
+    assert_close(step(model, images()), step(plain, images()))
+    assert used == [True]
+
+
+class Twins(Sequence):
+    """Both pass the batch norm before the first one gets to the ReLU."""
+
+    def forward(self, x):
+        first, second = self.block(x), self.block(2 * x)
+        return self.relu(first) + self.relu(second)
+
+
+def test_an_output_that_waits_for_its_relu_is_no_reason_to_warn(used):
+    model = made(Twins, nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU())
+    plain = copy.deepcopy(model)
+    FusedBatchNorms(model, images())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            assert_close(step(model, images()), step(plain, images()))
+    assert used == [False] * 4
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_what_a_backward_pass_computes_again_is_no_reason_to_warn(parts, reentrant, used):
+    """In a part of its own, the batch norm that is computed again is not followed by its ReLU."""
+    model = made(nn.Sequential, nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 3))
+    plain, x = copy.deepcopy(model), images().requires_grad_()
+    FusedBatchNorms(model, images())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            pair = [step(Checkpointed(own, parts, reentrant), x) for own in (model, plain)]
+            assert_close(*pair)
+    assert all(used)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model, parts, reentrant):
+        super().__init__()
+        self.model, self.parts, self.reentrant = model, parts, reentrant
+
+    def forward(self, x):
+        return checkpoint_sequential(self.model, self.parts, x, use_reentrant=self.reentrant)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from earlybird.kernels import compiled
+from earlybird.kernels.eager import is_eager
 
 __all__ = ["available", "batch_norm", "supports"]
 
@@ -46,12 +47,9 @@ def supports(
         return False
     vectors = [weight, bias, *(own for own in (running_mean, running_var) if own is not None)]
     return (
-        type(x) is Tensor  # what only looks like one has no memory of its own
-        and not torch._C._are_functorch_transforms_active()
-        and x.device.type == "cpu"
+        is_eager(x)
         and x.dtype in _TYPES
         and x.ndim == 4
-        and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and all(
             own.dtype == torch.float32 and own.device.type == "cpu" and own.is_contiguous() and len(own) == x.shape[1]
@@ -110,7 +108,7 @@ class _BatchNorm(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         channels = x.shape[1]
         y = torch.empty_like(x)
-        saved = torch.empty(4, channels, dtype=torch.float64)  # mean, 1 / standard deviation, scale, shift
+        saved = x.new_empty(4, channels, dtype=torch.float64)  # mean, 1 / standard deviation, scale, shift
         kernel = _kernel()
         assert kernel is not None
         kernel.earlybird_batch_norm(
@@ -130,7 +128,7 @@ class _BatchNorm(torch.autograd.Function):
         channels = x.shape[1]
         gradient = gradient.to(x.dtype).contiguous(memory_format=torch.channels_last)
         of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        of_weight, of_bias = torch.empty(2, channels).unbind()
+        of_weight, of_bias = x.new_empty(2, channels, dtype=torch.float32).unbind()
         kernel = _kernel()
         assert kernel is not None
         kernel.earlybird_batch_norm_backward(

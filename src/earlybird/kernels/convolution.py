@@ -26,8 +26,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from earlybird.calls import Hook, as_call
+from earlybird.calls import Hook, as_call, as_in_training, tensors_in
+from earlybird.kernels.eager import is_eager
 from earlybird.kernels.window import Window
 
 __all__ = ["Gain", "SmallMaps", "chosen", "convolve", "gains"]
@@ -156,7 +157,7 @@ def _taps(height: int, width: int, window: Window) -> Tensor | None:
     if (height, width) != window.map_of((height, width)) or window.stride != (1, 1) or window.dilation != (1, 1):
         return None
     tall, wide = (
-        torch.arange(side) + padding - torch.arange(side)[:, None]  # (output, input)
+        torch.arange(side, device="cpu") + padding - torch.arange(side, device="cpu")[:, None]  # (output, input)
         for side, padding in zip((height, width), window.padding)
     )
     for tap, kernel in zip((tall, wide), window.kernel):
@@ -190,12 +191,13 @@ class _Products(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_input, of_weight = ctx.needs_input_grad[:2]
         backwards = input_gradient if ctx.passes else _input_gradient
-        return (
-            backwards(x, weight, gradient, ctx.window) if of_input else None,
-            weight_gradient(x, gradient, ctx.window) if of_weight else None,
-            None,
-            None,
-        )
+        with torch.autocast("cpu", enabled=False):  # types are those of the forward pass, wherever backward is called
+            return (
+                backwards(x, weight, gradient, ctx.window) if of_input else None,
+                weight_gradient(x, gradient, ctx.window) if of_weight else None,
+                None,
+                None,
+            )
 
 
 def _eligible(module: nn.Module) -> bool:
@@ -205,7 +207,7 @@ def _eligible(module: nn.Module) -> bool:
         and module.groups == 1
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
-        and "_conv_forward" not in vars(module)
+        and getattr(module._conv_forward, "__func__", None) is nn.Conv2d._conv_forward
     )
 
 
@@ -236,40 +238,55 @@ class SmallMaps:
 
     def __init__(self, model: nn.Module, *, weights: int, passes: int) -> None:
         found = {name: module for name, module in model.named_modules() if max(weights, passes) and _eligible(module)}
-        for module in found.values():
-            # a partial, which copies of the model copy along with the module that it is bound to
-            module._conv_forward = functools.partial(_conv_forward, module, weights, passes)
-        self._modules = found
+        self._overrides = [_Override(module, weights, passes) for module in found.values()]
         self.layers = tuple(found)
 
     def remove(self) -> None:
         """Let all convolutions compute as they did before."""
-        for module in self._modules.values():
-            vars(module).pop("_conv_forward", None)
-        self._modules = {}
+        for override in self._overrides:
+            override.remove()
 
 
-def _conv_forward(
-    module: nn.Conv2d, weights: int, passes: int, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """Stand in for ``module._conv_forward``."""
-    window = _window(module)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    small = (
-        module.training
-        and not Hook.idle  # the library itself looks at the model, operator by operator
-        and torch.is_grad_enabled()
-        and x.ndim == 4
-        and x.device.type == "cpu"
-        and dtype in (torch.bfloat16, torch.float32)
-        and not torch.compiler.is_compiling()
-    )
-    positions = math.prod(window.map_of((x.shape[2], x.shape[3]))) if small else 0
-    if not 0 < positions <= max(weights, passes):
-        theirs: Tensor = nn.Conv2d._conv_forward(module, x, weight, bias)
-        return theirs
-    y = convolve(x.to(dtype), weight.to(dtype), window, passes=positions <= passes)
-    return y if bias is None else y + bias.to(dtype).view(-1, 1, 1)
+class _Override:
+    """Stands in for a module's ``_conv_forward``. Copies and pickles of the module have their plain one."""
+
+    def __init__(self, module: nn.Conv2d, weights: int, passes: int) -> None:
+        self.module, self.weights, self.passes = module, weights, passes
+        module._conv_forward = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        cast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
+        window = _window(self.module)
+        if not self._is_meant(x, weight, dtype, window) or not (cast or x.dtype == weight.dtype):
+            theirs: Tensor = nn.Conv2d._conv_forward(self.module, x, weight, bias)
+            return theirs
+        positions = math.prod(window.map_of((x.shape[2], x.shape[3])))
+        y = convolve(x.to(dtype), weight.to(dtype), window, passes=positions <= self.passes)
+        return y if bias is None else y + bias.to(dtype).view(-1, 1, 1)
+
+    def _is_meant(self, x: Tensor, weight: Tensor, dtype: torch.dtype, window: Window) -> bool:
+        """Whether it is a small map in training, and nothing that PyTorch refuses."""
+        if (
+            not self.module.training
+            or Hook.idle  # the library itself looks at the model, operator by operator
+            or not torch.is_grad_enabled()
+            or not is_eager(x)
+            or not {x.dtype, weight.dtype, dtype} <= {torch.bfloat16, torch.float32}
+            or x.ndim != 4
+            or x.shape[1] != weight.shape[1]
+        ):
+            return False
+        size = window.map_of((x.shape[2], x.shape[3]))
+        return min(size) > 0 and math.prod(size) <= max(self.weights, self.passes)
+
+    def remove(self) -> None:
+        """Give the module its own back, unless somebody else has overridden it since."""
+        if vars(self.module).get("_conv_forward") is self:
+            del self.module._conv_forward
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.module, "_conv_forward")
 
 
 class Gain(NamedTuple):
@@ -311,17 +328,14 @@ def gains(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torch.floa
     Layers of one shape are timed once, on random numbers; the fastest of some rounds counts.
 
     Args:
-        model: On a CPU. It is called once, in training mode; its buffers are put back.
+        model: On a CPU. It is called once, see `earlybird.calls.as_in_training`.
         example_inputs: What it is called with: a batch as in training.
         dtype: In which its convolutions compute: bfloat16 is that of autocast.
 
     Returns:
         One `Gain` a size of map, smallest first.
     """
-    layers: dict[_Shape, int] = {}
-    with _shapes_seen(model, layers), torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        call = as_call(example_inputs)
-        model(*call.args, **call.kwargs)
+    layers = _shapes_of(model, example_inputs, dtype)
     sums: dict[int, Gain] = {}
     for shape, number in layers.items():
         before = sums.get(shape.positions, Gain(shape.positions, 0, 0.0, 0.0, 0.0))
@@ -345,11 +359,11 @@ class _Shape(NamedTuple):
 
     def timed(self, dtype: torch.dtype) -> list[float]:
         """Return the seconds of a forward and backward pass: by PyTorch, with products for the weight, and for all."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         layout = torch.channels_last if self.last else torch.contiguous_format
 
         def numbers(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator).to(dtype).contiguous(memory_format=layout)
+            return torch.randn(size, generator=generator, device="cpu").to(dtype).contiguous(memory_format=layout)
 
         x = numbers(*self.image).requires_grad_(self.needs_input)
         weight = numbers(self.outputs, self.image[1], *self.window.kernel).requires_grad_()
@@ -371,14 +385,14 @@ class _Shape(NamedTuple):
         return [min(taken[1:]) for taken in times]  # the first round warms up
 
 
-@contextmanager
-def _shapes_seen(model: nn.Module, layers: dict[_Shape, int]) -> Iterator[None]:
-    """Count the shapes of convolutions that run in the body; modes and buffers are put back afterwards."""
+def _shapes_of(model: nn.Module, example_inputs: Any, dtype: torch.dtype) -> dict[_Shape, int]:
+    """Count the shapes of convolutions that run in a call of the model."""
+    layers: dict[_Shape, int] = {}
     seen: list[nn.Module] = []
 
-    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(module, nn.Conv2d)
-        x = args[0]
+        x = tensors_in((args, kwargs))[0]
         if x.ndim != 4:
             return
         last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -388,17 +402,11 @@ def _shapes_seen(model: nn.Module, layers: dict[_Shape, int]) -> Iterator[None]:
         if shape.positions <= LARGEST_MAP:
             layers[shape] = layers.get(shape, 0) + 1
 
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    handles = [module.register_forward_pre_hook(see) for module in model.modules() if _eligible(module)]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.train()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for handle in handles:
-            handle.remove()
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    call = as_call(example_inputs)
+    with ExitStack() as stack:
+        stack.enter_context(as_in_training(model))
+        for module in filter(_eligible, model.modules()):
+            stack.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            model(*call.args, **call.kwargs)
+    return layers

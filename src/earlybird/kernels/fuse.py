@@ -25,12 +25,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from earlybird.calls import Around, around, as_call, tensors_in, undisturbed, unwrapped
+from earlybird.calls import Around, as_call, as_in_training, tensors_in, unwrapped
 from earlybird.kernels.batch_norm import batch_norm, supports
 
 __all__ = ["FusedBatchNorms", "find_relus"]
@@ -50,9 +50,8 @@ def find_relus(model: nn.Module, example_inputs: Any) -> dict[nn.BatchNorm2d, li
     """
     call = as_call(example_inputs)
     handles, readers = [], _Readers()
-    with undisturbed(model), readers:
+    with as_in_training(model), readers:
         for module in model.modules():
-            module.training = not isinstance(module, _BatchNorm)  # which must not see a batch of one
             handles += [
                 module.register_forward_pre_hook(readers.before, with_kwargs=True),
                 module.register_forward_hook(readers.after),
@@ -118,10 +117,12 @@ class _Readers(TorchDispatchMode):
         """Forward hook of every module."""
         if module is self._relu:
             self._relu = None
-            output = self._output(args[0]) if args else None
-            if output is not None and result is args[0]:
+            if (output := self._output(result)) is not None:
                 output.open = False
         elif type(module) is nn.BatchNorm2d and isinstance(result, Tensor):
+            for earlier in self._outputs:
+                if earlier.module is module and not earlier.relus:
+                    earlier.others += 1  # in training, an output that waits would look like one that no ReLU gets
             output = _Output(module, result)
             self._outputs.append(output)
             self._of[id(result)] = output
@@ -163,7 +164,7 @@ class FusedBatchNorms:
         fusable = find_relus(model, example_inputs)
         norms = {name: module for name, module in model.named_modules() if type(module) is nn.BatchNorm2d}
         relus = dict.fromkeys(seer for seers in fusable.values() for seer in seers if type(seer) is nn.ReLU)
-        self._relus: dict[nn.Module, Around] = {relu: around(relu, _pass_on, self) for relu in relus}
+        self._relus: dict[nn.Module, Around] = {relu: _AroundEager(relu, _pass_on, self) for relu in relus}
         self._norms = [_Norm(name, module, fusable.get(module), self) for name, module in norms.items()]
 
     @property
@@ -181,6 +182,13 @@ class FusedBatchNorms:
             own.remove()
 
 
+class _AroundEager(Around):
+    """Dynamo sees the plain ``forward``, which it has kernels of its own for."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs) if torch.compiler.is_compiling() else super().__call__(*args, **kwargs)
+
+
 class _Mark:
     """At a tensor that is clamped as long as it has this version."""
 
@@ -195,11 +203,11 @@ class _Norm:
         self, name: str, module: nn.BatchNorm2d, seers: list[nn.Module] | None, owner: FusedBatchNorms
     ) -> None:
         self.name, self.module, self.seers, self.owner = name, module, seers, owner
-        self.around = around(module, self.run, owner)
+        self.around = _AroundEager(module, self.run, owner)
         self._last: _Mark | None = None
 
-    def run(self, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
-        norm = self.module
+    def run(self, forward: Callable[..., Tensor], input: Tensor) -> Tensor:  # named as that of the module
+        norm, x = self.module, input
         tracks = norm.track_running_stats
         mean, variance = (norm.running_mean, norm.running_var) if tracks else (None, None)
         if not norm.training or not _is_plain(self.around) or not supports(x, norm.weight, norm.bias, mean, variance):
@@ -212,8 +220,10 @@ class _Norm:
         relu = self._does_relu()
         y = batch_norm(x, norm.weight, norm.bias, mean, variance, momentum, norm.eps, relu)
         if relu:
-            self._last = _Mark(y._version)
-            setattr(y, _MARK, self._last)
+            mark = _Mark(y._version)
+            setattr(y, _MARK, mark)
+            if torch._C._current_graph_task_id() == -1:  # what a backward pass computes again may end here
+                self._last = mark
         return y
 
     def _does_relu(self) -> bool:
@@ -236,14 +246,14 @@ class _Norm:
         return True
 
 
-def _pass_on(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+def _pass_on(forward: Callable[..., Tensor], input: Tensor) -> Tensor:
     """Run around a ReLU."""
-    mark: _Mark | None = getattr(x, _MARK, None)
+    mark: _Mark | None = getattr(input, _MARK, None)
     if mark is None:
-        return forward(x)
-    delattr(x, _MARK)
+        return forward(input)
+    delattr(input, _MARK)
     mark.read = True
-    return x if mark.version == x._version else forward(x)
+    return input if mark.version == input._version else forward(input)
 
 
 def _is_plain(own: Around) -> bool:
