@@ -37,6 +37,14 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(kernel, monkeypatc
         assert kernel.__wrapped__() is None
 
 
+@pytest.mark.parametrize("kernel", CACHES)
+def test_a_compiler_that_fails_at_its_own_version_is_no_reason_to_stop(kernel, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    with pytest.warns(UserWarning, match="without their compiled kernel"):
+        assert kernel.__wrapped__() is None
+
+
 @pytest.mark.parametrize(("source", "kernel"), list(zip(SOURCES, CACHES)))
 def test_a_compiled_kernel_is_found_again(source, kernel, monkeypatch):
     from torch.utils import cpp_extension

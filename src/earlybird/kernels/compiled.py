@@ -34,7 +34,7 @@ def load(source: Path, what: str) -> ctypes.CDLL | None:
     """
     try:
         return ctypes.CDLL(str(library(source)))
-    except (OSError, RuntimeError, ImportError) as error:
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
             f"{what} run without their compiled kernel, several times slower ({reason}); it needs a C++ compiler "
