@@ -40,7 +40,7 @@ from earlybird.calls import Hook, as_call, as_in_training, tensors_in
 from earlybird.kernels.eager import is_eager
 from earlybird.kernels.window import Window
 
-__all__ = ["Gain", "SmallMaps", "chosen", "convolve", "gains"]
+__all__ = ["Gain", "SmallMaps", "chosen", "convolve", "gains", "is_overridden"]
 
 BUDGET_BYTES = 64 * 2**20
 """Memory that unfolded images may take at a time."""
@@ -287,6 +287,11 @@ class _Override:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.module, "_conv_forward")
+
+
+def is_overridden(module: nn.Module) -> bool:
+    """Whether a module is one of `SmallMaps`."""
+    return isinstance(vars(module).get("_conv_forward"), _Override)
 
 
 class Gain(NamedTuple):

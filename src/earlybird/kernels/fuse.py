@@ -12,7 +12,8 @@ Which ReLU a batch norm may do itself is what one pass of the model over the exa
 an `nn.ReLU`. Then the batch norm returns numbers that are clamped already, and the ReLU passes on what it gets, as it
 can tell from a mark at the tensor: the same ReLU may be called with other things as well, and does its work on them.
 A model that lets something else read that output in later passes, but not in the one over the example, would compute
-something else; so a batch norm whose output did not get to a ReLU does without from then on, and a warning names it.
+something else. If it does so instead of the ReLU, the batch norm does without from then on, and a warning names it; if
+besides the ReLU, nothing finds it out: such a model must not be given to `FusedBatchNorms`.
 
 Whoever hangs hooks on a batch norm, on its ReLU or on a module around that takes or returns what is between them, or
 wraps their ``forward``, sees what PyTorch would show: as long as the hooks are there, the ReLU is not fused.

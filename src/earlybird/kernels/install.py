@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from earlybird.calls import unwrapped
+from earlybird.calls import arounds, unwrapped
+from earlybird.errors import InputError
 from earlybird.kernels.batch_norm import available
-from earlybird.kernels.convolution import Gain, SmallMaps, chosen, gains
+from earlybird.kernels.convolution import Gain, SmallMaps, chosen, gains, is_overridden
 from earlybird.kernels.fuse import FusedBatchNorms
 
 __all__ = ["Installed", "Kernels", "choose", "install", "use_kernels"]
@@ -69,9 +70,12 @@ class Installed:
     """
 
     def __init__(self, model: nn.Module, kernels: Kernels, example_inputs: Any, timed: tuple[Gain, ...] = ()) -> None:
+        if any(is_overridden(module) or arounds(module, FusedBatchNorms) for module in model.modules()):
+            raise InputError("the model has kernels of ours already", hint="call remove() of what has put them there")
         self.kernels, self.gains = kernels, timed
-        self._maps = SmallMaps(model, weights=kernels.products_for_weights, passes=kernels.products_for_all)
+        # first, since it calls the model, which may fail
         self._norms = FusedBatchNorms(model, example_inputs) if kernels.batch_norms else None
+        self._maps = SmallMaps(model, weights=kernels.products_for_weights, passes=kernels.products_for_all)
 
     def remove(self) -> None:
         """Let the model compute by PyTorch's kernels again."""
@@ -87,7 +91,7 @@ def choose(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torch.flo
     on a machine that has not done so before.
 
     Args:
-        model: On a CPU; on other devices there is nothing to choose. It is called once, and left as it was.
+        model: On a CPU; on other devices there is nothing to choose. It is called once, without a trace.
         example_inputs: What it is called with in training: a whole batch, since times depend on it.
         dtype: In which its layers compute; bfloat16 is that of autocast.
     """
@@ -102,7 +106,7 @@ def choose(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torch.flo
 
 
 def install(model: nn.Module, kernels: Kernels, example_inputs: Any) -> Installed:
-    """Put ``kernels`` under ``model``, which is called with ``example_inputs`` once, and left as it was."""
+    """Put ``kernels`` under ``model``, which may be called with ``example_inputs``, once, and without a trace."""
     return Installed(unwrapped(model), kernels, example_inputs)
 
 
@@ -119,6 +123,9 @@ def use_kernels(model: nn.Module, example_inputs: Any, *, dtype: torch.dtype = t
 
     Returns:
         What is in use, with `Installed.remove`.
+
+    Raises:
+        InputError: The model has them already.
     """
     model = unwrapped(model)
     kernels, timed = choose(model, example_inputs, dtype)
