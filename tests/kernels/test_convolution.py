@@ -69,7 +69,7 @@ def test_bf16_is_as_near_to_the_truth_as_pytorch_is(side: int, passes: bool) -> 
         assert (own - true).abs().mean() <= 1.05 * (other - true).abs().mean()
 
 
-def test_many_images_areunfolded_in_parts(monkeypatch: Any) -> None:
+def test_many_images_are_unfolded_in_parts(monkeypatch: Any) -> None:
     torch.manual_seed(0)
     x = torch.randn(7, 3, 4, 4).contiguous(memory_format=CL).requires_grad_()
     weight, gradient = torch.randn(5, 3, 3, 3, requires_grad=True), torch.randn(7, 5, 4, 4)
