@@ -11,7 +11,7 @@ from torch import nn
 
 from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.cost.count import count
-from earlybird.errors import InputError
+from earlybird.errors import DataError, InputError
 from earlybird.forecast import Forecast, forecast
 from earlybird.models import build
 from earlybird.stretches import Plan, Stretch, after
@@ -167,3 +167,8 @@ def test_data_that_is_in_no_catalogue_is_loaded_for_its_extent(tmp_path: Path) -
     assert run.bill.phases["evaluate"].images.value == 16
     with pytest.raises(InputError, match="lower batch_size"):
         on_paper(data=str(tmp_path / "own.npz"), model="small_cnn", batch_size=50, dense=True)
+
+
+def test_more_training_images_than_there_are_is_the_same_error_as_in_a_run() -> None:
+    with pytest.raises(DataError, match="fewer than 60001"):
+        forecast(Recipe.from_values({"data": "cifar10", "train_images": 60_001}))

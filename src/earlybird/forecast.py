@@ -28,7 +28,7 @@ from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.cost.bill import Bill
 from earlybird.cost.count import ModelCost, count
 from earlybird.cost.energy import FPGA, joules
-from earlybird.errors import InputError
+from earlybird.errors import DataError, InputError
 from earlybird.ledger import PhaseRecord, Route, Work
 from earlybird.methods import METHODS
 from earlybird.models import build
@@ -256,7 +256,7 @@ def _extent(recipe: Recipe) -> tuple[int, int, int, tuple[int, int, int]]:
         channels, height, width = info.shape
         side = recipe.image_size or height
         if (recipe.train_images or 0) > info.train_images:
-            raise InputError(f"{recipe.data} has {info.train_images} training images, not {recipe.train_images}")
+            raise DataError(f"{recipe.data} has {info.train_images} training images, fewer than {recipe.train_images}")
         return (
             recipe.train_images or info.train_images,
             info.test_images,

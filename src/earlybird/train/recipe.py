@@ -38,7 +38,7 @@ class Recipe(BaseModel):
     width: float = Field(1.0, gt=0, le=64, description="factor on the channels of a zoo model")
     data: str = Field("digits", min_length=1, description="digits, mnist, fashion-mnist, cifar10, a folder or an .npz")
     train_images: int | None = Field(
-        None, ge=1, description="train on a random choice of so many training images, classes in their shares; default: all"
+        None, ge=1, description="train on a random choice of so many images, classes in their shares; default: all"
     )
     image_size: int | None = Field(None, ge=4, le=4096, description="side to which images are resized, in pixels")
     crop: int = Field(0, ge=0, description="random crop after padding by this many pixels")
