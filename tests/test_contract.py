@@ -245,3 +245,11 @@ class TestComposition:
 
     def test_together_they_resume_to_the_bit(self, names):
         check_resumes_to_the_bit(names[::-1] if names in LATE else names, 8)
+
+
+@pytest.mark.parametrize("names", [("early_bird",), *MANY], ids="-".join)
+@pytest.mark.parametrize("stop", [4, 6, 8])
+def test_a_ticket_that_is_drawn_in_stages_composes_and_resumes_to_the_bit_between_them(names, stop, monkeypatch):
+    nothing, acting = SETTINGS["early_bird"]
+    monkeypatch.setitem(SETTINGS, "early_bird", (nothing, {**acting, "stages": (0.75,), "tolerance": 0.0}))
+    check_resumes_to_the_bit(names, stop)  # cuts at steps 5 and 8

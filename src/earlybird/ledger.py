@@ -22,6 +22,7 @@ a phase are exact and those of a single step are the host's. Cost: some 5 us per
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -301,6 +302,7 @@ class Ledger:
         self._altered = False  # layers compute otherwise than a dense run's, or not on all samples
         self._warm_up = (0.0, 0, 0)  # seconds, steps and training samples of the first steps of the loop
         self._evaluation_begin = (0.0, 0)  # seconds and samples of 'evaluate' when the clock came there
+        self._dense_search: PhaseRecord | None = None  # the search as far as the model was whole
         self._dense_evaluation: float | None = None  # seconds a sample in the fastest evaluation before the shrink
         self._model: nn.Module | None = None  # without the wrappers of DDP and torch.compile
         self._sample: Any = None
@@ -511,6 +513,9 @@ class Ledger:
         self._settle()
         self._price()
         self._shrunk = True
+        search = self._records.get("search")
+        if self._dense_search is None and search is not None and search.train_images:
+            self._dense_search = copy.deepcopy(search)
         self._costs.clear()
         model = self._model if model is None else model
         inputs = self._sample if example_inputs is None else example_inputs
@@ -702,6 +707,7 @@ class Ledger:
             "dense_cost": None if self.dense_cost is None else self.dense_cost.to_json(),
             "differs": [self._shrunk, self._resized, self._altered],
             "warm_up": list(self._warm_up),
+            "dense_search": None if self._dense_search is None else self._dense_search.to_json(),
             "dense_evaluation": self._dense_evaluation,
             "uncounted": self._uncounted,
         }
@@ -722,6 +728,7 @@ class Ledger:
         self._shrunk, self._resized, self._altered = state["differs"]
         seconds, steps, images = state["warm_up"]
         self._warm_up = (seconds, steps, images)
+        self._dense_search = None if state["dense_search"] is None else PhaseRecord.from_json(state["dense_search"])
         self._dense_evaluation = state["dense_evaluation"]
         self._uncounted = state["uncounted"]
 
@@ -810,6 +817,8 @@ class Ledger:
         search, train = self._records.get("search"), self._records.get("train")
         if self._altered:
             return None, ""  # steps with gates or rounding are neither as fast nor as slow as dense ones
+        if self._dense_search is not None:
+            return self._dense_search, "the search phase's own"
         if search is not None and search.train_images:
             return search, "the search phase's own"
         if train is not None and train.train_images and not self._shrunk and not self._resized:

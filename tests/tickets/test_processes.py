@@ -223,6 +223,21 @@ def a_ddp_run_goes_on_from_its_state(rank, reference):
         assert torch.equal(numbers(again, its_optimizer), numbers(model, optimizer))
 
 
+def both_ways_of_processes_cut_in_stages(rank, reference):
+    for wrap in (DistributedDataParallel, shard):
+        model = wrap(make("residual"))
+        optimizer = sgd(model)
+        search = attach(model, optimizer, stages=(0.75,))
+        loss = train(model, optimizer, rank)
+        assert search.drawn
+        assert [search.tickets[share].provenance["step"] for share in (0.75, 0.5)] == [4, 6]
+        assert_agreed(model, optimizer)
+        _, its, _ = reference["in stages"]
+        assert search.tickets == its.tickets
+        assert_like(getattr(model, "module", model), loss, reference["in stages"])
+        search.detach()
+
+
 def residual():
     return make("residual")
 
@@ -430,6 +445,7 @@ TWO = (
     ddp_searches_for_heads_and_neurons,
     gradients_reduced_by_hand,
     a_ddp_run_goes_on_from_its_state,
+    both_ways_of_processes_cut_in_stages,
     fsdp_equals_one_process,
     fsdp_with_other_scores_and_settings,
     an_fsdp_run_goes_on_from_its_state,
@@ -448,6 +464,7 @@ def work(rank, folder):
     reference = {(world, sgd): alone(world, sgd) for world in ((2, 4) if rank < 2 else (4,))}
     if rank < 2:
         reference[2, adamw] = alone(2, adamw)
+        reference["in stages"] = alone(2, sgd, stages=(0.75,))
     for world, scenario in SCENARIOS:
         if rank >= world:
             continue

@@ -13,6 +13,7 @@ from earlybird import export
 from earlybird.forecast import forecast
 from earlybird.methods import METHODS
 from earlybird.report import write
+from earlybird.tickets.ticket import Ticket
 from earlybird.train.recipe import Recipe
 from earlybird.train.run import resume, train
 
@@ -85,6 +86,47 @@ def test_the_trained_network_is_taken_out_of_the_run(name: str, tmp_path: Path) 
     with torch.no_grad():
         assert torch.equal(network(images), again(images))
     assert all(sentence.endswith(".") for sentence in export.caveats(tmp_path / "run"))
+
+
+def test_a_ticket_in_stages(tmp_path: Path) -> None:
+    staged = recipe("early_bird", stages=[0.8], tolerance=0.0, deadline="16it", checkpoint_every="2it", epochs=1)
+    told: list[tuple[int, str]] = []
+
+    def on_event(kind: str, fields: Any) -> None:
+        if kind == "drawn":
+            told.append((fields["step"], fields.get("ticket", "")))
+
+    whole = train(staged, tmp_path / "whole", quiet=True, on_event=on_event)
+    assert told == [(10, ""), (16, "drawn at step 16")]
+    assert whole.drawn_at == 16
+    assert whole.bill.phases["search"].steps.value == 16
+    with pytest.raises(Cut):
+        train(staged, tmp_path / "cut", quiet=True, on_event=cut_at(13))
+    between = Ticket.load(tmp_path / "cut" / "ticket.safetensors")
+    assert between.provenance["keep"] == 0.8
+    again = resume(tmp_path / "cut", quiet=True)
+    assert again.resumed
+    for file in ("model.safetensors", "ticket.safetensors", "history.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
+    changes = [json.loads((tmp_path / name / "change.json").read_text()) for name in ("whole", "cut")]
+    assert [{**change, "seconds": 0} for change in changes[:1]] == [{**change, "seconds": 0} for change in changes[1:]]
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    network = export.load(tmp_path / "whole")
+    assert sum(parameter.numel() for parameter in network.parameters()) == whole.parameters
+    assert torch.isfinite(network(images)).all()
+    html = write([tmp_path / "whole"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "drawn at step 16 by the deadline" in html
+
+
+def test_a_run_that_ends_between_stages_says_so_and_is_exported_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    staged = recipe("early_bird", stages=[0.8], tolerance=1.0, deadline="none", look_every="6it", epochs=1)
+    result = train(staged, tmp_path / "run", quiet=True)
+    assert result.drawn_at == 18
+    assert "ended before its last cut; what is left is that of step 18" in capsys.readouterr().err
+    parameters = sum(parameter.numel() for parameter in export.load(tmp_path / "run").parameters())
+    assert parameters == result.parameters
 
 
 @pytest.mark.parametrize(

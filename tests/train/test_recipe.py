@@ -79,11 +79,12 @@ def test_any_valid_values_survive_the_file(
 def test_text_is_read_like_a_flag_and_values_like_values() -> None:
     as_text = Recipe.from_values(
         {"epochs": "7", "lr": "0.3", "flip": "true", "channels_last": "auto", "keep": "0.4", "threads": "2",
-         "look_every": "0.5ep", "deadline": "none", "model": "vgg16", "evaluate_every": "20it"}
+         "look_every": "0.5ep", "deadline": "none", "model": "vgg16", "evaluate_every": "20it", "stages": "0.8,0.6"}
     )  # fmt: skip
     as_values = Recipe.from_values(
         {"epochs": 7, "lr": 0.3, "flip": True, "channels_last": "auto", "keep": 0.4, "threads": 2,
-         "look_every": Step.parse("0.5ep"), "deadline": None, "model": "vgg16", "evaluate_every": Step.parse("20it")}
+         "look_every": Step.parse("0.5ep"), "deadline": None, "model": "vgg16", "evaluate_every": Step.parse("20it"),
+         "stages": (0.8, 0.6)}
     )  # fmt: skip
     assert as_text == as_values
     assert Recipe.from_values({"channels_last": "true"}).channels_last is True
@@ -125,6 +126,7 @@ def test_unknown_key_offers_the_nearest_name(key: str, near: str, tmp_path: Path
         'lr_warmup = "1 epoch"', "milestones = ['1ep']", "clip_norm = 0", "width = 0", 'preset = "fastest"',
         'method = "late_bird"', "tolerance = -0.1", "exact = true\nprecision = 'bf16'", "nesterov = true\nmomentum = 0",
         "schedule = 'step'", "= 3", 'model = ""', "devices = 0", "keep = []", "score = 'weight'", "milestones = '1ep'",
+        "stages = 0.7", "stages = [0.3]",
     ],
 )  # fmt: skip
 def test_wrong_type_or_range_is_one_line_that_names_the_key(line: str, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         **SMALL, "checkpoint_every": "3it", "exact": False, "tune": False, "precision": "bf16", "channels_last": True,
         "optimizer": "adamw", "nesterov": False, "accumulate": 2, "batch_size": 32, "refit": "least_squares",
     },
+    "stages": {**SMALL, "stages": [0.8], "tolerance": 0.0, "checkpoint_every": "3it", "ema": 0.9},
     "published": {**SMALL, "preset": "published", "deadline": "1ep", "checkpoint_every": "4it"},
     "muon": {
         **SMALL, "checkpoint_every": "4it", "model": "speedrun", "width": 0.25, "optimizer": "muon", "ema": 0.9,
@@ -100,6 +101,10 @@ KILLS: list[tuple[str, list[Any]]] = [
     ("adamw-bf16", ["before", 2]),
     ("adamw-bf16", ["cut", 5]),
     ("adamw-bf16", ["after", 5]),
+    ("stages", ["before", 12]),
+    ("stages", ["before", 4]),
+    ("stages", ["cut", 5]),
+    ("stages", ["after", 4]),
     ("published", ["before", 1]),
     ("published", ["cut", 2]),
     ("published", ["after", 11]),

@@ -25,7 +25,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -87,15 +86,14 @@ class BlockFloat:
     def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
         """Return the stretches of a run in block floating point, for `earlybird.forecast`.
 
-        It ends with the first stretch of another network: when a ticket is drawn.
+        It ends with the first stretch of the network that is trained to the end: when a ticket is drawn.
         """
         total = round(sum(stretch.steps for stretch in stretches))
         until = float(total)
         if self.block_until is not None:
             until = self.block_until.in_iterations(round(plan.steps_per_epoch * total / plan.total_steps), total)
         else:
-            whole = takewhile(lambda stretch: stretch.model is stretches[0].model, stretches)
-            until = sum(stretch.steps for stretch in whole)
+            until = sum(stretch.steps for stretch in stretches if stretch.model is not stretches[-1].model) or until
         bits = self.block_bits
         own = Arithmetic(activation=bits, weight=bits, gradient=bits, whole=PASSES)
 

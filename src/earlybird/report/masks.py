@@ -19,9 +19,7 @@ def distance_section(runs: Sequence[RunRecord], figures: dict[str, charts.Figure
     shown = []
     for index, run in enumerate(looked[:MATRICES]):
         steps, matrix = run.history["steps"], run.history["matrix"]
-        entries = {
-            entry["step"]: entry for entry in run.history.get("history", []) if entry["keep"] == _first_keep(run)
-        }
+        entries = {entry["step"]: entry for entry in run.history.get("history", []) if entry["keep"] in _targets(run)}
         epochs = [float(entries[step]["epoch"]) for step in steps if entries.get(step, {}).get("epoch") is not None]
         unit = "epoch" if len(epochs) == len(steps) else "step"
         places = epochs if unit == "epoch" else [float(step) for step in steps]
@@ -46,9 +44,10 @@ def distance_section(runs: Sequence[RunRecord], figures: dict[str, charts.Figure
     return {"distances": shown, "distances_left_out": f"Not shown: {', '.join(left)}." if left else ""}
 
 
-def _first_keep(run: RunRecord) -> Any:
+def _targets(run: RunRecord) -> list[Any]:
+    """Return the shares that the run cuts to, one after another."""
     keep = run.recipe.get("keep")
-    return keep[0] if isinstance(keep, list) else keep
+    return [*run.recipe.get("stages", []), keep[0] if isinstance(keep, list) else keep]
 
 
 def _window(run: RunRecord, steps: Sequence[int]) -> tuple[int, int] | None:

@@ -9,9 +9,9 @@ values. What cannot be followed makes a group that stays whole and says why; the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -87,6 +87,34 @@ class Group:
     def macs_per_channel(self) -> float:
         """Forward MACs for one sample that one channel costs in all layers that write or read it."""
         return sum(macs * self.covers.get(name, 1.0) for name, macs in self.macs_of.items()) / self.size
+
+
+def groups_to_state(groups: Iterable[Group]) -> list[dict[str, Any]]:
+    """Return groups as nested dicts and lists of tensors, numbers and text."""
+    return [
+        {
+            **asdict(group),
+            "members": [asdict(member) for member in group.members],
+            "producers": list(group.producers),
+            "blocks": list(group.blocks),
+        }
+        for group in groups
+    ]
+
+
+def groups_from_state(state: Iterable[Mapping[str, Any]]) -> list[Group]:
+    """Rebuild what `groups_to_state` was given."""
+    return [
+        Group(
+            **{
+                **group,
+                "members": tuple(Member(**member) for member in group["members"]),
+                "producers": tuple(group["producers"]),
+                "blocks": tuple(group["blocks"]),
+            }
+        )
+        for group in state
+    ]
 
 
 def find_groups(model: nn.Module, example_inputs: Any) -> list[Group]:

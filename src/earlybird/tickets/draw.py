@@ -37,6 +37,8 @@ from earlybird.tickets.units import Units, find_units, score_units
 
 Coupled = Literal["whole", "group"]
 Scope = Literal["network", "layer"]
+# The score of a channel that is gone already: below all others, none of which is negative.
+ABSENT = -1.0
 # With a bound on MACs, no layer keeps less than this share of `keep`.
 _FLOOR = 0.5
 
@@ -281,7 +283,10 @@ def _is_free(group: Group, scores: Mapping[str, Tensor], coupled: Coupled) -> bo
 
 
 def shuffle(
-    masks: Mapping[str, Tensor], groups: list[Group], generator: torch.Generator
+    masks: Mapping[str, Tensor],
+    groups: list[Group],
+    generator: torch.Generator,
+    among: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Replace a ticket's channels by as many random ones in each coupled group: the control experiment for a score.
 
@@ -291,6 +296,7 @@ def shuffle(
         masks: Layer name to mask ``(channels,)``, as `draw_coupled` returns them.
         groups: From `earlybird.tickets.coupling.find_groups`.
         generator: On the CPU.
+        among: Masks like them, of the channels that there are to choose among; by default all.
 
     Returns:
         The new masks, and the random scores they rank by, both by layer name.
@@ -301,6 +307,8 @@ def shuffle(
         members = _scored(group, masks)
         whole = _over_group(masks, group)
         score = torch.rand(group.size, generator=generator)
+        if among is not None:
+            score[~_over_group(among, group)] = ABSENT
         chosen = torch.zeros_like(whole)
         chosen[score.argsort(descending=True)[: int(whole.sum())]] = True
         chosen = _balanced(chosen, score, group)

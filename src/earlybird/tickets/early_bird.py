@@ -12,6 +12,10 @@ What it saves: seconds, MACs, bytes and energy of every step after the draw, and
 real. It does *not* pay when training ends soon after the draw, when layers are already so narrow that the device is
 idle, or when ``keep`` is so large that little goes.
 
+With ``stages`` that is repeated: the network is cut to the first share of its channels, searched again with new masks
+and new scores, cut to the next share, and at last to ``keep``. Shares and masks are over the channels of the dense
+network, so that the ticket is one cut of it, however many it took.
+
 N counts the channels that are ranked: those that residual sums keep whole could never differ.
 
 Deviations of the default, each with the published behaviour under ``EarlyBird(**EarlyBird.PRESETS['published'])``:
@@ -36,6 +40,8 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -65,17 +71,25 @@ class EarlyBird:
         0.5,
         "Share of the channels that stay, in (0, 1]; of several, the first one is trained, the others are only drawn.",
     )
+    stages: tuple[float, ...] = option(
+        (),
+        "Shares of the channels to cut to on the way to keep, falling, such as 0.75; after each cut, what is left is "
+        "searched anew.",
+    )
     score: Literal["taylor", "bn_scale", "magnitude"] = option("taylor", "What a channel is worth.")
     score_memory: float = option(0.998, "Decay a step of the running mean of Taylor scores, in [0, 1).")
     macs_share: float | None = option(
-        None, "Upper bound on the ticket's MACs as a share of dense; the ranking then knows what a channel costs."
+        None,
+        "Upper bound on the ticket's MACs as a share of dense; the ranking then knows what a channel costs. Stages are "
+        "not bound.",
     )
     look_every: Step = option(Step.parse("0.125ep"), "How often a mask is drawn and compared.")
     skip: Step = option(Step.parse("0.25ep"), "Warm-up: looks before this point are left out.")
     window: int = option(3, "How many masks must agree, the newest included.")
     tolerance: float = option(0.1, "Largest mask distance that counts as agreement, 0 to 1.")
     deadline: Step | None = option(
-        Step.parse("1ep"), "When to draw the best ticket so far, agreed or not; 'none' waits."
+        Step.parse("1ep"),
+        "When to draw the best ticket so far, agreed or not; 'none' waits. Stages share the time from skip on equally.",
     )
     sparsity: float = option(0.0, "L1 subgradient added to batch-norm scales during the search.")
     sparsity_after: bool = option(False, "Keep the L1 term on after the draw.")
@@ -110,6 +124,7 @@ class EarlyBird:
         if len(set(ratios)) != len(ratios):
             raise InputError(f"keep names a ratio twice: {self.keep!r}")
         object.__setattr__(self, "keep", ratios if several else ratios[0])
+        self._check_stages()
         if str(self.deadline) == "none":
             object.__setattr__(self, "deadline", None)
         for name in ("look_every", "skip", "deadline"):
@@ -143,6 +158,26 @@ class EarlyBird:
         if self.macs_share is not None:
             object.__setattr__(self, "macs_share", check_share("macs_share", self.macs_share))
 
+    def _check_stages(self) -> None:
+        if not isinstance(self.stages, (tuple, list)):
+            raise InputError(f"stages is {self.stages!r}", needed="several shares, such as (0.75,)")
+        object.__setattr__(self, "stages", tuple(check_share("stages", share) for share in self.stages))
+        falling = (1.0, *self.targets)
+        if self.stages and any(later >= earlier for earlier, later in pairwise(falling)):
+            raise InputError(
+                f"stages is {self.stages!r}", needed=f"falling shares, below 1 and above keep ({self.ratios[0]:g})"
+            )
+        if self.stages and len(self.ratios) > 1:
+            raise InputError(
+                f"stages on the way to several ratios, keep={self.keep!r}: what the first cut removes, none can keep",
+                hint="name one ratio, or leave stages out",
+            )
+        if self.stages and self.weights == "reinitialise":
+            raise InputError(
+                "stages with weights='reinitialise': each cut would throw away what the next search has to rank",
+                hint="use weights='continue', or leave stages out",
+            )
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> EarlyBird:
         """Return the preset called ``name`` (see ``PRESETS``), with ``changes`` on top."""
@@ -155,30 +190,61 @@ class EarlyBird:
         """All keep ratios that are watched; the first one is trained."""
         return self.keep if isinstance(self.keep, tuple) else (self.keep,)
 
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The shares of the channels that the network is cut to, one after another; the last one is trained."""
+        return (*self.stages, self.ratios[0])
+
+    def deadlines(self, steps_per_epoch: int | None, total_steps: int | None) -> list[int] | None:
+        """Return the optimizer steps at which each of `targets` is cut to at the latest, or None without a deadline.
+
+        The last one is the deadline itself; the time before it, without the warm-up (``skip``), is shared equally.
+
+        Raises:
+            InputError: There is not a step for each.
+        """
+        if self.deadline is None:
+            return None
+        count = len(self.targets)
+        last = max(self.deadline.in_iterations(steps_per_epoch, total_steps), 1)
+        first = min(self.skip.in_iterations(steps_per_epoch, total_steps), last)
+        if count > 1 and last - first < count:
+            raise InputError(
+                f"{count} cuts between step {first} (skip) and step {last} (deadline)",
+                needed="at least one step for each",
+                hint="raise deadline, lower skip, or name fewer stages",
+            )
+        return [first + (last - first) * number // count for number in range(1, count + 1)]
+
     def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
         """Return the stretches of a run that shrinks, for `earlybird.forecast`.
 
-        The ticket is drawn at the deadline (without one, at the end of the first full window) and keeps the same share
-        of each layer's channels, since the scores of a network that was not trained rank nothing.
+        A ticket is drawn at its deadline (without one, at the end of a full window) and keeps the same share of each
+        layer's channels, since the scores of a network that was not trained rank nothing.
         """
         total = round(sum(stretch.steps for stretch in stretches))
         per_epoch = round(plan.steps_per_epoch * total / plan.total_steps)
-        drawn = self.deadline.in_iterations(per_epoch, total) if self.deadline is not None else 0
-        full = self.skip.in_iterations(per_epoch, total) + self.window * self.look_every.in_iterations(per_epoch, total)
-        small: dict[int, nn.Module] = {}
+        full = self.window * self.look_every.in_iterations(per_epoch, total)
+        skip = self.skip.in_iterations(per_epoch, total)
+        draws = self.deadlines(per_epoch, total) or [skip + full * (at + 1) for at in range(len(self.targets))]
+        whole: dict[int, nn.Module] = {}  # by a shrunk model, the dense one that it was
+        small: dict[tuple[int, float], nn.Module] = {}
 
-        def shrunk(stretch: Stretch) -> Stretch:
-            if id(stretch.model) not in small:
-                model, images = copy.deepcopy(stretch.model), plan.images()
+        def shrunk(stretch: Stretch, keep: float) -> Stretch:
+            dense = whole.get(id(stretch.model), stretch.model)
+            if (id(dense), keep) not in small:
+                model, images = copy.deepcopy(dense), plan.images()
                 ticket = draw(
-                    model, self.ratios[0], score="magnitude", example_inputs=images, coupled=self.coupled,
-                    scope="layer", macs_share=self.macs_share,
+                    model, keep, score="magnitude", example_inputs=images, coupled=self.coupled, scope="layer",
+                    macs_share=self.macs_share if keep == self.ratios[0] else None,
                 )  # fmt: skip
                 shrink(model, ticket, images, round_to=self.round_to or 8)
-                small[id(stretch.model)] = model
-            return replace(stretch, model=small[id(stretch.model)])
+                small[id(dense), keep], whole[id(model)] = model, dense
+            return replace(stretch, model=small[id(dense), keep])
 
-        return after(stretches, drawn or full, shrunk)
+        for keep, step in zip(self.targets, draws):
+            stretches = after(stretches, step, partial(shrunk, keep=keep))
+        return stretches
 
     def attach(
         self,

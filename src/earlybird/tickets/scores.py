@@ -93,7 +93,11 @@ class TaylorMean:
 
     def __init__(self, norms: Mapping[str, BatchNorm], memory: float) -> None:
         self._norms, self._memory = dict(norms), memory
-        self._means = {name: torch.zeros_like(norm.weight, dtype=torch.float32) for name, norm in norms.items()}
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, with layers as wide as they are now."""
+        self._means = {n: torch.zeros_like(norm.weight, dtype=torch.float32) for n, norm in self._norms.items()}
 
     @torch.no_grad()
     def move(self, scale: Tensor | None = None) -> None:

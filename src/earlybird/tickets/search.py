@@ -36,8 +36,8 @@ from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count
 from earlybird.sharded import gathered, is_sharded, local
 from earlybird.step import Step
-from earlybird.tickets.coupling import Group, find_groups
-from earlybird.tickets.draw import draw_coupled, ranked, shuffle
+from earlybird.tickets.coupling import Group, find_groups, groups_from_state, groups_to_state
+from earlybird.tickets.draw import ABSENT, draw_coupled, ranked, shuffle
 from earlybird.tickets.layers import fitting_multiple, width
 from earlybird.tickets.refit import dense_outputs, estimate_batch_norms, least_squares, share_statistics
 from earlybird.tickets.scores import TaylorMean, batch_norms, score_channels
@@ -53,13 +53,13 @@ class Search:
 
     Attributes:
         settings: The hyper-parameters.
-        drawn: Whether the ticket has been drawn and the model shrunk.
-        ticket: The drawn ticket, or None.
-        tickets: Keep ratio to ticket, for every ratio that has been drawn.
-        change: What the shrink changed, or None.
-        drawn_at: Optimizer step after which the ticket was drawn, or None.
+        drawn: Whether the ticket has been drawn and the model shrunk; with stages, the last one.
+        ticket: The drawn ticket, over the units of the dense model, or None; with stages, the newest.
+        tickets: Keep ratio to ticket, for every ratio (and stage) that has been drawn.
+        change: What the shrink changed, or None; with stages, all of them together.
+        drawn_at: Optimizer step after which the ticket was drawn, or None; with stages, the newest.
         history: One entry a look and ratio: ``{'step', 'epoch', 'keep', 'distances', 'kept'}``; ``distances`` are
-            those of the newest mask to the others in the window, 0 to 1.
+            those of the newest mask to the others in the window, 0 to 1. ``keep`` of a stage is its share.
     """
 
     def __init__(
@@ -93,12 +93,13 @@ class Search:
         check_count("total_steps", total_steps, "epochs * len(loader)")
         self._look_every = max(settings.look_every.in_iterations(steps_per_epoch, total_steps), 1)
         self._skip = settings.skip.in_iterations(steps_per_epoch, total_steps)
-        deadline = settings.deadline
-        self._deadline = None if deadline is None else max(deadline.in_iterations(steps_per_epoch, total_steps), 1)
+        self._deadlines = settings.deadlines(steps_per_epoch, total_steps)
         self._steps = 0
-        self._masks: dict[float, list[Tensor]] = {ratio: [] for ratio in settings.ratios}
+        self._cuts = 0  # of the settings' targets, those that the model has been cut to
+        # over the channels of the dense model, like all masks here
+        self._masks: dict[float, list[Tensor]] = {ratio: [] for ratio in (*settings.stages, *settings.ratios)}
         self._looked_at: list[int] = []
-        self._groups: list[Group] | None = None
+        self._groups: list[Group] | None = None  # of the dense model
         self._ranked: Tensor | None = None  # which of all channels may go: distances are over these
         self._last_call: Call | None = None
         self._sample: Call | None = None  # one of its rows, for those who resume
@@ -136,8 +137,14 @@ class Search:
 
     @property
     def drawn(self) -> bool:
-        """Whether the ticket has been drawn and the model shrunk."""
-        return self.ticket is not None
+        """Whether the ticket has been drawn and the model shrunk; with stages, the last one."""
+        return self._cuts == len(self.settings.targets)
+
+    @property
+    def _watched(self) -> tuple[float, ...]:
+        """The ratios that a look draws masks for; the first one is cut to next, or was at last."""
+        stages = self.settings.stages
+        return (stages[self._cuts],) if self._cuts < len(stages) else self.settings.ratios
 
     def bill(self) -> Any:
         """Return what was spent so far, as a `Bill`."""
@@ -148,18 +155,26 @@ class Search:
         if self.drawn:
             return {"ticket": f"drawn at step {self.drawn_at}"}
         distances: list[float] = next(
-            (entry["distances"] for entry in reversed(self.history) if entry["keep"] == self.settings.ratios[0]), []
+            (entry["distances"] for entry in reversed(self.history) if entry["keep"] == self._watched[0]), []
         )
         return {"distance": max(distances)} if distances else {}
 
     def distance_matrix(self, keep: float | None = None) -> tuple[list[int], Tensor]:
-        """Return the distances of all looks to all looks: steps, and a matrix of shape (looks, looks), 0 to 1."""
-        masks = self._masks[self.settings.ratios[0] if keep is None else keep]
+        """Return the distances of all looks to all looks: steps, and a matrix of shape (looks, looks), 0 to 1.
+
+        They are over the channels that might have gone at the earlier of two looks: after a stage, there are fewer.
+
+        Args:
+            keep: One ratio, or one stage; by default the ratio that is trained, with all stages on the way to it.
+        """
+        ratios = self.settings.targets if keep is None else (keep,)
+        masks = [mask for ratio in ratios for mask in self._masks[ratio]]
         if not masks:
             return [], torch.zeros(0, 0)
         stacked = torch.stack(masks).float()
-        total = stacked.shape[1] if self._ranked is None else int(self._ranked.sum())
-        return list(self._looked_at), torch.cdist(stacked, stacked, p=1) / max(total, 1)
+        totals = torch.tensor([max(int(self._free(r).sum()), 1) for r in ratios for _ in self._masks[r]])
+        steps = [entry["step"] for entry in self.history if entry["keep"] in ratios]
+        return steps, torch.cdist(stacked, stacked, p=1) / torch.maximum(totals[:, None], totals)
 
     def detach(self) -> None:
         """Take all hooks off model and optimizer and stop the own ledger's clock; the run goes on as it is."""
@@ -190,6 +205,7 @@ class Search:
             "steps": self._steps,
             "drawn_at": self.drawn_at,
             "score": self.settings.score,
+            "stages": list(self.settings.stages),
             "sizes": dict(self._sizes),
             "history": [dict(entry) for entry in self.history],
             "looked_at": list(self._looked_at),
@@ -197,6 +213,7 @@ class Search:
             "masks": {str(ratio): torch.stack(masks) for ratio, masks in self._masks.items() if masks},
             "taylor": {} if self._taylor is None else self._taylor.state_dict(),
             "change": None if self.change is None else self.change.to_json(),
+            "groups": groups_to_state(self._groups or ()) if self._cuts else [],  # a model that was cut has others
             "example": self._saved_example(),
             "ledger": self._ledger.state_dict() if self._own_ledger else {},
             "tickets": {
@@ -217,17 +234,23 @@ class Search:
             InputError: The state belongs to another model or other keep ratios, or is from before the draw and the
                 model is shrunk already. Nothing was changed.
         """
-        if {float(ratio) for ratio in state["masks"]} - set(self.settings.ratios):
+        if state["stages"] != list(self.settings.stages):
+            raise InputError(f"the saved search has stages={state['stages']}", needed=f"{list(self.settings.stages)}")
+        if {float(ratio) for ratio in state["masks"]} - set(self._masks):
             raise InputError(
                 f"the saved search watched keep={list(state['masks'])}", needed=f"keep={self.settings.keep}"
             )
         if state["score"] != self.settings.score:
             raise InputError(f"the saved search has score '{state['score']}'", needed=f"'{self.settings.score}'")
-        if self.drawn and state["change"] is None:
+        drawn = _drawn(self.settings, state)
+        if self._cuts > len(drawn):
             raise _from_before(state)
         example = None if state["example"] is None else call_from_state(state["example"], self._device())
         inputs = next((x for x in (self._example_inputs, self._last_call, self._sample) if x is not None), example)
         cut = cut_as_saved(self._model, self.settings, state, inputs, self._optimizers, self._averaged)
+        cuts = len(drawn) - self._cuts
+        if cuts and self._taylor is not None:
+            self._taylor.reset()  # it was made for a model that was whole
         if state["taylor"] and (self._taylor is None or not self._taylor.fits(state["taylor"])):
             raise _another_model()
         self._sizes = {name: int(size) for name, size in state["sizes"].items()}
@@ -235,24 +258,23 @@ class Search:
         self._steps = int(state["steps"])
         self.history = [dict(entry) for entry in state["history"]]
         self._looked_at = [int(step) for step in state["looked_at"]]
-        if state["ranked"]:
+        if state["looked_at"]:
             self._ranked = torch.zeros(sum(self._sizes.values()), dtype=torch.bool)
             self._ranked[state["ranked"]] = True
-        self._masks = {
-            ratio: list(state["masks"].get(str(ratio), torch.zeros(0, 0)).bool()) for ratio in self.settings.ratios
-        }
-        if self._taylor is not None:
-            self._taylor.load_state_dict(state["taylor"])
+        self._masks = {ratio: list(state["masks"].get(str(ratio), torch.zeros(0, 0)).bool()) for ratio in self._masks}
         self.tickets = {float(ratio): _saved_ticket(state, ratio) for ratio in state["tickets"]}
-        if state["change"] is not None and not self.drawn:
+        if drawn and not self.drawn:
             self.drawn_at = int(state["drawn_at"])
             self.change = Change.from_json(state["change"])
-            self._finish(self.tickets[self.settings.ratios[0]])
+            self._groups = groups_from_state(state["groups"])
+            self._finish(self.tickets[drawn[-1]], cuts)
             if cut:
                 self._refresh_wrapper(self.change)
             self._recount()
-            if self._ledger.phase == "search":
+            if len(drawn) == len(self.settings.targets) and self._ledger.phase == "search":
                 self._ledger.enter("train")
+        if self._taylor is not None:
+            self._taylor.load_state_dict(state["taylor"])
         if state["ledger"] and self._own_ledger:
             self._ledger.load_state_dict(state["ledger"])
 
@@ -323,11 +345,11 @@ class Search:
             return
         if self._steps >= max(self._skip, 1) and self._steps % self._look_every == 0:
             self._look()
-        if not self.drawn and self._deadline is not None and self._steps >= self._deadline:
+        if not self.drawn and self._deadlines is not None and self._steps >= self._deadlines[self._cuts]:
             self._draw_at_deadline()
 
     def _look(self) -> None:
-        """Draw one mask a ratio and compare it with the last ones; draw the ticket when they agree."""
+        """Draw one mask a ratio and compare it with the last ones of its kind; draw the ticket when they agree."""
         if self._wrapper is not None:
             data_parallel.check(self._wrapper)
         scores = ranks.share(self._scores_now())
@@ -352,11 +374,13 @@ class Search:
         if self._ranked is None:
             masks = ranked(self._sizes, self._groups, coupled=self.settings.coupled)
             self._ranked = torch.cat(list(masks.values()))
-        drawn = {ratio: torch.cat(list(self._draw_masks(scores, ratio).values())) for ratio in self.settings.ratios}
+        watched, scores = self._watched, self._of_dense(scores)
+        drawn = {ratio: torch.cat(list(self._draw_masks(scores, ratio).values())) for ratio in watched}
         self._looked_at.append(self._steps)
         for ratio, flat in drawn.items():
+            free = self._free(ratio)
             queue = self._masks[ratio][-(self.settings.window - 1) :]
-            distances = [float((flat ^ other)[self._ranked].float().mean()) for other in queue]
+            distances = [float((flat ^ other)[free].float().mean()) for other in queue]
             self._masks[ratio].append(flat)
             epoch = self._steps / self._steps_per_epoch if self._steps_per_epoch else None
             entry = {
@@ -370,9 +394,9 @@ class Search:
             full = len(distances) == self.settings.window - 1
             if ratio not in self.tickets and full and max(distances) <= self.settings.tolerance:
                 self.tickets[ratio] = self._ticket(flat, ratio, "agreement")
-        primary = self.tickets.get(self.settings.ratios[0])
+        primary = self.tickets.get(watched[0])
         if primary is not None:
-            for ratio in self.settings.ratios:
+            for ratio in watched:
                 if ratio not in self.tickets:  # nothing is looked at after the cut
                     best, _ = self._best_look(ratio)
                     self.tickets[ratio] = self._ticket(self._masks[ratio][best], ratio, "the first ratio was drawn")
@@ -381,10 +405,33 @@ class Search:
     def _draw_masks(self, scores: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
         assert self._groups is not None
         s = self.settings
-        return draw_coupled(
-            scores, self._groups, ratio, coupled=s.coupled, scope=s.scope, macs_share=s.macs_share,
-            round_to=self._round_to(), strict=s.strict,
+        masks = draw_coupled(
+            scores, self._groups, ratio, coupled=s.coupled, scope=s.scope,
+            macs_share=None if ratio in s.stages else s.macs_share, round_to=self._round_to(), strict=s.strict,
         )  # fmt: skip
+        if self.ticket is None:
+            return masks
+        # a bound on MACs sets a floor to each layer's width, which an earlier stage may have gone below
+        return {name: masks[name] & stays for name, stays in self.ticket.masks.items()}
+
+    def _of_dense(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the scores of the model as it is as those of the dense one's channels; what has gone ranks last."""
+        if self.ticket is None or self.change is None:
+            return scores
+        spread = {}
+        for name, stays in self.ticket.masks.items():
+            score = torch.full((len(stays),), ABSENT)
+            score[self.change.kept.get(name, slice(None))] = scores[name].detach().float().cpu()
+            spread[name] = score.masked_fill(~stays, ABSENT)  # what could not be cut was silenced
+        return spread
+
+    def _free(self, ratio: float) -> Tensor:
+        """Return which of the dense model's channels might go in the search for ``ratio``: shape (channels,)."""
+        assert self._ranked is not None
+        before = [stage for stage in self.settings.stages if stage > ratio]
+        if not before:
+            return self._ranked
+        return self._ranked & torch.cat(list(self.tickets[before[-1]].masks.values()))
 
     def _round_to(self) -> int:
         if self.settings.round_to is not None:
@@ -394,28 +441,36 @@ class Search:
     def _ticket(self, flat: Tensor, ratio: float, reason: str) -> Ticket:
         masks = dict(zip(self._sizes, flat.split(list(self._sizes.values()))))
         settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
+        before = [
+            {key: self.tickets[stage].provenance[key] for key in ("keep", "step", "reason")}
+            for stage in self.settings.stages[: self._cuts]
+        ]
         return Ticket(
             masks,
             provenance={
                 "method": "early_bird", "keep": ratio, "step": self._steps, "reason": reason,
+                **({"after": before} if before else {}),
                 "settings": {k: str(v) if isinstance(v, Step) else v for k, v in settings.items()},
             },
         )  # fmt: skip
 
     def _draw_at_deadline(self) -> None:
-        if not self._looked_at:
+        watched = self._watched
+        if not self._masks[watched[0]]:
             self._look()
-        for ratio in self.settings.ratios:
+        for ratio in watched:
             if ratio in self.tickets:
                 continue
             best, worst = self._best_look(ratio)
             self.tickets[ratio] = self._ticket(self._masks[ratio][best], ratio, "deadline")
+            looks = [entry["step"] for entry in self.history if entry["keep"] == ratio]
+            deadline = f"step {self._steps}" if ratio in self.settings.stages else self.settings.deadline
             warnings.warn(
-                f"no agreement by the deadline ({self.settings.deadline}): keep={ratio} draws the mask of step "
-                f"{self._looked_at[best]}, distance {worst:.3f} (tolerance {self.settings.tolerance})",
+                f"no agreement by the deadline ({deadline}): keep={ratio} draws the mask of step "
+                f"{looks[best]}, distance {worst:.3f} (tolerance {self.settings.tolerance})",
                 stacklevel=2,
             )
-        self._draw(self.tickets[self.settings.ratios[0]])
+        self._draw(self.tickets[watched[0]])
 
     def _best_look(self, ratio: float) -> tuple[int, float]:
         """Return the look that agreed best with those before it (the latest of equals), and its largest distance.
@@ -432,7 +487,7 @@ class Search:
 
     def _draw(self, ticket: Ticket) -> None:
         """Shrink model and optimizer to the ticket, and mend what the settings ask for."""
-        settings = self.settings
+        settings, before = self.settings, self.change
         if self._wrapper is not None:
             data_parallel.check(self._wrapper)
         ranks.check_alike(ranks.of_masks(ticket.masks), "all ranks need the same model, settings and seed")
@@ -452,21 +507,25 @@ class Search:
             scores = ranks.share(self._scores_now())
             if settings.shuffle:
                 assert self._groups is not None
-                masks, scores = shuffle(ticket.masks, self._groups, torch.Generator().manual_seed(self._seed))
+                generator = torch.Generator().manual_seed(self._seed + self._cuts)
+                among = None if self.ticket is None else self.ticket.masks
+                masks, drawn = shuffle(ticket.masks, self._groups, generator, among)
                 ticket = Ticket(masks, ticket.kinds, ticket.provenance)
+                scores = drawn if before is None else before.left(drawn)
             with ranks.all_or_none():
-                self.change = shrink(
-                    self._model, ticket, inputs, optimizer=self._optimizers, groups=self._groups,
-                    round_to=self._round_to(), scores=scores,
+                change = shrink(
+                    self._model, _left(ticket, before), inputs, optimizer=self._optimizers,
+                    groups=self._groups if before is None else None, round_to=self._round_to(), scores=scores,
                 )  # fmt: skip
-            self._refresh_wrapper(self.change)
+            self._refresh_wrapper(change)
+            self.change = change if before is None else before.then(change)
             ticket = _with_rounded(ticket, self.change.rounded)
-            self.tickets[self.settings.ratios[0]] = ticket
+            self.tickets[self._watched[0]] = ticket
             # From here on the model is the small one, whatever else may fail.
             self.drawn_at = self._steps
             self._finish(ticket)
             for averaged in self._averaged:
-                shrink(averaged, ticket, inputs)
+                shrink(averaged, _left(ticket, before), inputs)
             if settings.weights == "reinitialise":
                 with gathered(self._model):
                     if self._fresh is None:
@@ -477,12 +536,13 @@ class Search:
                 for optimizer in self._optimizers:
                     optimizer.state.clear()
             self._recount(inputs)
-            if self.change.layers or self.change.silenced:  # an identity ticket leaves nothing to mend
+            if change.layers or change.silenced:  # an identity ticket leaves nothing to mend
                 with gathered(self._model):
-                    self._refit(joined, targets, batches)
+                    self._refit(joined, targets, batches, change)
                 if settings.refit != "none":
                     share_statistics(self._model)
-        self._ledger.enter("train")
+        if self.drawn:
+            self._ledger.enter("train")
 
     def _refresh_wrapper(self, change: Change) -> None:
         """Let the wrapper that the loop calls know of the cut, as soon as it is known."""
@@ -510,12 +570,11 @@ class Search:
         for ledger in {self._ledger, *hook_owners(self._model, Ledger)}:
             ledger.recount(self._model, inputs)
 
-    def _refit(self, joined: Any, targets: Mapping[str, Tensor], batches: Iterable[Any]) -> None:
-        assert self.change is not None
+    def _refit(self, joined: Any, targets: Mapping[str, Tensor], batches: Iterable[Any], change: Change) -> None:
         try:
             with self._as_in_training():
                 if targets:
-                    least_squares(self._model, joined, targets, self.change.kept)
+                    least_squares(self._model, joined, targets, change.kept)
                     self._ledger.passes(batch_size(joined), inputs=joined)
                 estimate_batch_norms(self._model, self._ledger.passing(batches))
         except (RuntimeError, ValueError) as error:  # the cut stands, and training mends what the refit would have
@@ -526,8 +585,14 @@ class Search:
             return contextlib.nullcontext()
         return torch.autocast(self._autocast[0], self._autocast[1])
 
-    def _finish(self, ticket: Ticket) -> None:
+    def _finish(self, ticket: Ticket, cuts: int = 1) -> None:
+        """Go on with a model that was cut: with the next search, of which nothing is there yet, or without."""
         self.ticket = ticket
+        self._cuts += cuts
+        if not self.drawn:
+            if self._taylor is not None:
+                self._taylor.reset()
+            return
         if self._example_inputs is None and self._last_call is not None:
             self._sample = first_sample(self._last_call)
         self._taylor = self._last_call = self._groups = None
@@ -545,19 +610,19 @@ def cut_as_saved(
 ) -> bool:
     """Shrink what is still dense to the ticket of a saved search (see `EarlyBird.cut`); tell whether the model was."""
     sizes = {name: int(size) for name, size in state["sizes"].items()}
-    primary = state["tickets"].get(str(settings.ratios[0]))
+    drawn = _drawn(settings, state)
     lengths = {masks.shape[1] for masks in state["masks"].values()} | {sum(sizes.values())}
     modules = dict(model.named_modules())
     if len(lengths) > 1 or any(name not in modules for name in sizes):
         raise _another_model()
     widths = {name: width(modules[name]) or 0 for name in sizes}
     dense = widths == sizes
-    if state["change"] is None or primary is None:
+    if not drawn:
         if not dense:
             shrunk = all(widths[name] <= size for name, size in sizes.items())
             raise _from_before(state) if shrunk else _another_model()
         return False
-    change, ticket = Change.from_json(state["change"]), _saved_ticket(state, str(settings.ratios[0]))
+    change, ticket = Change.from_json(state["change"]), _saved_ticket(state, str(drawn[-1]))
     cut = False
     for one, own in ((model, optimizers), *((copy, ()) for copy in averaged)):
         if _is_cut(one, change):
@@ -566,9 +631,19 @@ def cut_as_saved(
             raise _another_model()
         if example_inputs is None:
             raise InputError("no inputs to follow the model's graph with", hint="pass example_inputs=x")
-        shrink(one, ticket, first_sample(example_inputs), optimizer=own)
+        shrink(one, ticket, first_sample(example_inputs), optimizer=own)  # at once, in however many stages it was
         cut = cut or one is model
     return cut
+
+
+def _drawn(settings: EarlyBird, state: Mapping[str, Any]) -> list[float]:
+    """Return which of the targets a saved search had cut its model to."""
+    return [] if state["change"] is None else [ratio for ratio in settings.targets if str(ratio) in state["tickets"]]
+
+
+def _left(ticket: Ticket, change: Change | None) -> Ticket:
+    """Return a ticket over the dense model's units as one over those that the cuts before have left."""
+    return ticket if change is None else Ticket(change.left(ticket.masks), ticket.kinds, ticket.provenance)
 
 
 def _is_cut(model: nn.Module, change: Change) -> bool:

@@ -102,6 +102,35 @@ class Change:
         kept = {name: torch.tensor(channels, dtype=torch.int64) for name, channels in state["kept"].items()}
         return cls(**{**state, "layers": layers, "kept": kept})
 
+    def then(self, later: Change) -> Change:
+        """Return what this cut and a ``later`` one of what it left have changed together.
+
+        All indices are those before this one; ``read`` stays empty. What was silenced, kept by rounding or left whole
+        is what the later one says.
+        """
+
+        def before(name: str, channels: Tensor) -> Tensor:
+            return self.kept[name][channels] if name in self.kept else channels
+
+        layers = {name: dict(sides) for name, sides in self.layers.items()}
+        for name, sides in later.layers.items():
+            own = layers.setdefault(name, {})
+            for side, (found, left) in sides.items():
+                own[side] = (own[side][0] if side in own else found, left)
+        silenced, rounded = (
+            {name: before(name, torch.tensor(channels, dtype=torch.int64)).tolist() for name, channels in rows.items()}
+            for rows in (later.silenced, later.rounded)
+        )
+        kept = {**self.kept, **{name: before(name, channels) for name, channels in later.kept.items()}}
+        return Change(
+            layers, silenced, rounded, kept, {}, later.whole, self.parameters_before, later.parameters_after,
+            self.seconds + later.seconds,
+        )  # fmt: skip
+
+    def left(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return of values of layers' channels before the cut, each of shape (channels,), those of what stayed."""
+        return {name: value[self.kept[name]] if name in self.kept else value for name, value in values.items()}
+
     def __str__(self) -> str:
         lines = [
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters "

@@ -322,7 +322,7 @@ class Run:
         self._kernels = install(self.model, self.choice.kernels, example)
         self.search = next((method for method in self.methods.values() if isinstance(method, Drawing)), None)
         self.observers = [method for method in self.methods.values() if isinstance(method, Observing)]
-        self._shape_drawn = False
+        self._followed: Any = None  # of the search's changes, the one that `after_draw` was called for
         self.forward: Callable[[Tensor], Tensor] = self._wrap()
         self.step = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=fabric.device)
@@ -401,12 +401,12 @@ class Run:
     @property
     def needs_rebuild(self) -> bool:
         """Whether the model has changed its shape since `after_draw` was last called."""
-        return self.search is not None and self.search.drawn and not self._shape_drawn
+        return self.search is not None and self.search.change is not self._followed
 
     def after_draw(self) -> None:
         """Wrap and compile the model anew, and write down what was drawn."""
         assert self.search is not None
-        self._shape_drawn = True
+        self._followed = self.search.change
         self._layout()
         self.forward = self._wrap()
         if self.folder.writer:
@@ -414,7 +414,8 @@ class Run:
         self.folder.write_json("change.json", self.search.change.to_json())
         self._write_history()
         self.emit("drawn", {"step": self.step, **self.search.status()})
-        self.display.say(f"ticket drawn at step {self.search.drawn_at}: {str(self.search.change).splitlines()[0]}")
+        what = "ticket drawn" if self.search.drawn else "cut on the way to the ticket"
+        self.display.say(f"{what} at step {self.search.drawn_at}: {str(self.search.change).splitlines()[0]}")
 
     def calibration(self) -> Sample:
         """Return batches of augmented training inputs, the same ones at each call and on each rank."""
@@ -450,7 +451,7 @@ class Run:
             return
         names = {name for name, parameter in self.model.named_parameters() if id(parameter) in ended}
         dense = self.model
-        if self.search is not None and self.search.drawn:
+        if self.search is not None and self.search.ticket is not None:
             dense = self.blueprint.build(self.recipe.seed).to(self.fabric.device)
         for model in (self.model, dense):
             for name, parameter in model.named_parameters():
@@ -658,8 +659,8 @@ class Run:
                 )
         for name, method in self.methods.items():
             method.load_state_dict(state["methods"][name])
-        if self.needs_rebuild:
-            self._shape_drawn = True
+        if self.search is not None and self.needs_rebuild:
+            self._followed = self.search.change
             self._layout()
         checkpoint.restore(self.model, self.optimizer, state["model"])
         self.forward = self._wrap()
@@ -697,7 +698,11 @@ class Run:
         if self.search is not None:
             self._write_history()
             if not self.search.drawn:
-                self.display.warn("the run ended before a ticket was drawn; it was dense to the end")
+                self.display.warn(
+                    "the run ended before a ticket was drawn; it was dense to the end"
+                    if self.search.ticket is None
+                    else f"the run ended before its last cut; what is left is that of step {self.search.drawn_at}"
+                )
         self.ledger.stop()
         bill = self.ledger.bill()
         self.folder.write_json("bill.json", bill.to_json())
