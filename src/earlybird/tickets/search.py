@@ -358,7 +358,9 @@ class Search:
             raise InputError(
                 "the scores of the channels are not finite", hint="the training has diverged: lower the rate"
             )
-        if self._steps and len(everything) > 1 and bool((everything == everything[0]).all()) and everything[0] != 0:
+        # of layers with one channel each, which is what small shares leave, all scores are 1
+        alike = not self._cuts and len(everything) > 1 and bool((everything == everything[0]).all())
+        if self._steps and alike and everything[0] != 0:
             raise InputError(
                 f"all channels have the same score, {float(everything[0]):g}: there is nothing to choose by",
                 hint="scales that do not learn (frozen, or optimizer = 'muon') cannot be ranked: use score='taylor' or "
