@@ -152,14 +152,22 @@ def test_as_many_channels_stay_as_keep_says(name, shares, score):
     groups = find_groups(make(name), images(1))
     train(model, optimizer, 12)
     assert search.drawn
-    assert search.ticket.widths.keys() == {layer for layer, _ in search._sizes.items()}
-    whole = group_masks({layer: torch.ones(size) > 0 for layer, size in search._sizes.items()}, groups)
-    free = [g.producers[0] for g in groups if g.producers and not g.output and not g.uneven and g.producers[0] in whole]
+    assert search.ticket.widths.keys() == search._sizes.keys()
+    scored = [g for g in groups if any(m.name in search._sizes and m.side != "in" for m in g.members)]
+    free = [group.producers[0] for group in scored if group.producers and not group.output]
     for share, ticket in search.tickets.items():
         kept = {name: mask for name, mask in group_masks(ticket.masks, groups).items() if name in free}
         total, left = sum(mask.numel() for mask in kept.values()), sum(int(mask.sum()) for mask in kept.values())
         alone = sum(int(mask.sum()) == 1 for mask in kept.values())  # each group keeps one, whatever the ranking says
         assert max(round(share * total), 1) <= left <= max(round(share * total), 1) + alone
+
+
+def test_what_has_one_channel_a_layer_left_is_searched_on_without_a_complaint():
+    model, optimizer, search = start("flatten", keep=0.1, stages=(0.7, 0.15), score="magnitude")
+    train(model, optimizer, 12)
+    assert search.drawn
+    assert [left for left, _ in search.ticket.widths.values()] == [1, 1]
+    assert search.history[-1]["distances"] == [0]
 
 
 def test_optimizer_and_averages_follow_every_cut():

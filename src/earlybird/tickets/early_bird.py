@@ -285,8 +285,8 @@ class EarlyBird:
             The running search.
 
         Raises:
-            InputError: The model has nothing to rank or is searched already, no optimizer holds its parameters, or
-                ranks of a distributed run differ in model or settings.
+            InputError: The model has nothing to rank or is searched already, no optimizer holds its parameters, there
+                is no time for all stages, or ranks of a distributed run differ in model or settings.
             ShrinkError: The graph of the model cannot be followed (with ``example_inputs``; else at the first look).
         """
         return Search(

@@ -358,7 +358,9 @@ class Search:
             raise InputError(
                 "the scores of the channels are not finite", hint="the training has diverged: lower the rate"
             )
-        if self._steps and len(everything) > 1 and bool((everything == everything[0]).all()) and everything[0] != 0:
+        # of layers with one channel each, which is what small shares leave, all scores are 1
+        alike = not self._cuts and len(everything) > 1 and bool((everything == everything[0]).all())
+        if self._steps and alike and everything[0] != 0:
             raise InputError(
                 f"all channels have the same score, {float(everything[0]):g}: there is nothing to choose by",
                 hint="scales that do not learn (frozen, or optimizer = 'muon') cannot be ranked: use score='taylor' or "
@@ -617,9 +619,9 @@ def cut_as_saved(
         raise _another_model()
     widths = {name: width(modules[name]) or 0 for name in sizes}
     dense = widths == sizes
+    shrunk = not dense and all(widths[name] <= size for name, size in sizes.items())
     if not drawn:
         if not dense:
-            shrunk = all(widths[name] <= size for name, size in sizes.items())
             raise _from_before(state) if shrunk else _another_model()
         return False
     change, ticket = Change.from_json(state["change"]), _saved_ticket(state, str(drawn[-1]))
@@ -628,7 +630,7 @@ def cut_as_saved(
         if _is_cut(one, change):
             continue
         if not dense:
-            raise _another_model()
+            raise _cut_otherwise(state) if shrunk else _another_model()
         if example_inputs is None:
             raise InputError("no inputs to follow the model's graph with", hint="pass example_inputs=x")
         shrink(one, ticket, first_sample(example_inputs), optimizer=own)  # at once, in however many stages it was
@@ -669,6 +671,13 @@ def _another_model() -> InputError:
 def _from_before(state: Mapping[str, Any]) -> InputError:
     return InputError(
         f"the saved search (step {state['steps']}) is from before its ticket was drawn, but this model is shrunk",
+        hint="build model and optimizer anew, and load into them",
+    )
+
+
+def _cut_otherwise(state: Mapping[str, Any]) -> InputError:
+    return InputError(
+        f"the saved search (step {state['steps']}) had cut its model otherwise than this one is, or had another",
         hint="build model and optimizer anew, and load into them",
     )
 
