@@ -43,8 +43,8 @@ Accuracies come from complete runs. Seconds are wall time of whole runs, set-up,
 and evaluation included; what was extrapolated says so. MACs are counted, joules are modelled (Horowitz, ISSCC 2014,
 45 nm; the mean of low and high DRAM price). Every whole run is a process of its own. Where a table does not say how
 many ran at a time, they ran one after the other. Ratios and differences are taken within a seed, and never between
-machines. Rivals (`rivals/`) are given bf16 and channels_last without the time that tuning takes, which favours them a
-little.
+machines. Rivals (`rivals/`) are given bf16, channels_last and, since 2026-11-29, kernels of our own without the time
+that tuning takes, which favours them a little. Rows of the product from before that day know no such kernels.
 
 A ± b is the mean over seeds and their sample standard deviation; what has no ± is of one seed, or a mean alone
 (weights; energy and FLOPs in the figures of the paper). Steps and parts of steps have no seeds: they are medians of
