@@ -44,7 +44,9 @@ CONTESTANTS = {
         "ours",
         {"keep": 0.5, "preset": "fast"},
     ),
-    "ticket-stages": Contestant("**early ticket**, in two stages (75 %, 50 %)", "ours", {"keep": 0.5, "stages": 0.75}),
+    "ticket-stages": Contestant(
+        "**early ticket**, in two stages (75 %, 50 %)", "ours", {"keep": 0.5, "stages": "0.75"}
+    ),
     "ticket-longer": Contestant("**early ticket** (default), 1.4 times the epochs", "ours", {"keep": 0.5}, longer=1.4),
     "ticket_layer-longer": Contestant(
         "**early ticket**, by layer, twice the epochs", "ours", {"keep": 0.5, "scope": "layer"}, longer=2

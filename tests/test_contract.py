@@ -143,7 +143,7 @@ class TestContract:
         """Lightning always steps with one."""
         ends = []
         for closures in (False, True):
-            model = make("residual")
+            model = make(topologies(name)[0])
             optimizer = sgd(model)
             attach(name, model, optimizer, acting=True)
             model.train()

@@ -2,7 +2,7 @@
 
 With ``x`` the input, from 0 (as after a ReLU) or, with a zero point in the middle, of both signs,
 
-    code_x = round(x / step_x) + zero   in 0 .. 255       step_x: one for the batch
+    code_x = round(x / step_x) + zero   in 0 .. 254       step_x: one for the batch
     code_w = round(w / step_w)          in -127 .. 127    step_w: one an output channel
     y = step_x * step_w * sum of (code_x - zero) * code_w,  summed in 32 bits
 
@@ -80,7 +80,8 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
         low, high = (float(bound) for bound in torch.aminmax(x.movedim(1, -1)))  # contiguous where x is channels_last
         signed = low < 0
-        x_step = max(-low, high) / (127 if signed else 255) or 1.0
+        # one code less than there are: bf16 rounds what is next to the last one up to 128, which int8 takes for -128
+        x_step = max(-low, high) / (126 if signed else 254) or 1.0
         # conversion to int8 is several times as fast as to uint8: codes less 128, whose first bit is then turned
         codes = torch.add(torch.zeros((), dtype=x.dtype) if signed else _HALF.to(x.dtype), x, alpha=1 / x_step)
         codes = codes.round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
