@@ -165,9 +165,8 @@ def steps(options: argparse.Namespace) -> None:
     for name, width in NETWORKS[:1] if options.quick else NETWORKS:
         for shrunk in (False, True):
             actions, chosen = contestants(name, width, x, shrunk)
-            record_steps(
-                options, actions, {"network": name, "width": width, "shrunk": shrunk, "chosen": asdict(chosen)}
-            )
+            about = {"network": name, "width": width, "shrunk": shrunk, "chosen": asdict(chosen)}
+            record_steps(about, actions, options.rounds, quick=options.quick)
     name, width = BUSY
     actions, chosen = contestants(name, width, x, False)
     with neighbour():

@@ -1,3 +1,4 @@
+import alternatives
 import pytest
 import torch
 from alternatives import check, input_gradient_by_forward, line
@@ -38,3 +39,19 @@ def test_a_way_that_computes_something_else_is_found_out():
     check({("forward", ""): lambda: ones, ("forward", "same"): lambda: ones * 1.001})
     with pytest.raises(RuntimeError, match="other computes another forward"):
         check({("forward", ""): lambda: ones, ("forward", "other"): lambda: ones * 1.1})
+
+
+def test_steps_are_timed_dense_shrunk_and_beside_a_busy_process(monkeypatch, capsys):
+    recorded = []
+    monkeypatch.setattr(alternatives, "BATCH", 4)
+    monkeypatch.setattr(alternatives, "NETWORKS", (("vgg11", 0.125),))
+    monkeypatch.setattr(alternatives, "BUSY", ("vgg11", 0.125))
+    monkeypatch.setattr(alternatives, "record", lambda name, row, quick: recorded.append(row))
+    alternatives.steps(alternatives.read(["--rounds", "1"]))
+    assert [(row["shrunk"], row.get("busy", False)) for row in recorded] == [
+        (False, False),
+        (True, False),
+        (False, True),
+    ]
+    assert all(row["ratio"] > 0 and row["step_seconds"] > 0 for row in recorded)
+    assert "vgg11 x 0.125, beside a busy process" in capsys.readouterr().out
