@@ -13,8 +13,7 @@ another process takes one of the processors. Every way below is timed against Py
 - ``padded``: the first layer with its 3 channels filled up with zeros to 4, 8 and 16.
 
 Then whole steps of networks, dense and shrunk layer by layer to half, with the kernels that timing chooses; and one
-while another process keeps a processor busy: a thread that spins at oneDNN's barrier until the other one gets its turn
-makes a step of a fraction of a second one of many seconds.
+while another process keeps a processor busy.
 
     python benchmarks/alternatives.py                  # some four minutes
     python benchmarks/alternatives.py --quick          # a look of about a minute; nothing is recorded
