@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import interleaved, machine, rows
+from common import interleaved, machine, read_rounds, rows
 from records import by_machine, newest, record
 from tables import origin
 from torch import Tensor
@@ -126,14 +126,7 @@ def tables(found: Sequence[dict[str, Any]]) -> str:
 
 def read(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="few shapes and rounds; nothing is recorded")
-    parser.add_argument("--table", action="store_true", help="print the tables of the newest rows and stop")
-    options = parser.parse_args(words)
-    if options.quick:
-        options.rounds = 3
-    return options
+    return read_rounds(__doc__, words)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,18 @@ def check_known(parser: argparse.ArgumentParser, what: str, asked: Iterable[str]
     unknown = sorted(set(asked) - set(known))
     if unknown:
         parser.error(f"unknown {what} {', '.join(unknown)}; there are {', '.join(known)}")
+
+
+def read_rounds(doc: str, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line of a script that times shapes in rounds: ``rounds``, ``quick`` (three) and ``table``."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="few shapes, networks and rounds; nothing is recorded")
+    parser.add_argument("--table", action="store_true", help="print the tables of the newest rows and stop")
+    options = parser.parse_args(words)
+    if options.quick:
+        options.rounds = 3
+    return options
 
 
 def load() -> float:

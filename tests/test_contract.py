@@ -14,7 +14,7 @@ from torch import nn
 from earlybird.errors import InputError
 from earlybird.methods import METHODS
 from earlybird.settings import accepted
-from tests.tickets.test_early_bird import batch, sgd, train
+from tests.tickets.test_early_bird import sgd, train, train_by_closures
 from tests.tickets.topologies import images, make
 
 # Name to (settings that do nothing, settings that act within twelve steps).
@@ -146,21 +146,7 @@ class TestContract:
             model = make(topologies(name)[0])
             optimizer = sgd(model)
             attach(name, model, optimizer, acting=True)
-            model.train()
-            for step in range(STEPS):
-
-                def closure(model=model, optimizer=optimizer, step=step):
-                    x, y = batch(step)
-                    optimizer.zero_grad()
-                    loss = nn.functional.cross_entropy(model(x), y)
-                    loss.backward()
-                    return loss
-
-                if closures:
-                    optimizer.step(closure)
-                else:
-                    closure()
-                    optimizer.step()
+            train_by_closures(model, optimizer, STEPS, closures=closures)
             ends.append(model.state_dict())
         for (key, one), two in zip(ends[0].items(), ends[1].values(), strict=True):
             assert torch.equal(one, two), key

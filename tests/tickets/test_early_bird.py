@@ -34,6 +34,25 @@ def train(model, optimizer, steps, start=0):
     return alive
 
 
+def train_by_closures(model, optimizer, steps, *, closures):
+    """Train with the forward and backward pass inside ``optimizer.step``, or, without ``closures``, before it."""
+    model.train()
+    for step in range(steps):
+
+        def closure(step=step):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        if closures:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+
+
 def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
 

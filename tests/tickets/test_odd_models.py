@@ -14,7 +14,7 @@ from earlybird.calls import batch_size, first_sample, undisturbed
 from earlybird.errors import EarlybirdError, InputError, ShrinkError
 from earlybird.tickets.coupling import find_groups
 from earlybird.tickets.refit import dense_outputs, estimate_batch_norms
-from tests.tickets.test_early_bird import QUICK, batch, sgd, train
+from tests.tickets.test_early_bird import QUICK, batch, sgd, train, train_by_closures
 from tests.tickets.test_shrink import assert_same_function
 from tests.tickets.topologies import conv, images, make, masked, stem, tail
 
@@ -294,20 +294,7 @@ class TestLoops:
         ends = []
         for closures in (False, True):
             model, optimizer, search = self.start(deadline="8it", **settings)
-            model.train()
-            for step in range(10):
-
-                def closure(model=model, optimizer=optimizer, step=step):
-                    optimizer.zero_grad()
-                    loss = functional.cross_entropy(model(batch(step)[0]), batch(step)[1])
-                    loss.backward()
-                    return loss
-
-                if closures:
-                    optimizer.step(closure)
-                else:
-                    closure()
-                    optimizer.step()
+            train_by_closures(model, optimizer, 10, closures=closures)
             assert search.drawn
             ends.append(model.state_dict())
         assert all(torch.equal(one, two) for one, two in zip(ends[0].values(), ends[1].values(), strict=True))

@@ -16,7 +16,7 @@ import earlybird as eb
 from earlybird.errors import InputError
 from earlybird.tickets.coupling import find_groups
 from earlybird.tickets.draw import group_masks
-from tests.tickets.test_early_bird import batch, sgd, train
+from tests.tickets.test_early_bird import sgd, train, train_by_closures
 from tests.tickets.topologies import TOPOLOGIES, conv, images, make, tail
 
 # no two masks agree by chance: cut at steps 7 and 12, after looks at 2, 4, 6 and at 8, 10, 12
@@ -347,20 +347,6 @@ def test_with_a_closure_it_is_the_same():
     ends = []
     for closures in (False, True):
         model, optimizer, _ = start()
-        model.train()
-        for step in range(STEPS):
-
-            def closure(model=model, optimizer=optimizer, step=step):
-                x, y = batch(step)
-                optimizer.zero_grad()
-                loss = nn.functional.cross_entropy(model(x), y)
-                loss.backward()
-                return loss
-
-            if closures:
-                optimizer.step(closure)
-            else:
-                closure()
-                optimizer.step()
+        train_by_closures(model, optimizer, STEPS, closures=closures)
         ends.append(model.state_dict())
     assert all(torch.equal(one, two) for one, two in zip(ends[0].values(), ends[1].values(), strict=True))

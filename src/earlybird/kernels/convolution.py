@@ -258,15 +258,15 @@ class _Override:
         cast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
         window = _window(self.module)
-        if not self._is_meant(x, weight, dtype, window) or not (cast or x.dtype == weight.dtype):
+        positions = self._positions(x, weight, dtype, window) if cast or x.dtype == weight.dtype else 0
+        if not 0 < positions <= max(self.weights, self.passes):
             theirs: Tensor = nn.Conv2d._conv_forward(self.module, x, weight, bias)
             return theirs
-        positions = math.prod(window.map_of((x.shape[2], x.shape[3])))
         y = convolve(x.to(dtype), weight.to(dtype), window, passes=positions <= self.passes)
         return y if bias is None else y + bias.to(dtype).view(-1, 1, 1)
 
-    def _is_meant(self, x: Tensor, weight: Tensor, dtype: torch.dtype, window: Window) -> bool:
-        """Whether it is a small map in training, and nothing that PyTorch refuses."""
+    def _positions(self, x: Tensor, weight: Tensor, dtype: torch.dtype, window: Window) -> int:
+        """Return how many positions the output's map has; 0 outside of training, and for what PyTorch refuses."""
         if (
             not self.module.training
             or Hook.idle  # the library itself looks at the model, operator by operator
@@ -276,9 +276,9 @@ class _Override:
             or x.ndim != 4
             or x.shape[1] != weight.shape[1]
         ):
-            return False
+            return 0
         size = window.map_of((x.shape[2], x.shape[3]))
-        return min(size) > 0 and math.prod(size) <= max(self.weights, self.passes)
+        return math.prod(size) if min(size) > 0 else 0
 
     def remove(self) -> None:
         """Give the module its own back, unless somebody else has overridden it since."""
