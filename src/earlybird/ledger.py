@@ -483,7 +483,7 @@ class Ledger:
                 model = ledger._model
                 ledger._costs = {size: cost.computing_as(model) for size, cost in ledger._costs.items()}
                 ledger.cost = None if ledger.cost is None else ledger.cost.computing_as(model)
-                ledger._altered = ledger._altered or (ledger.cost is not None and bool(ledger.cost.arithmetics))
+                ledger._altered = ledger._altered or (ledger.cost is not None and ledger.cost.altered)
 
     def passing(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield ``batches``, each counted as a forward pass below the hooks, at the price of its size."""
@@ -555,7 +555,7 @@ class Ledger:
 
     def _count(self, model: nn.Module, inputs: Any) -> None:
         self.cost = count(model, inputs)
-        self._altered = self._altered or bool(self.cost.arithmetics)
+        self._altered = self._altered or self.cost.altered
         self._sample = first_sample(inputs)
         self._size, self._told = _image_size(inputs), False
         self._counted_model = weakref.ref(unwrapped(model))

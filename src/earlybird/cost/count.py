@@ -93,9 +93,14 @@ class Amount:
     moved_bits: float = 0
 
     def add(
-        self, cost: LayerCost, arithmetic: Arithmetic, images: float, batches: float = 0, *, training: bool
-    ) -> None:
-        """Add ``images`` samples in ``batches`` batches that pass layers of ``cost``; negative ones take away."""
+        self, cost: LayerCost, arithmetic: Arithmetic, images: float, batches: float = 0, *, training: bool,
+        density: float = 1.0,
+    ) -> None:  # fmt: skip
+        """Add ``images`` samples in ``batches`` batches that pass layers of ``cost``; negative ones take away.
+
+        Of the layers' weights, a share ``density`` is not zero. The others are multiplied with here, but have no bits,
+        and hardware that skips them spends no operations on them.
+        """
         amounts = {"forward": cost.macs}
         if training:
             amounts |= {"error": cost.error_macs, "weight": cost.weight_macs}
@@ -103,9 +108,9 @@ class Amount:
             if not macs:
                 continue
             _raise(self.macs, pass_, images * macs)
-            _raise(self.bit_macs, pass_, images * macs * arithmetic.bit_macs(pass_))
+            _raise(self.bit_macs, pass_, images * macs * density * arithmetic.bit_macs(pass_))
             for name, count_ in arithmetic.operations(pass_).items():
-                _raise(self.operations, name, images * macs * count_)
+                _raise(self.operations, name, images * macs * density * count_)
         moved = (cost.input_elements + cost.output_elements) * arithmetic.activation
         weights = cost.weight_elements * arithmetic.weight
         if training:
@@ -128,12 +133,19 @@ class ModelCost:
         layers: Cost by module name, in the order of execution; ``""`` is the model itself. Empty where only the sum
             is known.
         arithmetics: How those layers compute that say so, by module name.
+        densities: Share of the weights that are not zero, of those layers that say so.
     """
 
     total: LayerCost
     parameters: int
     layers: Mapping[str, LayerCost] = field(default_factory=dict)
     arithmetics: Mapping[str, Arithmetic] = field(default_factory=dict)
+    densities: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def altered(self) -> bool:
+        """Whether some layers do not compute as those of a dense run do."""
+        return bool(self.arithmetics or self.densities)
 
     @property
     def forward_macs(self) -> int:
@@ -161,11 +173,12 @@ class ModelCost:
         Layers that say how they compute are charged so, all others in floating point of ``bits`` bits. Training adds
         to the forward pass: saved inputs and weights read again, both kinds of gradients computed and written.
         """
-        found, rest = Amount(), self.total
-        for name, arithmetic in self.arithmetics.items():
-            found.add(self.layers[name], arithmetic, images, batches, training=training)
+        found, rest, floats = Amount(), self.total, Arithmetic.of_floats(bits)
+        for name in dict.fromkeys((*self.arithmetics, *self.densities)):
+            own, density = self.arithmetics.get(name, floats), self.densities.get(name, 1.0)
+            found.add(self.layers[name], own, images, batches, training=training, density=density)
             rest = _less(rest, self.layers[name])
-        found.add(rest, Arithmetic.of_floats(bits), images, batches, training=training)
+        found.add(rest, floats, images, batches, training=training)
         return found
 
     def exchange(
@@ -177,9 +190,10 @@ class ModelCost:
             own = self.arithmetics.get(name, Arithmetic.of_floats(bits))
             if name not in self.layers:
                 continue  # only the sum is known, or the layer is never executed
-            amount.add(self.layers[name], own, -images, training=training)
+            density = self.densities.get(name, 1.0)
+            amount.add(self.layers[name], own, -images, training=training, density=density)
             if arithmetic is not None:
-                amount.add(self.layers[name], arithmetic, images, training=training)
+                amount.add(self.layers[name], arithmetic, images, training=training, density=density)
 
     def moved_bytes(self, samples: int, batches: int, bits: int, *, training: bool) -> int:
         """Return the bytes moved for ``samples`` in ``batches`` batches, each tensor once a pass."""
@@ -191,8 +205,8 @@ class ModelCost:
         return replace(self, total=self.total.scaled(factor), layers=layers)
 
     def computing_as(self, model: nn.Module) -> ModelCost:
-        """Return the same cost with the arithmetics that the layers of ``model`` say now."""
-        return replace(self, arithmetics=_arithmetics(model, self.layers))
+        """Return the same cost with the arithmetics and densities that the layers of ``model`` say now."""
+        return replace(self, arithmetics=_arithmetics(model, self.layers), densities=_densities(model, self.layers))
 
     def to_json(self) -> dict[str, Any]:
         """Return the totals (not the layers) as plain numbers."""
@@ -212,6 +226,11 @@ def _less(total: LayerCost, part: LayerCost) -> LayerCost:
 def _arithmetics(model: nn.Module, layers: Mapping[str, LayerCost]) -> dict[str, Arithmetic]:
     found = {name: getattr(module, "arithmetic", None) for name, module in model.named_modules() if name in layers}
     return {name: arithmetic for name, arithmetic in found.items() if isinstance(arithmetic, Arithmetic)}
+
+
+def _densities(model: nn.Module, layers: Mapping[str, LayerCost]) -> dict[str, float]:
+    found = {name: getattr(module, "weight_density", None) for name, module in model.named_modules() if name in layers}
+    return {name: float(density) for name, density in found.items() if isinstance(density, float)}
 
 
 def count(model: nn.Module, example_inputs: Any) -> ModelCost:
@@ -250,6 +269,7 @@ def count(model: nn.Module, example_inputs: Any) -> ModelCost:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=counter.layers,
         arithmetics=_arithmetics(model, counter.layers),
+        densities=_densities(model, counter.layers),
     )
 
 

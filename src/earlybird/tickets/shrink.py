@@ -332,6 +332,11 @@ def _check_ticket(ticket: Ticket, model: nn.Module) -> dict[str, Tensor]:
             )
         if ticket.kinds[name] in KINDS:
             continue
+        if ticket.kinds[name] == "weight":
+            raise InputError(
+                f"the ticket is over single weights of '{name}', and nothing can be shrunk to those",
+                hint="mask them (earlybird.sparse.masks.Masks), or refill the ticket to whole channels",
+            )
         if ticket.kinds[name] != "channel":
             raise InputError(
                 f"units of '{name}' are of kind '{ticket.kinds[name]}'", needed="kind 'channel', 'head' or 'neuron'"

@@ -1,37 +1,43 @@
 """The ticket: which units of a network stay.
 
-A ticket names boolean masks over *units* (output channels, attention heads, feed-forward neurons),
-says what kind each mask is, and where it came from. It is immutable, small (a bit a channel in spirit, a byte on disk),
-and, with the original model definition, enough to rebuild the shrunk network.
+A ticket names boolean masks over *units* (output channels, attention heads, feed-forward neurons, single weights),
+says what kind each mask is, and where it came from. It is immutable, small (a bit a unit, also on disk), and, with the
+original model definition, enough to rebuild the shrunk network. Units that are single weights can be masked
+(`earlybird.sparse.masks`), but nothing can be shrunk to them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from earlybird.errors import InputError
 from earlybird.files import read_tensors, write_tensors
 
-FORMAT = "earlybird-ticket-1"
+FORMAT = "earlybird-ticket-2"
+_BYTE_A_UNIT = "earlybird-ticket-1"
+"""What was written before masks were packed into bits; is read."""
 
 
 class Ticket:
     """Named boolean masks over units; ``True`` stays.
 
     Args:
-        masks: Layer name (as in ``model.named_modules()``) to mask, shape ``(units,)``. Copied to the CPU.
-        kinds: Layer name to the kind of its units; ``'channel'`` where not given.
+        masks: Layer name (as in ``model.named_modules()``) to mask, shape ``(units,)``; over single weights, shaped as
+            the layer's weight. Copied to the CPU.
+        kinds: Layer name to the kind of its units; ``'channel'`` where not given. ``'weight'``: single weights.
         provenance: How the ticket was drawn (method, keep ratio, step, ...); anything JSON can hold.
 
     Raises:
-        InputError: A mask is not one-dimensional and boolean, or is empty.
+        InputError: A mask is not boolean, not one-dimensional (unless over weights), or is empty.
     """
 
     __slots__ = ("_kinds", "_masks", "_provenance")
@@ -44,11 +50,16 @@ class Ticket:
     ) -> None:
         copied: dict[str, Tensor] = {}
         for name, mask in masks.items():
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 1 or mask.numel() == 0:
+            weights = (kinds or {}).get(name) == "weight"
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.numel() == 0 or mask.dim() == 0:
                 found = (
                     f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
                 )
-                raise InputError(f"mask of '{name}' is {found}", needed="a boolean tensor of shape (units,)")
+            else:
+                found = "" if mask.dim() == 1 or weights else f"boolean of shape {tuple(mask.shape)}"
+            if found:
+                needed = "shaped as the layer's weight" if weights else "of shape (units,)"
+                raise InputError(f"mask of '{name}' is {found}", needed=f"a boolean tensor {needed}")
             copied[name] = mask.detach().cpu().clone()
         if not copied:
             raise InputError("a ticket without any mask", needed="at least one named mask")
@@ -67,7 +78,7 @@ class Ticket:
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
-        """Layer name to boolean mask of shape ``(units,)``; copies, since a ticket does not change."""
+        """Layer name to boolean mask; copies, since a ticket does not change."""
         return MappingProxyType({name: mask.clone() for name, mask in self._masks.items()})
 
     @property
@@ -99,39 +110,44 @@ class Ticket:
         Raises:
             InputError: The tickets are not over the same units.
         """
-        mine, theirs = ({n: m.numel() for n, m in ticket._masks.items()} for ticket in (self, other))
+        mine, theirs = ({n: tuple(m.shape) for n, m in ticket._masks.items()} for ticket in (self, other))
         if mine != theirs:
             different = sorted(set(mine.items()) ^ set(theirs.items()))[0][0]
             raise InputError(f"tickets over different units, first at '{different}'", needed="tickets of one model")
         differ = sum(int((mask ^ other._masks[name]).sum()) for name, mask in self._masks.items())
-        return differ / sum(mine.values())
+        return differ / sum(math.prod(shape) for shape in mine.values())
 
     def save(self, path: str | Path) -> Path:
-        """Write the ticket as safetensors, atomically; masks as uint8, the rest as metadata."""
+        """Write the ticket as safetensors, atomically; masks packed eight to a byte, the rest as metadata."""
         metadata = {
             "format": FORMAT,
-            "order": json.dumps(list(self._masks)),
+            "shapes": json.dumps({name: list(mask.shape) for name, mask in self._masks.items()}),
             "kinds": json.dumps(dict(self._kinds)),
             "provenance": json.dumps(dict(self._provenance)),
         }
-        return write_tensors(path, {name: mask.to(torch.uint8) for name, mask in self._masks.items()}, metadata)
+        return write_tensors(path, {name: _packed(mask) for name, mask in self._masks.items()}, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Ticket:
         """Read a ticket written by `save`.
 
         Raises:
-            InputError: The file is missing, damaged, or something else than a ticket.
+            InputError: The file is missing, damaged, of a later version, or something else than a ticket.
         """
         tensors, metadata = read_tensors(path)
-        if metadata.get("format") != FORMAT:
-            raise InputError(
-                f"{path} is not a ticket (format {metadata.get('format')!r})", needed=f"a file of format {FORMAT}"
-            )
+        version = metadata.get("format", "")
+        if version not in (FORMAT, _BYTE_A_UNIT):
+            what = "is a ticket of another version" if version.startswith("earlybird-ticket-") else "is not a ticket"
+            raise InputError(f"{path} {what} (format {version!r})", needed=f"a file of format {FORMAT}")
         try:
-            masks = {name: tensors[name].to(torch.bool) for name in json.loads(metadata["order"])}
+            if version == _BYTE_A_UNIT:
+                masks = {name: tensors[name].to(torch.bool) for name in json.loads(metadata["order"])}
+            else:
+                masks = {
+                    name: _unpacked(tensors[name], shape) for name, shape in json.loads(metadata["shapes"]).items()
+                }
             return cls(masks, json.loads(metadata["kinds"]), json.loads(metadata["provenance"]))
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is a damaged ticket ({type(error).__name__}: {error})") from error
 
     def __eq__(self, other: object) -> bool:
@@ -144,7 +160,7 @@ class Ticket:
         )
 
     def __hash__(self) -> int:
-        return hash(tuple((name, bytes(mask.to(torch.uint8).tolist())) for name, mask in self._masks.items()))
+        return hash(tuple((name, _packed(mask).numpy().tobytes()) for name, mask in self._masks.items()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Ticket, (dict(self._masks), dict(self._kinds), dict(self._provenance))
@@ -152,3 +168,15 @@ class Ticket:
     def __repr__(self) -> str:
         kept, total = map(sum, zip(*self.widths.values()))
         return f"Ticket({kept} of {total} units in {len(self._masks)} layers, keep={self.keep:.3f})"
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """Return a boolean mask of any shape as uint8 ``(ceil(units / 8),)``."""
+    return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
+
+
+def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
+    units = math.prod(shape)
+    if packed.dtype != torch.uint8 or packed.numel() != -(-units // 8):
+        raise ValueError(f"{packed.numel()} bytes for a mask of shape {tuple(shape)}")
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=units).astype(bool)).reshape(shape)

@@ -1,0 +1,241 @@
+"""Masks: weights that a ticket removes are zero, and stay zero, while the others are trained.
+
+    w <- w * m,    g <- g * m,    state <- state * m
+
+for the weight ``w`` of each masked layer, its gradient ``g`` and every tensor in the optimizer's state that is shaped
+like it. The gradient is masked where autograd hands it over, so that what clips or counts gradients sees the sparse
+network's; the weight is masked after each optimizer step as well, since some optimizers (Muon) mix the entries of a
+matrix.
+
+What it saves: nothing measured. Zeros are multiplied with like any other number here, and the bill charges the MACs
+that are executed. Counted bit-MACs and modelled joules leave them out: that is what hardware that skips zeros would
+spend. Where real time is wanted, whole channels have to go (`earlybird.tickets.structure`, `earlybird.shrink`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from earlybird.arithmetic.add import AddConv2d, AddLinear
+from earlybird.arithmetic.shift import ShiftConv2d, ShiftLinear
+from earlybird.calls import Hook, given_optimizers, unwrapped
+from earlybird.errors import InputError, nearest
+from earlybird.ledger import Ledger
+from earlybird.sharded import is_sharded
+from earlybird.tickets.layers import Conv
+from earlybird.tickets.ticket import Ticket
+
+__all__ = ["Masks", "non_zeros", "prunable", "ticket_of"]
+
+
+def prunable(model: nn.Module, *, first: bool = True, last: bool = True) -> dict[str, nn.Parameter]:
+    """Return the weights that a ticket may be over: those of convolutions and linear layers, by layer name.
+
+    Biases and norms are never among them (Frankle and Carbin, arXiv 1803.03635). A weight that several layers share is
+    there once, under the first one's name.
+
+    Args:
+        model: Any module.
+        first: Whether the first of these layers is among them.
+        last: Whether the last of these layers, the head, is among them.
+
+    Raises:
+        InputError: There is none, or a layer computes with zeros otherwise than by leaving them out.
+    """
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, module in unwrapped(model).named_modules():
+        if isinstance(module, (AddConv2d, AddLinear, ShiftConv2d, ShiftLinear)):
+            raise InputError(
+                f"layer '{name}' ({type(module).__name__}) does not multiply: a weight of zero is not nothing there",
+                needed="convolutions and linear layers",
+                hint="leave shift_add out, or take a ticket over channels",
+            )
+        if not isinstance(module, (Conv, nn.Linear)):
+            continue
+        weight = module._parameters.get("weight")
+        if weight is None:
+            raise InputError(
+                f"the weight of layer '{name}' is computed by a parametrisation", needed="a plain parameter",
+                hint="take the parametrisation off before the weights are masked",
+            )  # fmt: skip
+        if id(weight) not in seen:
+            seen.add(id(weight))
+            found[name] = weight
+    names = list(found)
+    for name in {*(() if first else names[:1]), *(() if last else names[-1:])}:
+        del found[name]
+    if not found:
+        raise InputError(
+            f"{type(model).__name__} has no weights to prune", needed="convolutions or linear layers",
+            hint="check which layers are left out",
+        )  # fmt: skip
+    return found
+
+
+def ticket_of(masks: Mapping[str, Tensor], **provenance: Any) -> Ticket:
+    """Return a ticket over single weights from masks by layer name, each shaped as the layer's weight."""
+    return Ticket(masks, dict.fromkeys(masks, "weight"), provenance)
+
+
+def non_zeros(model: nn.Module) -> tuple[int, int]:
+    """Return how many parameters of ``model`` are not zero, and how many there are: biases and norms included."""
+    parameters = list(model.parameters())
+    return sum(int(p.count_nonzero()) for p in parameters), sum(p.numel() for p in parameters)
+
+
+class Masks:
+    """A ticket over single weights, held on a model while it trains.
+
+    Args:
+        model: The module that is trained; wrappers are seen through.
+        optimizer: Over its parameters; of several, all are seen to.
+        ticket: Over weights; see `set`. None: nothing is masked yet.
+        ledger: It and all that watch the model are told how many weights are left whenever that changes.
+
+    Raises:
+        InputError: The ticket is not this model's, or parameters are sharded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+        ticket: Ticket | None = None,
+        *,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self._model = unwrapped(model)
+        if is_sharded(self._model):
+            raise InputError(
+                "parameters are sharded (fully_shard), of which no rank holds a whole weight to mask",
+                hint="train with DistributedDataParallel, or take a ticket over channels",
+            )
+        self._optimizers = given_optimizers(optimizer)
+        self._ledger = ledger
+        self._factors: dict[str, Tensor] = {}
+        self._weights: dict[str, nn.Parameter] = {}
+        self._dense_gradients = False
+        self._hooks: list[Any] = []
+        self._after = [one.register_step_post_hook(Hook(self._after_step, self)) for one in self._optimizers]
+        if ticket is not None:
+            self.set(ticket)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The masks by layer name, as they are now, on the weights' devices; copies."""
+        return {name: factor != 0 for name, factor in self._factors.items()}
+
+    @property
+    def weights(self) -> Mapping[str, nn.Parameter]:
+        """The masked weights by layer name."""
+        return self._weights
+
+    @torch.no_grad()
+    def set(self, ticket: Ticket) -> None:
+        """Hold ``ticket`` from now on: removed weights and their optimizer state become zero, others stay as they are.
+
+        Raises:
+            InputError: A layer is missing, its weight has another shape, or units are not single weights; the message
+                names the first. Nothing is changed then.
+        """
+        weights = check_fits(ticket, self._model)
+        self._forget()
+        self._weights = weights
+        # numbers, in the weights' memory format: a product with booleans, or with another format, is ten times slower
+        self._factors = {
+            name: torch.empty_like(weight, requires_grad=False).copy_(mask)
+            for (name, weight), mask in zip(weights.items(), ticket.masks.values())
+        }
+        self._hooks = [
+            weight.register_post_accumulate_grad_hook(self._mask_gradient(self._factors[name]))
+            for name, weight in weights.items()
+            if weight.requires_grad
+        ]
+        self.apply()
+
+    @torch.no_grad()
+    def move(self, masks: Mapping[str, Tensor]) -> None:
+        """Change the masks of some layers, for masks that move as training goes on; what they remove becomes zero."""
+        for name, mask in masks.items():
+            self._factors[name].copy_(mask)
+        self.apply(masks)
+
+    @torch.no_grad()
+    def apply(self, only: Iterable[str] | None = None) -> None:
+        """Zero what is removed, in weights and optimizer state, and tell the ledger how many weights are left."""
+        for name in self._factors if only is None else only:
+            weight, factor = self._weights[name], self._factors[name]
+            weight.mul_(factor)
+            for optimizer in self._optimizers:
+                for value in optimizer.state.get(weight, {}).values():
+                    if isinstance(value, Tensor) and value.shape == weight.shape:
+                        value.mul_(factor)
+            self._model.get_submodule(name).weight_density = float(factor.mean())  # type: ignore[assignment]
+        if self._ledger is not None:
+            self._ledger.reread_arithmetic()
+
+    def let_gradients_through(self, yes: bool) -> None:
+        """Say whether gradients of removed weights are left as autograd computes them, for who grows by them."""
+        self._dense_gradients = yes
+
+    def remove(self) -> None:
+        """Take all hooks off; weights that are zero are trained like any other from here on."""
+        self._forget()
+        for hook in self._after:
+            hook.remove()
+        self._after.clear()
+
+    def _forget(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for name in self._factors:
+            self._model.get_submodule(name).__dict__.pop("weight_density", None)
+        self._factors, self._weights = {}, {}
+
+    def _mask_gradient(self, factor: Tensor) -> Callable[[Tensor], None]:
+        def hook(weight: Tensor) -> None:
+            if not self._dense_gradients and weight.grad is not None:
+                weight.grad.mul_(factor)
+
+        return hook
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        names = [name for name, weight in self._weights.items() if id(weight) in held]
+        if names:
+            torch._foreach_mul_([self._weights[name] for name in names], [self._factors[name] for name in names])
+
+
+def check_fits(ticket: Ticket, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weight of each layer that a ticket over weights names, in its order.
+
+    Raises:
+        InputError: What does not fit, with how many other entries.
+    """
+    own = prunable(model)
+    modules = dict(model.named_modules())
+    wrong: list[tuple[str, str]] = []
+    for name, kind in ticket.kinds.items():
+        if kind != "weight":
+            wrong.append((name, f"the ticket's units of '{name}' are of kind '{kind}', not single weights"))
+        elif name not in own:
+            there = f"is no convolution or linear layer ({type(modules[name]).__name__})" if name in modules else ""
+            wrong.append((name, f"layer '{name}' of the ticket {there or 'is not in the model'}"))
+        elif own[name].shape != ticket.masks[name].shape:
+            found, needed = tuple(ticket.masks[name].shape), tuple(own[name].shape)
+            wrong.append((name, f"the ticket's mask of '{name}' has shape {found}, the model's weight {needed}"))
+    if wrong:
+        more = f" (and {len(wrong) - 1} more of {len(ticket.kinds)} entries)" if len(wrong) > 1 else ""
+        raise InputError(
+            wrong[0][1] + more,
+            needed="the ticket of this model: same architecture, width, image channels and classes",
+            hint=nearest(wrong[0][0], own) if wrong[0][0] not in own else "",
+        )
+    return {name: own[name] for name in ticket.kinds}
