@@ -34,6 +34,7 @@ SETTINGS = {
         },
         {"keep_heads": 0.5, "keep_neurons": 0.5, "draw_at": "7it", "unit_look_every": "2it", "coefficient_rate": 0.01},
     ),
+    "iterative": ({"keep_weights": 1.0}, {"keep_weights": 0.5, "prune_share": 0.3, "rewind_to": "2it"}),
     "batch_dropping": ({"drop": 0.0}, {"drop": 0.5}),
     "layer_skipping": ({"layer_share": 1.0}, {"layer_share": 0.6}),
     "stochastic_depth": ({"depth_survival": 1.0}, {"depth_survival": 0.5}),
@@ -184,6 +185,8 @@ class TestContract:
 ALTERNATIVES = (
     {"progressive_precision", "fractional_precision", "predictive_sign", "block_float", "shift_add"},
     {"layer_skipping", "stochastic_depth", "fractional_precision"},
+    {"early_bird", "iterative"},
+    {"iterative", "shift_add"},
 )
 COMMON = [name for name in METHODS if name not in TOPOLOGIES]
 PAIRS = list(itertools.permutations(COMMON, 2))

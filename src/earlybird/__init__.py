@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "EarlyBird": "earlybird.tickets.early_bird",
     "EarlyBert": "earlybird.tickets.early_bert",
+    "Iterative": "earlybird.tickets.iterative",
     "UnitSearch": "earlybird.tickets.early_bert",
     "BatchDropping": "earlybird.skipping.batches",
     "LayerSkipping": "earlybird.skipping.layers",
@@ -40,7 +41,7 @@ _HOMES = {
     "Bill": "earlybird.cost.bill",
 }
 __all__ = [
-    "BatchDropping", "Bill", "BlockFloat", "Change", "EarlyBert", "EarlyBird", "FractionalPrecision",
+    "BatchDropping", "Bill", "BlockFloat", "Change", "EarlyBert", "EarlyBird", "FractionalPrecision", "Iterative",
     "LayerSkipping", "Ledger", "PredictiveSign", "ProgressivePrecision", "ProgressiveResizing", "Search", "ShiftAdd",
     "Step", "StochasticDepth", "Ticket", "UnitSearch", "__version__", "draw", "draw_units", "shrink", "use_kernels",
 ]  # fmt: skip
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from earlybird.tickets.draw import draw, draw_units
     from earlybird.tickets.early_bert import EarlyBert, UnitSearch
     from earlybird.tickets.early_bird import EarlyBird
+    from earlybird.tickets.iterative import Iterative
     from earlybird.tickets.search import Search
     from earlybird.tickets.shrink import Change, shrink
     from earlybird.tickets.ticket import Ticket

@@ -54,6 +54,15 @@ METHODS: dict[str, MethodInfo] = {
             limits="small transformers, where embeddings and classifier are most of the work, and short trainings",
         ),
         MethodInfo(
+            name="iterative",
+            path="earlybird.tickets.iterative:Iterative",
+            citation="Frankle, Carbin: The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks, ICLR "
+            "2019; Renda et al., Comparing Rewinding and Fine-tuning in Neural Network Pruning, ICLR 2020",
+            link="https://arxiv.org/abs/1803.03635",
+            saves="stored weights; counted bit-MACs and modelled joules of inference on hardware that skips zeros",
+            limits="training, which it makes many times dearer: it finds the tickets that others are measured by",
+        ),
+        MethodInfo(
             name="progressive_resizing",
             path="earlybird.skipping.pixels:ProgressiveResizing",
             citation="Howard, Training ImageNet in 3 hours for 25 minutes, fast.ai 2018; settings of MosaicML Composer",

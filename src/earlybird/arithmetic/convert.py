@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from earlybird.arithmetic.add import AddConv2d, AddLinear
 from earlybird.arithmetic.shift import Form, ShiftConv2d, ShiftLayer, ShiftLinear
-from earlybird.calls import Around, as_call, first_sample, undisturbed, unwrapped
+from earlybird.calls import Around, as_call, first_sample, hook_owners, undisturbed, unwrapped
 from earlybird.errors import InputError, nearest
+from earlybird.tickets.claim import Claim
 from earlybird.tickets.layers import BatchNorm, Conv
 
 __all__ = ["Operation", "Replaced", "convert", "plan"]
@@ -125,6 +126,11 @@ def _kinds(model: nn.Module, operation: Operation, leave: Sequence[str]) -> dict
     for pattern in leave:
         if not fnmatch.filter(layers, pattern):
             raise InputError(f"leave names '{pattern}', which is no layer", hint=nearest(pattern, layers))
+    for claim in hook_owners(model, Claim):
+        raise InputError(
+            f"{claim.method} decides already which units of the model stay",
+            hint="convert the model before other methods",
+        )
     for name, module in model.named_modules():
         if name and name not in layers and isinstance(module.__dict__.get("forward"), Around):
             raise InputError(

@@ -29,7 +29,7 @@ from earlybird.sharded import is_sharded
 from earlybird.tickets.layers import Conv
 from earlybird.tickets.ticket import Ticket
 
-__all__ = ["Masks", "non_zeros", "prunable", "ticket_of"]
+__all__ = ["Masks", "left_dense", "non_zeros", "prunable", "ticket_of"]
 
 
 def prunable(model: nn.Module, *, first: bool = True, last: bool = True) -> dict[str, nn.Parameter]:
@@ -74,6 +74,25 @@ def prunable(model: nn.Module, *, first: bool = True, last: bool = True) -> dict
             f"{type(model).__name__} has no weights to prune", needed="convolutions or linear layers",
             hint="check which layers are left out",
         )  # fmt: skip
+    return found
+
+
+def left_dense(weights: Mapping[str, Tensor], leave: Iterable[str]) -> set[str]:
+    """Return the names of the layers that ``leave`` names: by themselves, or as ``'first'`` and ``'last'``.
+
+    Raises:
+        InputError: There is no such layer.
+    """
+    names = list(weights)
+    ends = {"first": names[0], "last": names[-1]}
+    found = set()
+    for name in leave:
+        if name not in ends and name not in weights:
+            raise InputError(
+                f"no layer '{name}' to leave dense", needed="a convolution or linear layer, 'first' or 'last'",
+                hint=nearest(name, (*ends, *names)),
+            )  # fmt: skip
+        found.add(ends.get(name, name))
     return found
 
 

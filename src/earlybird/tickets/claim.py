@@ -28,6 +28,12 @@ def claim(model: nn.Module, method: str) -> Callable[[], None]:
         InputError: Another method decides that already.
     """
     check_unclaimed(model, method)
+    if any(getattr(owner, "drawn", True) is False for owner in hook_owners(model, object)):
+        raise InputError(
+            f"a search for a ticket is attached to this model already, so {method} cannot decide which units stay",
+            needed="one ticket at a time",
+            hint="leave one of them out, or call the search's detach() first",
+        )
     return model.register_forward_pre_hook(Hook(None, Claim(method))).remove
 
 

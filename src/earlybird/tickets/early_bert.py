@@ -40,6 +40,7 @@ from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_choice, check_count, check_number, check_share, option
 from earlybird.sharded import is_sharded
 from earlybird.step import Step
+from earlybird.tickets.claim import check_unclaimed
 from earlybird.tickets.draw import Scope, draw_units
 from earlybird.tickets.search import Search
 from earlybird.tickets.shrink import Change, cut_to_shape, describe, shrink
@@ -230,6 +231,7 @@ class UnitSearch:
                 "fully_shard keeps the rows of a weight on different ranks, and coefficients are learned from all",
                 hint="use DistributedDataParallel, or eb.draw_units and eb.shrink",
             )
+        check_unclaimed(model, "early_bert")
         others: list[Search | UnitSearch] = [*hook_owners(model, Search), *hook_owners(model, UnitSearch)]
         if not all(search.drawn for search in others):
             raise InputError("a search is attached to this model already", hint="call its detach() first")

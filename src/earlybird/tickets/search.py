@@ -36,6 +36,7 @@ from earlybird.ledger import Ledger, ledger_of
 from earlybird.settings import check_count
 from earlybird.sharded import gathered, is_sharded, local
 from earlybird.step import Step
+from earlybird.tickets.claim import check_unclaimed
 from earlybird.tickets.coupling import Group, find_groups, groups_from_state, groups_to_state
 from earlybird.tickets.draw import ABSENT, draw_coupled, ranked, shuffle
 from earlybird.tickets.layers import fitting_multiple, width
@@ -725,6 +726,7 @@ def _check_partners(model: nn.Module, optimizers: list[torch.optim.Optimizer], *
             "does, pass it too, or its state will not follow the cut",
             stacklevel=4,
         )
+    check_unclaimed(model, "early_bird")
     if not all(search.drawn for search in hook_owners(model, Search)):
         raise InputError("a search is attached to this model already", hint="call its detach() first")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -119,13 +119,14 @@ class Ticket:
 
     def save(self, path: str | Path) -> Path:
         """Write the ticket as safetensors, atomically; masks packed eight to a byte, the rest as metadata."""
-        metadata = {
+        about = {
             "format": FORMAT,
-            "shapes": json.dumps({name: list(mask.shape) for name, mask in self._masks.items()}),
-            "kinds": json.dumps(dict(self._kinds)),
-            "provenance": json.dumps(dict(self._provenance)),
+            "shapes": {name: list(mask.shape) for name, mask in self._masks.items()},
+            "kinds": dict(self._kinds),
+            "provenance": dict(self._provenance),
         }
-        return write_tensors(path, {name: _packed(mask) for name, mask in self._masks.items()}, metadata)
+        # one key only: safetensors writes several in random order, and equal tickets should give equal files
+        return write_tensors(path, {n: packed(mask) for n, mask in self._masks.items()}, {"ticket": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path) -> Ticket:
@@ -135,19 +136,20 @@ class Ticket:
             InputError: The file is missing, damaged, of a later version, or something else than a ticket.
         """
         tensors, metadata = read_tensors(path)
-        version = metadata.get("format", "")
-        if version not in (FORMAT, _BYTE_A_UNIT):
-            what = "is a ticket of another version" if version.startswith("earlybird-ticket-") else "is not a ticket"
-            raise InputError(f"{path} {what} (format {version!r})", needed=f"a file of format {FORMAT}")
         try:
+            about = json.loads(metadata["ticket"]) if "ticket" in metadata else _first_version(metadata)
+            version = str(about.get("format", ""))
+            if version not in (FORMAT, _BYTE_A_UNIT):
+                what = (
+                    "is a ticket of another version" if version.startswith("earlybird-ticket-") else "is not a ticket"
+                )
+                raise InputError(f"{path} {what} (format {version!r})", needed=f"a file of format {FORMAT}")
             if version == _BYTE_A_UNIT:
-                masks = {name: tensors[name].to(torch.bool) for name in json.loads(metadata["order"])}
+                masks = {name: tensors[name].to(torch.bool) for name in about["order"]}
             else:
-                masks = {
-                    name: _unpacked(tensors[name], shape) for name, shape in json.loads(metadata["shapes"]).items()
-                }
-            return cls(masks, json.loads(metadata["kinds"]), json.loads(metadata["provenance"]))
-        except (KeyError, TypeError, ValueError) as error:
+                masks = {name: unpacked(tensors[name], shape) for name, shape in about["shapes"].items()}
+            return cls(masks, about["kinds"], about["provenance"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is a damaged ticket ({type(error).__name__}: {error})") from error
 
     def __eq__(self, other: object) -> bool:
@@ -160,7 +162,7 @@ class Ticket:
         )
 
     def __hash__(self) -> int:
-        return hash(tuple((name, _packed(mask).numpy().tobytes()) for name, mask in self._masks.items()))
+        return hash(tuple((name, packed(mask).numpy().tobytes()) for name, mask in self._masks.items()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Ticket, (dict(self._masks), dict(self._kinds), dict(self._provenance))
@@ -170,12 +172,21 @@ class Ticket:
         return f"Ticket({kept} of {total} units in {len(self._masks)} layers, keep={self.keep:.3f})"
 
 
-def _packed(mask: Tensor) -> Tensor:
-    """Return a boolean mask of any shape as uint8 ``(ceil(units / 8),)``."""
-    return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
+def _first_version(metadata: Mapping[str, str]) -> dict[str, Any]:
+    return {name: text if name == "format" else json.loads(text) for name, text in metadata.items()}
 
 
-def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
+def packed(mask: Tensor) -> Tensor:
+    """Return a boolean mask of any shape as uint8 ``(ceil(units / 8),)``, on the CPU."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
+
+
+def unpacked(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the mask that `packed` was given.
+
+    Raises:
+        ValueError: There are not as many bytes as the shape needs.
+    """
     units = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.numel() != -(-units // 8):
         raise ValueError(f"{packed.numel()} bytes for a mask of shape {tuple(shape)}")

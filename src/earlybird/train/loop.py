@@ -78,7 +78,7 @@ def fit(run: Run, stop: StopSignal) -> None:
         for _ in range(done, min(spe, done + run.total - run.step)):
             loss = _step(run, batches)
             run.step += 1
-            row = run.step % evaluate_every == 0 or run.step == run.total
+            row = run.step % evaluate_every == 0 or run.step == run.total or run.training_ends
             due = checkpoint_every is not None and run.step % checkpoint_every == 0
             look = not waits or row or due or run.step % _AGREE_EVERY == 0 or run.step % spe == 0
             if look:
@@ -128,7 +128,7 @@ def _step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
     run.optimizer.step()
     run.optimizer.zero_grad()
     if recipe.ema is not None:
-        ema.average(run.optimizer, recipe.ema, run.step)
+        ema.average(run.optimizer, recipe.ema, run.clock(run.step))
     run.loss_sum += total / recipe.accumulate
     run.loss_steps += 1
     return total

@@ -32,6 +32,7 @@ from earlybird.ledger import Ledger
 from earlybird.models.blueprint import Blueprint
 from earlybird.settings import accepted
 from earlybird.tickets.refit import estimate_batch_norms
+from earlybird.tickets.ticket import Ticket
 from earlybird.traces import Ranking, Tracing, rank_inputs
 from earlybird.train import checkpoint, ema
 from earlybird.train.folder import RunFolder
@@ -88,6 +89,29 @@ class Observing(Attached, Protocol):
     """What the run asks of a method that goes by the training loss, beside that."""
 
     def observe(self, loss: Tensor) -> None: ...  # noqa: D102
+
+
+@runtime_checkable
+class Repeating(Protocol):
+    """What the run asks of a method that trains more than once in a run, before it is attached."""
+
+    def total_steps(self, training: int, steps_per_epoch: int | None = None) -> int: ...  # noqa: D102
+
+
+@runtime_checkable
+class Clocked(Attached, Protocol):
+    """What the run asks of it when it is attached: where in the schedule it is, and where a training ends."""
+
+    def clock(self, step: int) -> int: ...  # noqa: D102
+    def due(self) -> bool: ...  # noqa: D102
+    def row(self) -> dict[str, Any]: ...  # noqa: D102
+
+
+@runtime_checkable
+class Filing(Attached, Protocol):
+    """What the run asks of a method that leaves tickets or weights for later runs: them, by file name."""
+
+    def files(self) -> Mapping[str, Any]: ...  # noqa: D102
 
 
 @runtime_checkable
@@ -265,7 +289,13 @@ class Run:
                 f"an epoch has {len(self.loader)} batches, fewer than accumulate = {recipe.accumulate}",
                 hint="lower batch_size or accumulate",
             )
-        self.total = recipe.steps(self.steps_per_epoch)
+        self._training = self.total = recipe.steps(self.steps_per_epoch)
+        for name, method in methods.items():
+            if isinstance(method, Repeating):
+                self.total = method.total_steps(self._training, self.steps_per_epoch)
+                if recipe.stem_until is not None and self.total > self._training:
+                    raise InputError(f"stem_until freezes the first layer for good, and {name} trains it again",
+                                     hint="leave stem_until out")  # fmt: skip
         self._clock_per_epoch = self.steps_per_epoch
         if self._selection is not None and self._selection.by_attempts:
             self._clock_per_epoch = self.loader.whole_length // recipe.accumulate
@@ -304,6 +334,7 @@ class Run:
             "loader": self.loader,
             "ledger": ledger,
             "seed": recipe.seed,
+            "resumed": self._found is not None,
         }
         self.methods: dict[str, Attached] = {
             name: method.attach(self.model, self.optimizer, **accepted(method.attach, context))
@@ -322,6 +353,7 @@ class Run:
         self._kernels = install(self.model, self.choice.kernels, example)
         self.search = next((method for method in self.methods.values() if isinstance(method, Drawing)), None)
         self.observers = [method for method in self.methods.values() if isinstance(method, Observing)]
+        self._clocked = next((method for method in self.methods.values() if isinstance(method, Clocked)), None)
         self._followed: Any = None  # of the search's changes, the one that `after_draw` was called for
         self.forward: Callable[[Tensor], Tensor] = self._wrap()
         self.step = 0
@@ -425,8 +457,18 @@ class Run:
 
     # ---- what the loop calls ----
 
+    def clock(self, step: int) -> int:
+        """Return where in the schedule the step after ``step`` finished ones is; the run may train repeatedly."""
+        return step if self._clocked is None else self._clocked.clock(step)
+
+    @property
+    def training_ends(self) -> bool:
+        """Whether one of several trainings is over: the model is never again what it is now."""
+        return self._clocked is not None and self._clocked.due()
+
     def lr(self, step: int, end: int | None = None) -> float:
         """Return the learning rate of the step that follows ``step`` finished ones; ``end`` as for `Schedule`."""
+        step = self.clock(step)
         if self._clock_per_epoch == self.steps_per_epoch:
             return self.schedule(step, end)
         attempts = self._selection.attempt(step * self.recipe.accumulate, self.loader.whole_length)
@@ -520,6 +562,7 @@ class Run:
             "lr": self.lr(self.step - 1),
             "images_per_s": images / elapsed if elapsed > 0 else 0.0,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            **({} if self._clocked is None else self._clocked.row()),
         }
         self.folder.append_row(row)
         self._write_traces()
@@ -641,6 +684,8 @@ class Run:
         else:
             written = self.folder.read_json("tune.json") or {}
             self.display.say(f"{self.recipe.name}: {written.get('reason', self.choice)}")
+        if not self.resumed and self.needs_rebuild:  # drawn before the first step
+            self.after_draw()
         drawn = self.search is None or self.search.drawn
         self._row_begun = self.ledger.seconds
         self.ledger.enter("train" if drawn else "search")
@@ -703,6 +748,7 @@ class Run:
                     if self.search.ticket is None
                     else f"the run ended before its last cut; what is left is that of step {self.search.drawn_at}"
                 )
+        self._write_files()
         self.ledger.stop()
         bill = self.ledger.bill()
         self.folder.write_json("bill.json", bill.to_json())
@@ -710,7 +756,7 @@ class Run:
             folder=self.folder.path,
             accuracy=self.accuracy,
             loss=self.test_loss,
-            epochs=self.recipe.epochs,
+            epochs=self.recipe.epochs if self.total == self._training else self.total / self.steps_per_epoch,
             steps=self.step,
             seconds=self.ledger.seconds,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
@@ -741,6 +787,14 @@ class Run:
         }
         if ranked:
             self.folder.write_json("inputs.json", ranked)
+
+    def _write_files(self) -> None:
+        """Write the tickets and weights that the methods leave."""
+        for method in self.methods.values() if self.folder.writer else ():
+            for name, content in (method.files() if isinstance(method, Filing) else {}).items():
+                path = self.folder.path / name
+                path.parent.mkdir(exist_ok=True)
+                content.save(path) if isinstance(content, Ticket) else write_tensors(path, content, {})
 
     def _write_history(self) -> None:
         assert self.search is not None
