@@ -18,6 +18,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "EarlyBird": "earlybird.tickets.early_bird",
     "EarlyBert": "earlybird.tickets.early_bert",
+    "AtInit": "earlybird.tickets.at_init",
+    "FixedTicket": "earlybird.tickets.fixed",
     "Iterative": "earlybird.tickets.iterative",
     "UnitSearch": "earlybird.tickets.early_bert",
     "BatchDropping": "earlybird.skipping.batches",
@@ -41,9 +43,10 @@ _HOMES = {
     "Bill": "earlybird.cost.bill",
 }
 __all__ = [
-    "BatchDropping", "Bill", "BlockFloat", "Change", "EarlyBert", "EarlyBird", "FractionalPrecision", "Iterative",
-    "LayerSkipping", "Ledger", "PredictiveSign", "ProgressivePrecision", "ProgressiveResizing", "Search", "ShiftAdd",
-    "Step", "StochasticDepth", "Ticket", "UnitSearch", "__version__", "draw", "draw_units", "shrink", "use_kernels",
+    "AtInit", "BatchDropping", "Bill", "BlockFloat", "Change", "EarlyBert", "EarlyBird", "FixedTicket",
+    "FractionalPrecision", "Iterative", "LayerSkipping", "Ledger", "PredictiveSign", "ProgressivePrecision",
+    "ProgressiveResizing", "Search", "ShiftAdd", "Step", "StochasticDepth", "Ticket", "UnitSearch", "__version__",
+    "draw", "draw_units", "shrink", "use_kernels",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -60,9 +63,11 @@ if TYPE_CHECKING:
     from earlybird.skipping.pixels import ProgressiveResizing
     from earlybird.skipping.stochastic_depth import StochasticDepth
     from earlybird.step import Step
+    from earlybird.tickets.at_init import AtInit
     from earlybird.tickets.draw import draw, draw_units
     from earlybird.tickets.early_bert import EarlyBert, UnitSearch
     from earlybird.tickets.early_bird import EarlyBird
+    from earlybird.tickets.fixed import FixedTicket
     from earlybird.tickets.iterative import Iterative
     from earlybird.tickets.search import Search
     from earlybird.tickets.shrink import Change, shrink

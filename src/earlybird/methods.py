@@ -63,6 +63,24 @@ METHODS: dict[str, MethodInfo] = {
             limits="training, which it makes many times dearer: it finds the tickets that others are measured by",
         ),
         MethodInfo(
+            name="at_init",
+            path="earlybird.tickets.at_init:AtInit",
+            citation="Lee et al., SNIP, ICLR 2019; Wang et al., GraSP (arXiv 2002.07376), ICLR 2020; Tanaka et al., "
+            "SynFlow (arXiv 2006.05467), NeurIPS 2020",
+            link="https://arxiv.org/abs/1810.02340",
+            saves="measured seconds and bytes, counted MACs and modelled joules from the first step on, over channels",
+            limits="accuracy, where untrained weights say little; and time, over single weights, which are only masked",
+        ),
+        MethodInfo(
+            name="fixed_ticket",
+            path="earlybird.tickets.fixed:FixedTicket",
+            citation="Frankle, Carbin: The Lottery Ticket Hypothesis, ICLR 2019; controls: Su et al., Sanity-Checking "
+            "Pruning Methods: Random Tickets can Win the Jackpot, NeurIPS 2020",
+            link="https://arxiv.org/abs/2009.11094",
+            saves="the search for the ticket; over channels, seconds, bytes, MACs and joules from the first step on",
+            limits="time, over single weights, which are only masked; and a ticket that another task has found",
+        ),
+        MethodInfo(
             name="progressive_resizing",
             path="earlybird.skipping.pixels:ProgressiveResizing",
             citation="Howard, Training ImageNet in 3 hours for 25 minutes, fast.ai 2018; settings of MosaicML Composer",

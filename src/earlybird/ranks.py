@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from earlybird.calls import processes, unwrapped
 from earlybird.errors import InputError, ShrinkError
+from earlybird.tickets.ticket import packed
 
 Facts = Sequence[tuple[str, str]]
 """Names and what they are, in an order that all ranks share."""
@@ -89,7 +90,7 @@ def of_masks(masks: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     return [
         (
             f"a ticket that keeps {int(mask.sum())} of {mask.numel()} units of '{name}'",
-            f"(digest {hashlib.sha256(bytes(mask.to(torch.uint8).tolist())).hexdigest()[:8]})",
+            f"(digest {hashlib.sha256(packed(mask).numpy().tobytes()).hexdigest()[:8]})",
         )
         for name, mask in masks.items()
     ]

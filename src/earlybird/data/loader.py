@@ -181,6 +181,18 @@ class Loader:
         index, choices = self._draw_sample(count, seed)
         return Sample(len(index), size, lambda part: self._inputs(index[part], choices.part(part)))
 
+    def of_each_class(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Return ``count`` inputs of each class, only normalised, and their labels, chosen by ``seed`` alone.
+
+        Returns:
+            (B, C, H, W) in the loader's type, memory format and device, and int64 (B,).
+
+        Raises:
+            InputError: A class has fewer images.
+        """
+        index = pick_samples(self.labels, count, _generator(_SAMPLE, seed))
+        return self._inputs(index, Choices()), self._labels(index)
+
     def _draw_sample(self, count: int, seed: int) -> tuple[Tensor, Choices]:
         generator = _generator(_SAMPLE, seed)
         index = torch.randperm(len(self.images), generator=generator)[:count]
@@ -263,6 +275,28 @@ class Sample(Sequence[Tensor]):
             return [self[number] for number in range(len(self))[batch]]
         start = range(len(self))[batch] * self._size
         return self._make(slice(start, min(start + self._size, self._count)))
+
+
+def pick_samples(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
+    """Return the indices of ``per_class`` random samples of each class, shape (classes * per_class,).
+
+    Args:
+        labels: int64 (N,).
+        per_class: Samples of each class.
+        generator: On the CPU.
+
+    Raises:
+        InputError: A class has fewer samples.
+    """
+    labels = labels.cpu()
+    order = torch.randperm(len(labels), generator=generator)
+    chosen = []
+    for label in labels.unique():
+        members = order[labels[order] == label][:per_class]
+        if len(members) < per_class:
+            raise InputError(f"class {int(label)} has {len(members)} samples", needed=f"{per_class} of each class")
+        chosen.append(members)
+    return torch.cat(chosen)
 
 
 def _generator(*entropy: int) -> torch.Generator:

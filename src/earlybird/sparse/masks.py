@@ -29,7 +29,7 @@ from earlybird.sharded import is_sharded
 from earlybird.tickets.layers import Conv
 from earlybird.tickets.ticket import Ticket
 
-__all__ = ["Masks", "left_dense", "non_zeros", "prunable", "ticket_of"]
+__all__ = ["Masks", "left_dense", "non_zeros", "prunable", "ticket_of", "with_zeros"]
 
 
 def prunable(model: nn.Module, *, first: bool = True, last: bool = True) -> dict[str, nn.Parameter]:
@@ -94,6 +94,14 @@ def left_dense(weights: Mapping[str, Tensor], leave: Iterable[str]) -> set[str]:
             )  # fmt: skip
         found.add(ends.get(name, name))
     return found
+
+
+def with_zeros(model: nn.Module, density: float, leave: Iterable[str] = ()) -> nn.Module:
+    """Let the layers of ``model`` say that a share of their weights is not zero, for a run on paper; return it."""
+    weights = prunable(model)
+    for name in weights.keys() - left_dense(weights, leave):
+        model.get_submodule(name).weight_density = density  # type: ignore[assignment]
+    return model
 
 
 def ticket_of(masks: Mapping[str, Tensor], **provenance: Any) -> Ticket:

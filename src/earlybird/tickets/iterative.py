@@ -40,7 +40,7 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.settings import check_choice, check_count, check_number, check_share, option
 from earlybird.sparse.budget import largest, largest_by_layer
-from earlybird.sparse.masks import Masks, left_dense, prunable, ticket_of
+from earlybird.sparse.masks import Masks, left_dense, prunable, ticket_of, with_zeros
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch
 from earlybird.tickets.claim import claim
@@ -121,7 +121,7 @@ class Iterative:
         ]
         found = list(stretches)
         for left in shares(self.keep_weights, self.prune_share):
-            found += [replace(one, model=_with_zeros(one.model, left, self.leave_dense)) for one in again]
+            found += [replace(one, model=with_zeros(copy.deepcopy(one.model), left, self.leave_dense)) for one in again]
         return found
 
     def attach(
@@ -438,15 +438,6 @@ class Rounds:
             masks, method="iterative", round=number, keep=self._left[number - 1], rewind=settings.rewind,
             rewind_to=self.rewound, training=self.training, scope=settings.prune_scope,
         )  # fmt: skip
-
-
-def _with_zeros(model: nn.Module, density: float, leave: Iterable[str]) -> nn.Module:
-    """Return a copy of ``model`` whose layers say that a share of their weights is not zero."""
-    model = copy.deepcopy(model)
-    weights = prunable(model)
-    for name in weights.keys() - left_dense(weights, leave):
-        model.get_submodule(name).weight_density = density  # type: ignore[assignment]
-    return model
 
 
 def _training_of(settings: Iterative, total: int, steps_per_epoch: int | None) -> int:

@@ -42,7 +42,7 @@ from earlybird.tickets.draw import ABSENT, draw_coupled, ranked, shuffle
 from earlybird.tickets.layers import fitting_multiple, width
 from earlybird.tickets.refit import dense_outputs, estimate_batch_norms, least_squares, share_statistics
 from earlybird.tickets.scores import TaylorMean, batch_norms, score_channels
-from earlybird.tickets.shrink import Change, check_supported, shrink
+from earlybird.tickets.shrink import Change, check_supported, shrink, with_rounded
 from earlybird.tickets.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -522,7 +522,7 @@ class Search:
                 )  # fmt: skip
             self._refresh_wrapper(change)
             self.change = change if before is None else before.then(change)
-            ticket = _with_rounded(ticket, self.change.rounded)
+            ticket = with_rounded(ticket, self.change.rounded)
             self.tickets[self._watched[0]] = ticket
             # From here on the model is the small one, whatever else may fail.
             self.drawn_at = self._steps
@@ -692,14 +692,6 @@ def _averaged(copy: nn.Module, model: nn.Module) -> nn.Module:
             needed="a copy of it, such as torch.optim.swa_utils.AveragedModel(model)",
         )
     return found
-
-
-def _with_rounded(ticket: Ticket, rounded: Mapping[str, list[int]]) -> Ticket:
-    """Return the ticket of what really stays: with the channels that rounding kept."""
-    masks = dict(ticket.masks)
-    for name, channels in rounded.items():
-        masks[name][channels] = True
-    return Ticket(masks, ticket.kinds, {**ticket.provenance, "rounded": sum(map(len, rounded.values()))})
 
 
 def _check_partners(model: nn.Module, optimizers: list[torch.optim.Optimizer], *, again: bool = False) -> None:

@@ -259,6 +259,14 @@ def shrink(
     return change
 
 
+def with_rounded(ticket: Ticket, rounded: Mapping[str, list[int]]) -> Ticket:
+    """Return the ticket of what really stays: with the channels that rounding kept."""
+    masks = dict(ticket.masks)
+    for name, channels in rounded.items():
+        masks[name][channels] = True
+    return Ticket(masks, ticket.kinds, {**ticket.provenance, "rounded": sum(map(len, rounded.values()))})
+
+
 def check_supported(
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
