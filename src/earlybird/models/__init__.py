@@ -42,11 +42,13 @@ _VGG = "Simonyan and Zisserman, ICLR 2015, https://arxiv.org/abs/1409.1556"
 _RESNET = "He et al., CVPR 2016, https://arxiv.org/abs/1512.03385"
 _PREACT = "He et al., ECCV 2016, https://arxiv.org/abs/1603.05027"
 _MOBILE = "Sandler et al., CVPR 2018, https://arxiv.org/abs/1801.04381"
+_LENET = "LeCun et al., Proc. IEEE 1998; Frankle and Carbin, ICLR 2019, https://arxiv.org/abs/1803.03635"
 _SPEEDRUN = "Jordan, 2024, https://arxiv.org/abs/2404.00498"
 
 MODELS: dict[str, ModelInfo] = {
     name: ModelInfo(name, f"earlybird.models.{file}:{name}", citation)
     for file, citation, names in (
+        ("lenet", _LENET, ("lenet300",)),
         ("small_cnn", _VGG, ("small_cnn",)),
         ("vgg", _VGG, ("vgg11", "vgg16", "vgg19")),
         ("resnet_cifar", _RESNET, ("resnet20", "resnet38", "resnet74", "resnet110")),
