@@ -42,6 +42,10 @@ SETTINGS = {
     "iterative": ({"keep_weights": 1.0}, {"keep_weights": 0.5, "prune_share": 0.3, "rewind_to": "2it"}),
     "at_init": ({"init_keep": 1.0}, {"init_keep": 0.5, "init_score": "magnitude", "init_round_to": 1}),
     "fixed_ticket": ({}, {"ticket": lambda model: ticket_file(model)}),
+    "dynamic_sparse": (
+        {"density": 1.0},
+        {"density": 0.3, "regrow_every": "2it", "regrow_until": "12it", "drop_share": 0.5},
+    ),
     "batch_dropping": ({"drop": 0.0}, {"drop": 0.5}),
     "layer_skipping": ({"layer_share": 1.0}, {"layer_share": 0.6}),
     "stochastic_depth": ({"depth_survival": 1.0}, {"depth_survival": 0.5}),
@@ -206,9 +210,10 @@ class TestContract:
 ALTERNATIVES = (
     {"progressive_precision", "fractional_precision", "predictive_sign", "block_float", "shift_add"},
     {"layer_skipping", "stochastic_depth", "fractional_precision"},
-    {"early_bird", "iterative", "at_init", "fixed_ticket"},  # one ticket at a time
+    {"early_bird", "iterative", "at_init", "fixed_ticket", "dynamic_sparse"},  # one ticket at a time
     {"iterative", "shift_add"},  # a weight of zero is not nothing there
     {"fixed_ticket", "shift_add"},
+    {"dynamic_sparse", "shift_add"},
 )
 COMMON = [name for name in METHODS if name not in TOPOLOGIES]
 PAIRS = list(itertools.permutations(COMMON, 2))

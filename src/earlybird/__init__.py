@@ -20,6 +20,7 @@ _HOMES = {
     "EarlyBert": "earlybird.tickets.early_bert",
     "AtInit": "earlybird.tickets.at_init",
     "FixedTicket": "earlybird.tickets.fixed",
+    "DynamicSparse": "earlybird.sparse.dynamic",
     "Iterative": "earlybird.tickets.iterative",
     "UnitSearch": "earlybird.tickets.early_bert",
     "BatchDropping": "earlybird.skipping.batches",
@@ -43,10 +44,10 @@ _HOMES = {
     "Bill": "earlybird.cost.bill",
 }
 __all__ = [
-    "AtInit", "BatchDropping", "Bill", "BlockFloat", "Change", "EarlyBert", "EarlyBird", "FixedTicket",
-    "FractionalPrecision", "Iterative", "LayerSkipping", "Ledger", "PredictiveSign", "ProgressivePrecision",
-    "ProgressiveResizing", "Search", "ShiftAdd", "Step", "StochasticDepth", "Ticket", "UnitSearch", "__version__",
-    "draw", "draw_units", "shrink", "use_kernels",
+    "AtInit", "BatchDropping", "Bill", "BlockFloat", "Change", "DynamicSparse", "EarlyBert", "EarlyBird",
+    "FixedTicket", "FractionalPrecision", "Iterative", "LayerSkipping", "Ledger", "PredictiveSign",
+    "ProgressivePrecision", "ProgressiveResizing", "Search", "ShiftAdd", "Step", "StochasticDepth", "Ticket",
+    "UnitSearch", "__version__", "draw", "draw_units", "shrink", "use_kernels",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from earlybird.skipping.layers import LayerSkipping
     from earlybird.skipping.pixels import ProgressiveResizing
     from earlybird.skipping.stochastic_depth import StochasticDepth
+    from earlybird.sparse.dynamic import DynamicSparse
     from earlybird.step import Step
     from earlybird.tickets.at_init import AtInit
     from earlybird.tickets.draw import draw, draw_units

@@ -237,8 +237,11 @@ def _from_folder(run: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]
     weights, metadata = read_tensors(run / "model.safetensors")
     if "blueprint" not in metadata:
         raise InputError(f"{run / 'model.safetensors'} does not say what it was built from", needed="one of a run")
-    ticket = run / "ticket.safetensors"
-    return Blueprint.from_json(metadata["blueprint"]), Ticket.load(ticket) if ticket.is_file() else None, weights
+    path = run / "ticket.safetensors"
+    ticket = Ticket.load(path) if path.is_file() else None
+    if ticket is not None and "weight" in ticket.kinds.values():
+        ticket = None  # cuts nothing: what it removes is zero in the weights
+    return Blueprint.from_json(metadata["blueprint"]), ticket, weights
 
 
 def _from_file(path: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]]:

@@ -562,8 +562,9 @@ class Ledger:
         if self._size is not None:
             self._costs[self._size] = self.cost
         if self.dense_cost is None and not self._shrunk:
-            # dense training computes in the run's floating point, whatever its layers say by now
-            self.dense_cost, self._dense_sample = replace(self.cost, arithmetics={}), self._sample
+            # dense training computes in the run's floating point, with all weights, whatever its layers say by now
+            self.dense_cost = replace(self.cost, arithmetics={}, densities={}, gradient_densities={})
+            self._dense_sample = self._sample
 
     def _on_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._since is None or self._model is None:

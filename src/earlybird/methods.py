@@ -81,6 +81,15 @@ METHODS: dict[str, MethodInfo] = {
             limits="time, over single weights, which are only masked; and a ticket that another task has found",
         ),
         MethodInfo(
+            name="dynamic_sparse",
+            path="earlybird.sparse.dynamic:DynamicSparse",
+            citation="Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020; Mocanu et al., Scalable "
+            "training of artificial neural networks with adaptive sparse connectivity, Nature Communications 2018",
+            link="https://arxiv.org/abs/1911.11134",
+            saves="stored weights; counted bit-MACs and modelled joules of hardware that skips zeros, in training, too",
+            limits="time: zeros are multiplied like any other number; and runs too short for many exchanges",
+        ),
+        MethodInfo(
             name="progressive_resizing",
             path="earlybird.skipping.pixels:ProgressiveResizing",
             citation="Howard, Training ImageNet in 3 hours for 25 minutes, fast.ai 2018; settings of MosaicML Composer",

@@ -138,3 +138,13 @@ def share(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     flat = mean(torch.cat([value.float().flatten() for value in values.values()]))
     parts = flat.split([value.numel() for value in values.values()])
     return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts)}
+
+
+def of_the_first(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the boolean masks that rank 0 has, name by name; they travel as one."""
+    if processes() == 1:
+        return dict(masks)
+    flat = torch.cat([mask.flatten() for mask in masks.values()]).to(torch.uint8).to(_device())
+    torch.distributed.broadcast(flat, 0)
+    parts = flat.split([mask.numel() for mask in masks.values()])
+    return {name: part.view(mask.shape).to(mask) for (name, mask), part in zip(masks.items(), parts)}

@@ -21,6 +21,7 @@ from earlybird.train.run import resume, train
 SETTINGS: dict[str, dict[str, Any]] = {
     "early_bird": {"look_every": "4it", "skip": "4it", "deadline": "12it"},
     "early_bert": {"model": "tests.train.nets:patches", "draw_at": "12it", "unit_look_every": "4it"},
+    "dynamic_sparse": {"density": 0.3, "regrow_every": "8it"},
     "progressive_resizing": {"size_step": 1},
     "batch_dropping": {},
     "layer_skipping": {"layer_share": 0.7},

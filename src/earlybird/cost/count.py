@@ -94,12 +94,13 @@ class Amount:
 
     def add(
         self, cost: LayerCost, arithmetic: Arithmetic, images: float, batches: float = 0, *, training: bool,
-        density: float = 1.0,
+        density: float = 1.0, gradient_density: float | None = None,
     ) -> None:  # fmt: skip
         """Add ``images`` samples in ``batches`` batches that pass layers of ``cost``; negative ones take away.
 
         Of the layers' weights, a share ``density`` is not zero. The others are multiplied with here, but have no bits,
-        and hardware that skips them spends no operations on them.
+        and hardware that skips them spends no operations on them. Gradients are wanted of a share ``gradient_density``
+        of the weights; by default of those that are not zero.
         """
         amounts = {"forward": cost.macs}
         if training:
@@ -107,10 +108,11 @@ class Amount:
         for pass_, macs in amounts.items():
             if not macs:
                 continue
+            share = gradient_density if pass_ == "weight" and gradient_density is not None else density
             _raise(self.macs, pass_, images * macs)
-            _raise(self.bit_macs, pass_, images * macs * density * arithmetic.bit_macs(pass_))
+            _raise(self.bit_macs, pass_, images * macs * share * arithmetic.bit_macs(pass_))
             for name, count_ in arithmetic.operations(pass_).items():
-                _raise(self.operations, name, images * macs * density * count_)
+                _raise(self.operations, name, images * macs * share * count_)
         moved = (cost.input_elements + cost.output_elements) * arithmetic.activation
         weights = cost.weight_elements * arithmetic.weight
         if training:
@@ -134,6 +136,7 @@ class ModelCost:
             is known.
         arithmetics: How those layers compute that say so, by module name.
         densities: Share of the weights that are not zero, of those layers that say so.
+        gradient_densities: Share of the weights whose gradients are wanted, of those layers that say so.
     """
 
     total: LayerCost
@@ -141,6 +144,7 @@ class ModelCost:
     layers: Mapping[str, LayerCost] = field(default_factory=dict)
     arithmetics: Mapping[str, Arithmetic] = field(default_factory=dict)
     densities: Mapping[str, float] = field(default_factory=dict)
+    gradient_densities: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def altered(self) -> bool:
@@ -175,8 +179,8 @@ class ModelCost:
         """
         found, rest, floats = Amount(), self.total, Arithmetic.of_floats(bits)
         for name in dict.fromkeys((*self.arithmetics, *self.densities)):
-            own, density = self.arithmetics.get(name, floats), self.densities.get(name, 1.0)
-            found.add(self.layers[name], own, images, batches, training=training, density=density)
+            own = self.arithmetics.get(name, floats)
+            found.add(self.layers[name], own, images, batches, training=training, **self._shares(name))
             rest = _less(rest, self.layers[name])
         found.add(rest, floats, images, batches, training=training)
         return found
@@ -190,10 +194,13 @@ class ModelCost:
             own = self.arithmetics.get(name, Arithmetic.of_floats(bits))
             if name not in self.layers:
                 continue  # only the sum is known, or the layer is never executed
-            density = self.densities.get(name, 1.0)
-            amount.add(self.layers[name], own, -images, training=training, density=density)
+            shares = self._shares(name)
+            amount.add(self.layers[name], own, -images, training=training, **shares)
             if arithmetic is not None:
-                amount.add(self.layers[name], arithmetic, images, training=training, density=density)
+                amount.add(self.layers[name], arithmetic, images, training=training, **shares)
+
+    def _shares(self, name: str) -> dict[str, Any]:
+        return {"density": self.densities.get(name, 1.0), "gradient_density": self.gradient_densities.get(name)}
 
     def moved_bytes(self, samples: int, batches: int, bits: int, *, training: bool) -> int:
         """Return the bytes moved for ``samples`` in ``batches`` batches, each tensor once a pass."""
@@ -206,7 +213,7 @@ class ModelCost:
 
     def computing_as(self, model: nn.Module) -> ModelCost:
         """Return the same cost with the arithmetics and densities that the layers of ``model`` say now."""
-        return replace(self, arithmetics=_arithmetics(model, self.layers), densities=_densities(model, self.layers))
+        return replace(self, **_said(model, self.layers))
 
     def to_json(self) -> dict[str, Any]:
         """Return the totals (not the layers) as plain numbers."""
@@ -223,14 +230,19 @@ def _less(total: LayerCost, part: LayerCost) -> LayerCost:
     return LayerCost(**{key.name: getattr(total, key.name) - getattr(part, key.name) for key in fields(LayerCost)})
 
 
-def _arithmetics(model: nn.Module, layers: Mapping[str, LayerCost]) -> dict[str, Arithmetic]:
-    found = {name: getattr(module, "arithmetic", None) for name, module in model.named_modules() if name in layers}
-    return {name: arithmetic for name, arithmetic in found.items() if isinstance(arithmetic, Arithmetic)}
+def _said(model: nn.Module, layers: Mapping[str, LayerCost]) -> dict[str, Any]:
+    """Return what the layers of ``model`` say now about how they compute, as fields of a `ModelCost`."""
+    modules = {name: module for name, module in model.named_modules() if name in layers}
 
+    def told(attribute: str, kind: type) -> dict[str, Any]:
+        found = {name: getattr(module, attribute, None) for name, module in modules.items()}
+        return {name: value for name, value in found.items() if isinstance(value, kind)}
 
-def _densities(model: nn.Module, layers: Mapping[str, LayerCost]) -> dict[str, float]:
-    found = {name: getattr(module, "weight_density", None) for name, module in model.named_modules() if name in layers}
-    return {name: float(density) for name, density in found.items() if isinstance(density, float)}
+    return {
+        "arithmetics": told("arithmetic", Arithmetic),
+        "densities": told("weight_density", float),
+        "gradient_densities": told("gradient_density", float),
+    }
 
 
 def count(model: nn.Module, example_inputs: Any) -> ModelCost:
@@ -268,8 +280,7 @@ def count(model: nn.Module, example_inputs: Any) -> ModelCost:
         total=sum(counter.layers.values(), LayerCost()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=counter.layers,
-        arithmetics=_arithmetics(model, counter.layers),
-        densities=_densities(model, counter.layers),
+        **_said(model, counter.layers),
     )
 
 

@@ -207,8 +207,21 @@ class Masks:
             self._ledger.reread_arithmetic()
 
     def let_gradients_through(self, yes: bool) -> None:
-        """Say whether gradients of removed weights are left as autograd computes them, for who grows by them."""
+        """Say whether gradients of removed weights are left as autograd computes them, for who grows by them.
+
+        The ledgers are told that they are wanted, so that they are charged.
+        """
+        if yes == self._dense_gradients:
+            return
         self._dense_gradients = yes
+        for name in self._factors:
+            layer = self._model.get_submodule(name)
+            if yes:
+                layer.gradient_density = 1.0  # type: ignore[assignment]
+            else:
+                layer.__dict__.pop("gradient_density", None)
+        if self._ledger is not None:
+            self._ledger.reread_arithmetic()
 
     def remove(self) -> None:
         """Take all hooks off; weights that are zero are trained like any other from here on."""
@@ -222,8 +235,10 @@ class Masks:
             hook.remove()
         self._hooks.clear()
         for name in self._factors:
-            self._model.get_submodule(name).__dict__.pop("weight_density", None)
+            for said in ("weight_density", "gradient_density"):
+                self._model.get_submodule(name).__dict__.pop(said, None)
         self._factors, self._weights = {}, {}
+        self._dense_gradients = False
 
     def _mask_gradient(self, factor: Tensor) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
