@@ -30,6 +30,7 @@ from torch import Tensor
 
 from earlybird.errors import InputError
 from earlybird.settings import check_choice
+from earlybird.sparse.masks import ticket_of
 from earlybird.tickets.ticket import Ticket
 
 __all__ = ["Stage", "Unit", "elastic", "names_for", "stages", "stretched_masks", "stretched_state", "unit_map"]
@@ -216,7 +217,7 @@ def names_for(
     left = [name for name in target if name not in names]
     if left:
         raise InputError(f"nothing to copy to '{left[0]}' from", needed="two members of one family")
-    return names
+    return {name: names[name] for name in target}
 
 
 def _widths(found: Sequence[Stage]) -> str:
@@ -303,4 +304,4 @@ def elastic(
         "keep": kept / total,
         "source": dict(ticket.provenance),
     }
-    return Ticket(masks, dict.fromkeys(masks, "weight"), provenance), stretched_state(state, names)
+    return ticket_of(masks, **provenance), stretched_state(state, names)
