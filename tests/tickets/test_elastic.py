@@ -89,7 +89,7 @@ def test_resnet_20_becomes_resnet_32_by_hand():
     assert set(names) == set(target.state_dict())
     blocks = {n.split(".")[1]: s.split(".")[1] for n, s in names.items() if n.startswith("blocks.")}
     # three blocks a stage become five; the first one is copied once
-    assert blocks == dict(zip("0 1 2 3 4 5 6 7 8 9 10 11 12 13 14".split(), "0 1 1 2 2 3 4 4 5 5 6 7 7 8 8".split()))
+    assert [int(blocks[str(number)]) for number in range(15)] == [0, 1, 1, 2, 2, 3, 4, 4, 5, 5, 6, 7, 7, 8, 8]
     for name in ("conv.weight", "bn.running_var", "bn.num_batches_tracked", "classifier.bias"):
         assert names[name] == name
     names = names_for(source.state_dict(), target.state_dict(), stretch="append")
@@ -103,7 +103,7 @@ def test_masks_and_state_go_along_together(one, other):
     ticket, weights = elastic(random_ticket(source), state, target.state_dict())
     target.load_state_dict(weights)  # every tensor is there, in its shape
     weights = {name: int(tensor.flatten()[0]) for name, tensor in weights.items()}
-    place = {number: name for number, name in enumerate(source.state_dict())}
+    place = dict(enumerate(source.state_dict()))
     before = random_ticket(source).masks
     assert set(ticket.masks) == set(prunable(target, last=False))
     for name, mask in ticket.masks.items():
@@ -172,9 +172,9 @@ def test_what_cannot_be_stretched_says_what_would_fit():
         names_for(resnet(14).state_dict(), resnet(14, classes=7).state_dict())
     with pytest.raises(InputError, match="2 stages of widths 6, 3 in the source, 3 of 8, 16, 32"):
         names_for(mlp(2).state_dict(), resnet(14).state_dict())
-    with pytest.raises(InputError, match="nothing to copy from|is not in the source"):
+    with pytest.raises(InputError, match="'b.weight' is not in the source"):
         names_for({"a.weight": torch.ones(1)}, {"b.weight": torch.ones(1)})
-    with pytest.raises(InputError, match=r"without such a tensor|of shape \(6,\)"):
+    with pytest.raises(InputError, match=r"'0.bias' without such a tensor|cannot be copied"):
         names_for(mlp(2).state_dict(), nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 3)).state_dict())
 
 

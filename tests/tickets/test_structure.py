@@ -175,7 +175,7 @@ def test_what_cannot_be_refilled_is_refused():
         refill(Ticket({next(iter(masks)): torch.ones(4, dtype=torch.bool)}), model, images(2))
     head = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     mask = ticket_of({"1": torch.ones(2, 4, dtype=torch.bool)})
-    with pytest.raises(InputError, match="no|none of the ticket's layers has channels that are free"):
+    with pytest.raises(InputError, match="none of the ticket's layers has channels that are free"):
         refill(mask, head, torch.zeros(1, 4))
 
 

@@ -214,9 +214,7 @@ def names_for(
                 needed="two members of one family, of one width and for the same images and classes",
             )
         names[name] = name
-    left = [name for name in target if name not in names]
-    if left:
-        raise InputError(f"nothing to copy to '{left[0]}' from", needed="two members of one family")
+    assert names.keys() == target.keys()  # stages and what is alone are all there is
     return {name: names[name] for name in target}
 
 
