@@ -172,9 +172,9 @@ def test_what_cannot_be_stretched_says_what_would_fit():
         names_for(resnet(14).state_dict(), resnet(14, classes=7).state_dict())
     with pytest.raises(InputError, match="2 stages of widths 6, 3 in the source, 3 of 8, 16, 32"):
         names_for(mlp(2).state_dict(), resnet(14).state_dict())
-    with pytest.raises(InputError, match="'b.weight' is not in the source"):
+    with pytest.raises(InputError, match=r"'b\.weight' is not in the source"):
         names_for({"a.weight": torch.ones(1)}, {"b.weight": torch.ones(1)})
-    with pytest.raises(InputError, match=r"'0.bias' without such a tensor|cannot be copied"):
+    with pytest.raises(InputError, match=r"'0' without such a tensor cannot be copied from '0\.bias'"):
         names_for(mlp(2).state_dict(), nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 3)).state_dict())
 
 

@@ -19,7 +19,7 @@ https://arxiv.org/abs/2202.04736 (reference code: github.com/VITA-Group/Structur
 The ticket is then trained from the rewound weights (`earlybird.tickets.fixed`), not from the trained ones that ranked
 the channels. What it saves: measured seconds and bytes; refilling in training and inference, regrouping in inference.
 It does *not* pay at low sparsity, where a dense layer is as fast, and costs accuracy at high sparsity: channels more
-than blocks. Both change how many weights stay; the share in the provenance is counted anew.
+than blocks. Both change how many weights stay; the share in the provenance is counted anew, after the cut.
 
 Deviations:
 
@@ -33,6 +33,7 @@ Deviations:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -49,6 +50,7 @@ from earlybird.sparse.blocks import from_matrix, to_matrix
 from earlybird.sparse.masks import check_fits, ticket_of
 from earlybird.tickets.coupling import Group, find_groups
 from earlybird.tickets.draw import ranked
+from earlybird.tickets.shrink import shrink
 from earlybird.tickets.ticket import Ticket
 
 __all__ = ["CRITERIA", "budget", "cluster", "dense_columns", "feature_scores", "refill", "regroup", "regrouped"]
@@ -185,12 +187,12 @@ def refill(
     generator = generator or torch.Generator().manual_seed(0)
     chosen = {name: best(scores[name], budget(masks[name], fill_back), generator) for name in free}
     whole = [name for name in masks if name not in chosen]
-    kept = {name: int(chosen[name].sum()) * masks[name][0].numel() for name in free}
-    total = sum(masks[name].numel() for name in masks)
+    smaller = copy.deepcopy(model)
+    shrink(smaller, Ticket(chosen), first_sample(example_inputs))
+    left = sum(smaller.get_parameter(f"{name}.weight").numel() for name in masks)
     provenance = {
         "method": "refill", "criterion": criterion, "fill_back": fill_back, "whole": whole, "source_keep": ticket.keep,
-        "weights_kept": (sum(kept.values()) + sum(masks[name].numel() for name in whole)) / total,
-        "source": dict(ticket.provenance),
+        "weights_kept": left / sum(mask.numel() for mask in masks.values()), "source": dict(ticket.provenance),
     }  # fmt: skip
     return Ticket(chosen, provenance=provenance)
 
