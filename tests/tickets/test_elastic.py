@@ -78,6 +78,8 @@ def test_stages_of_the_families():
     assert found == [(f"features.{n}", depth) for n, depth in ((0, 2), (7, 2), (14, 3), (24, 3), (34, 3))]
     found, _ = shape("resnet18")
     assert found == [("stem.0", 1), ("blocks.0", 2), ("blocks.2", 2), ("blocks.4", 2), ("blocks.6", 2)]
+    found, _ = shape("resnet14", width=0.25)  # 8 channels in the first two stages
+    assert found == [("blocks.0", 2), ("blocks.2", 2), ("blocks.4", 2)]
     found, alone = stages(mlp(3).state_dict())
     assert [(stage.first.name, stage.depth) for stage in found] == [("0", 4), ("8", 1)]
     assert alone == []

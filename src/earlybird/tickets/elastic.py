@@ -113,8 +113,9 @@ def stages(state: Mapping[str, Tensor]) -> tuple[list[Stage], list[str]]:
     """Return the stages of a network, in order, and the names of all tensors that belong to none.
 
     Tensors whose name has a number in it are entries of a sequence. A unit is one entry, with the entries after it that
-    have no weight of their own (a norm). A stage begins where the width changes, where another sequence does, and where
-    an entry without any tensor, beyond what lies between all units, stands between two units (a pooling).
+    have no weight of their own (a norm). A stage begins where the width changes, where another sequence does, where an
+    entry without any tensor, beyond what lies between all units, stands between two units (a pooling), and where a unit
+    has other shapes than those after the stage's first one.
 
     Args:
         state: A whole ``model.state_dict()``; only names and shapes count.
@@ -137,7 +138,8 @@ def stages(state: Mapping[str, Tensor]) -> tuple[list[Stage], list[str]]:
         usual = min(steps, default=0)
         for place, (_, unit) in enumerate(units):
             goes_on = place > 0 and steps[place - 1] == usual and unit.outputs == units[place - 1][1].outputs
-            if goes_on:
+            # at small widths, two stages may have one
+            if goes_on and all(unit.shapes == other.shapes for other in found[-1].others):
                 found[-1] = Stage(found[-1].first, (*found[-1].others, unit))
             else:
                 found.append(Stage(unit))
