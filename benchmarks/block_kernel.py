@@ -29,7 +29,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import interleaved, machine, read_rounds, rows
+from common import DISTURBED, interleaved, machine, read_rounds, rows
 from records import by_machine, newest, record
 from tables import origin
 from torch import Tensor, nn
@@ -249,7 +249,9 @@ def tables(found: Sequence[dict[str, Any]]) -> str:
     parts = []
     for _, own in by_machine(found):
         mine = newest(own)
-        parts.append(origin(mine))
+        busy = max(row.get("others", 0.0) for row in mine)
+        others = f" Other processes took up to {busy:.0%} of the processors." if busy > DISTURBED else ""
+        parts.append(origin(mine) + others)
         for title, key in ((head(), "side"), (NETWORK_HEAD, "network")):
             lines = [line(row) for row in mine if key in row]
             parts += ["\n".join([title, *lines])] if lines else []

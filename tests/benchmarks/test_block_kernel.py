@@ -55,7 +55,9 @@ def test_the_table_shows_the_newest_session_of_each_machine(head):
         ratios = {"kernel": {str(s): ratio for s in SPARSITIES}, "bmm": {"0.5": 0.25}}
         found.append({**row, "ratios": ratios, **head(device=device), "session": session})
     network = {"network": "vgg16", "batch": 1, "sparsity": 0.8, "replaced": [9, 12], "dense_seconds": 0.08, "ratio": 2}
-    text = tables([*found, {**network, **head(device="big"), "session": "2"}])
+    text = tables([*found, {**network, **head(device="big"), "session": "2", "others": 0.5}])
+    assert "Other processes took up to 50% of the processors.\n" in text[: text.index("small")]
+    assert "Other processes" not in text[text.index("small") :]
     assert "| 4 | 8 to 16 | 64 | float32 | 2.000 | 0.50x |" in text
     assert "| nowhere |  | 0.25x |" in text
     assert "| vgg16 | 1 | 80% | 9 of 12 | 80.0 | 2.00x |" in text

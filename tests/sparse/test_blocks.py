@@ -209,6 +209,26 @@ def test_autocast_computes_in_bfloat16_as_for_dense_layers():
     torch.testing.assert_close(y.float(), expected, rtol=3e-2, atol=6e-2)
 
 
+def test_rows_and_columns_need_not_be_in_order():
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    layer = BlockLinear(weight, [Block(torch.tensor([0, 2, 1, 3]), torch.tensor([5, 1, 3]))])
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x[:, [1, 3, 5]] @ weight[:, [1, 3, 5]].t(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_channel_outside_the_blocks_is_not_looked_at():
+    """Of bfloat16, an odd number of columns is filled up with one that counts for nothing, of no other channel."""
+    weight = torch.ones(20, 4, 3, 3)
+    columns = torch.arange(9) * 4 + 2  # one channel of four
+    x = torch.ones(1, 4, 3, 3)
+    x[:, [0, 1, 3]] = torch.nan
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = BlockConv2d(weight, [Block(torch.arange(20), columns)], SHAPES[0][2]).to(dtype)
+        with torch.no_grad():
+            assert torch.equal(layer(x.to(dtype))[0, :, 1, 1], torch.full((20,), 9.0, dtype=dtype))
+
+
 def test_what_does_not_fit_is_refused():
     one = Block(torch.arange(2), torch.arange(2))
     with pytest.raises(InputError, match="without any block"):

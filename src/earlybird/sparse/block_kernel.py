@@ -124,9 +124,10 @@ def _padded(value: Tensor, columns: Tensor, inputs: int, taps: int, step: int) -
     """Return channel of each column, where those of each tap end, and the weight; as many a tap as ``step`` divides."""
     tap = columns // inputs
     counts = torch.bincount(tap, minlength=taps)
-    odd = (counts % step).nonzero().flatten()  # these taps get one column more, of channel 0 and with weights of 0
+    odd = (counts % step).nonzero().flatten()  # these taps get their last column once more, with weights of 0
     order = torch.cat([tap, odd]).argsort(stable=True)
-    channel = torch.cat([columns % inputs, torch.zeros_like(odd)])[order]
+    channel = columns % inputs
+    channel = torch.cat([channel, channel[counts.cumsum(0)[odd] - 1]])[order]
     own = functional.pad(value, (0, len(odd)))[:, order]
     return channel, (counts + counts % step).cumsum(0), own
 
