@@ -169,9 +169,7 @@ def refill(
     about = refilled.provenance
     kept, total = (sum(counts) for counts in zip(*refilled.widths.values()))
     print(f"{kept:,} of {total:,} channels in {len(refilled.masks)} layers, {len(about['whole'])} layers left whole")
-    print(
-        f"weights: {about['source_keep']:.2%} before, {about['weights_kept']:.2%} now, gaps of later layers not counted"
-    )
+    print(f"weights: {about['source_keep']:.2%} before, {about['weights_kept']:.2%} now")
     print(f"ticket: {out}   next: {_train(run, blueprint.model, out, run / 'rewind.safetensors')}")
 
 
