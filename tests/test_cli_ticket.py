@@ -96,6 +96,23 @@ def test_stretch_writes_what_the_other_depth_starts_from(lottery, tmp_path, caps
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["refill", "{run}", "--out", "{new}/t", "--fill-back", "0.2"],
+        ["regroup", "{run}", "--out", "{new}/t", "--least-rows", "4"],
+        ["stretch", "{run}", "--to", "resnet20", "--out", "{new}/elastic"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_command_that_is_printed_trains_the_ticket(lottery, tmp_path, capsys, words):
+    assert run("ticket", *(word.format(run=lottery, new=tmp_path) for word in words)) == 0
+    command = capsys.readouterr().out.rsplit("next: earlybird ", 1)[1].split()
+    assert run(*command, "--exact", "--quiet", "--out", tmp_path / "run") == 0
+    made = tmp_path / ("elastic/ticket.safetensors" if words[0] == "stretch" else "t")
+    assert Ticket.load(tmp_path / "run" / "ticket.safetensors") == Ticket.load(made)
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["show", "nowhere"], "no file nowhere"),
