@@ -15,6 +15,7 @@ from typing import Any
 import add_layer
 import alternatives
 import batch_norm
+import block_kernel
 import early_bert
 import efficient_steps
 import few_images
@@ -84,6 +85,10 @@ def int8_forward_section(images: Path) -> str:
     return int8_forward.tables(rows(int8_forward.NAME))
 
 
+def block_kernel_section(images: Path) -> str:
+    return block_kernel.tables(rows(block_kernel.NAME))
+
+
 def scaling_section(images: Path) -> str:
     return "\n\n".join([scaling.tables(rows(scaling.NAME)), pictures(images, scaling.draw(images))])
 
@@ -117,6 +122,7 @@ SECTIONS: dict[str, tuple[Any, Callable[[Path], str]]] = {
     "The kernel of the add layer": (add_layer, add_layer_section),
     "The kernel of batch norm": (batch_norm, batch_norm_section),
     "A forward pass in 8-bit integers": (int8_forward, int8_forward_section),
+    "Dense blocks of a sparse weight": (block_kernel, block_kernel_section),
     "How costs grow": (scaling, scaling_section),
     "What the library itself costs": (overheads, overheads_section),
 }

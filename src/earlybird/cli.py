@@ -1,4 +1,4 @@
-"""The command line: ``earlybird train | compare | resume | report | export | bill | methods | data``.
+"""The command line: ``earlybird train | compare | resume | report | export | bill | ticket | methods | data``.
 
 Every key of a recipe is also a flag of ``train``, ``compare`` and ``bill``; the flags are made from the one definition,
 `earlybird.train.recipe`. That definition needs torch, so it is loaded only when one of these is typed, and
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from earlybird.cli_ticket import application as tickets
 from earlybird.errors import EarlybirdError, InputError, nearest
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def _application(command: str) -> typer.Typer:
         if function in (train, compare, bill) and function.__name__ == command:
             function = _with_recipe_keys(function, without={"seed", "dense"} if function is compare else set())
         application.command()(function)
+    application.add_typer(tickets())
     return application
 
 

@@ -215,6 +215,37 @@ def test_grouped_convolutions_keep_equally_many_in_each_block():
     assert_same_function(model, reference)
 
 
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), nn.AvgPool2d(4)])
+def test_what_is_pooled_to_one_pixel_in_channels_last_is_cut_as_in_any_layout(pool):
+    """Pooling to 1x1 keeps channels_last by another view of its result, which was not followed."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), pool, nn.Flatten(), nn.Linear(8, 2))
+        model = model.to(memory_format=layout)
+        change = eb.shrink(
+            model, eb.Ticket({"0": torch.arange(8) < 3}), torch.randn(2, 3, 4, 4).to(memory_format=layout)
+        )
+        assert not change.whole
+        assert model[4].in_features == 3
+
+
+class Turned(nn.Module):
+    """Exchanges channels and rows behind PyTorch's back, without a change of shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.conv(x).contiguous().as_strided((len(x), 4, 4, 4), (64, 4, 16, 1)))
+
+
+def test_a_view_that_moves_elements_is_not_followed():
+    model = Turned()
+    with pytest.raises(ShrinkError, match="'as_strided' after layer 'conv', which is not followed"):
+        eb.shrink(model, eb.Ticket({"conv": torch.arange(4) < 3}), torch.randn(2, 3, 4, 4))
+
+
 def test_channels_last_survives():
     model = make("residual").to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

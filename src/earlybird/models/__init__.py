@@ -51,7 +51,7 @@ MODELS: dict[str, ModelInfo] = {
         ("lenet", _LENET, ("lenet300",)),
         ("small_cnn", _VGG, ("small_cnn",)),
         ("vgg", _VGG, ("vgg11", "vgg16", "vgg19")),
-        ("resnet_cifar", _RESNET, ("resnet20", "resnet38", "resnet74", "resnet110")),
+        ("resnet_cifar", _RESNET, tuple(f"resnet{depth}" for depth in (14, 20, 26, 32, 38, 44, 56, 74, 110))),
         ("preact_resnet", _PREACT, ("preact_resnet29", "preact_resnet56", "preact_resnet101", "preact_resnet164")),
         ("resnet", _RESNET, ("resnet18", "resnet34", "resnet50")),
         ("mobilenet_v2", _MOBILE, ("mobilenet_v2",)),

@@ -1,7 +1,8 @@
 """Residual networks for small images: three stages of basic blocks, depth 6n + 2.
 
 He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, https://arxiv.org/abs/1512.03385, section 4.2.
-Depths 38, 74 and 110 are the subjects of the efficient-training papers (SkipNet, E2-Train, FracTrain).
+Depths 38, 74 and 110 are the subjects of the efficient-training papers (SkipNet, E2-Train, FracTrain); 20, 32, 44 and
+56 those of elastic tickets.
 
 ResNet-20 at 32x32: 0.27 M parameters, 41 MMAC; ResNet-110: 1.7 M, 0.25 GMAC. Deviation: where the size changes, the
 shortcut is a 1x1 convolution with BatchNorm (the paper's option B, as in the SkipNet code), because zero padding of
@@ -82,7 +83,12 @@ class CifarResNet(nn.Module):
         return self.classifier(features.flatten(1))  # type: ignore[no-any-return]
 
 
+resnet14 = partial(CifarResNet, 14)
 resnet20 = partial(CifarResNet, 20)
+resnet26 = partial(CifarResNet, 26)
+resnet32 = partial(CifarResNet, 32)
 resnet38 = partial(CifarResNet, 38)
+resnet44 = partial(CifarResNet, 44)
+resnet56 = partial(CifarResNet, 56)
 resnet74 = partial(CifarResNet, 74)
 resnet110 = partial(CifarResNet, 110)

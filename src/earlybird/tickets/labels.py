@@ -59,6 +59,7 @@ _SPATIAL = re.compile(r"_?(adaptive_)?(avg|max)_pool(\d)d|_?upsample_\w+?(\d)d|_
 _PRODUCTS = {"div", "masked_fill", "mul"}
 _SHUFFLES = {"channel_shuffle", "native_channel_shuffle"}
 _EVEN = {"split", "unsafe_chunk", "unsafe_split"}
+_AS_STRIDED = (torch.ops.aten.as_strided, torch.ops.aten.as_strided_)
 
 
 class Labels(TorchDispatchMode):
@@ -189,12 +190,16 @@ class Labels(TorchDispatchMode):
         return rows[:, 0].expand(tensor.shape[dim])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # before it is done in place
+        unmoved = func._overloadpacket in _AS_STRIDED and _is_unmoved(*args, **(kwargs or {}))
         output = func(*args, **(kwargs or {}))
         if not self.paused:
-            self._follow(func, args, kwargs or {}, output)
+            self._follow(func, args, kwargs or {}, output, unmoved)
         return output
 
-    def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+    def _follow(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, unmoved: bool = False
+    ) -> None:
         name = func._overloadpacket.__name__.rstrip("_")
         results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if name in _MADE_UP:
@@ -206,7 +211,9 @@ class Labels(TorchDispatchMode):
             return
         given = _Arguments(func, args, kwargs)
         why = f"'{name}'" + (f" after layer '{self.where}'" if self.where else "")
-        if name in _MOVES:
+        if unmoved:
+            self.put(results[0], self.of(tensors[0]))
+        elif name in _MOVES:
             self._move(func, name, args, kwargs, output)
         elif name in _POINTWISE or torch.Tag.pointwise in func.tags:
             labels = self._meet(tensors, results[0].dim(), f"{why}, which meets a fixed size", name in _PRODUCTS)
@@ -356,6 +363,16 @@ class Labels(TorchDispatchMode):
         self.put(result, found)
         if added:
             self.put(result, self._meet([result, *added], result.dim(), why))
+
+
+def _is_unmoved(tensor: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> bool:
+    """Tell whether a view has each element where it was: pooling to 1x1 in channels_last renames strides of size 1."""
+    places = zip(tensor.shape, tensor.stride(), stride)
+    return (
+        tuple(size) == tuple(tensor.shape)
+        and storage_offset in (None, tensor.storage_offset())
+        and all(own == other for extent, own, other in places if extent > 1)
+    )
 
 
 class _Arguments:
