@@ -446,8 +446,8 @@ class Ledger:
             for name, amount in ((f"{kind}_images", images), (f"{kind}_batches", batches)):
                 setattr(ledger._pending, name, getattr(ledger._pending, name) + amount * ledger._world_size)
 
-    def passes_of(self, cost: ModelCost, images: int, *, batches: int = 1) -> None:
-        """Charge forward passes of another model, such as a teacher, at its own price.
+    def passes_of(self, cost: ModelCost, images: int, *, batches: int = 1, training: bool = False) -> None:
+        """Charge passes of another model, such as a teacher, at its own price.
 
         Its samples are not counted: those are the watched model's, and a dense run would not need the other one.
 
@@ -455,13 +455,19 @@ class Ledger:
             cost: Of one sample.
             images: Samples, of this process.
             batches: Batches they come in.
+            training: Forward and backward, or forward only.
         """
         for ledger in self._watching():
             if ledger._since is not None and ledger._current is not None:
-                seen = Work(
-                    forward_images=images * ledger._world_size, forward_batches=batches * ledger._world_size
-                ).priced(cost, ledger._bits)
-                spent = replace(seen, forward_images=0, forward_batches=0)
+                cost_of_all = cost.amount(
+                    images * ledger._world_size, batches * ledger._world_size, ledger._bits, training=training
+                )
+                spent = Work(
+                    macs=dict(cost_of_all.macs),
+                    bit_macs=dict(cost_of_all.bit_macs),
+                    operations=dict(cost_of_all.operations),
+                    moved_bytes=cost_of_all.moved_bits / 8,
+                )
                 ledger._records[ledger._current].work.setdefault(ledger._bits, Work()).add(spent)
 
     def _watching(self) -> list[Ledger]:

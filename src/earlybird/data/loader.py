@@ -43,8 +43,10 @@ class Part(Protocol):
 class Views(Protocol):
     """How several views of each image are made, in place of crop, flip and cutout (`earlybird.data.contrast`)."""
 
-    count: int
-    """Views of an image."""
+    @property
+    def count(self) -> int:
+        """Views of an image."""
+        ...
 
     def choose(self, count: int, height: int, width: int, generator: torch.Generator) -> Part:
         """Draw the random choices for one view of ``count`` images."""
