@@ -54,12 +54,17 @@ class Judging(Protocol):
 class _Claim:
     """What a model carries while a method decides its loss."""
 
-    def __init__(self, method: str) -> None:
-        self.method = method
+    def __init__(self, method: str, reads: bool) -> None:
+        self.method, self.reads = method, reads
 
 
-def claim_loss(model: nn.Module, method: str) -> Callable[[], None]:
+def claim_loss(model: nn.Module, method: str, *, reads: bool = False) -> Callable[[], None]:
     """Let ``method`` alone decide the loss of ``model``; the function returned gives it free again.
+
+    Args:
+        model: The module that is trained.
+        method: Its name.
+        reads: Whether it reads inside the model, which therefore has to keep its shape (`check_may_cut`).
 
     Raises:
         InputError: Another method decides it already.
@@ -70,4 +75,15 @@ def claim_loss(model: nn.Module, method: str) -> Callable[[], None]:
             needed="one of them",
             hint="leave one of the two methods out, or call detach() of the other one first",
         )
-    return model.register_forward_pre_hook(Hook(None, _Claim(method))).remove
+    return model.register_forward_pre_hook(Hook(None, _Claim(method, reads))).remove
+
+
+def check_may_cut(model: nn.Module, method: str) -> None:
+    """Raise an `InputError` if ``method`` would cut channels of ``model`` that another method reads."""
+    for other in hook_owners(model, _Claim):
+        if other.reads:
+            raise InputError(
+                f"{method} cuts channels, and {other.method} reads the model's features",
+                needed="a model that keeps its shape; masks over single weights do not change it",
+                hint="leave one of the two methods out, or take iterative in place of the ticket over channels",
+            )

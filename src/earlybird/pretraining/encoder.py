@@ -19,13 +19,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from earlybird import ranks
-from earlybird.calls import Hook, after_gradients, around, as_call, given_optimizers, undisturbed, unwrapped
+from earlybird.calls import (
+    Hook,
+    after_gradients,
+    around,
+    as_call,
+    given_optimizers,
+    hook_owners,
+    undisturbed,
+    unwrapped,
+)
 from earlybird.cost.count import ModelCost, count
 from earlybird.data.contrast import StrongAugment
 from earlybird.data.loader import Loader
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for
 from earlybird.objective import claim_loss
+from earlybird.tickets.early_bert import UnitSearch
+from earlybird.tickets.search import Search
 
 __all__ = ["Encoder", "Pretraining", "Probe", "find_head", "fp32", "knn_accuracy", "knn_votes", "projector"]
 
@@ -66,7 +77,13 @@ class Encoder:
         self.model, self._optimizer = unwrapped(model), optimizers[0]
         self.head = find_head(self.model, example_inputs)
         self.width = self.head.in_features
-        self._free = claim_loss(self.model, method)
+        if not all(search.drawn for kind in (Search, UnitSearch) for search in hook_owners(self.model, kind)):
+            raise InputError(
+                f"a search is attached that will cut channels, and {method} reads the model's features",
+                needed="a model that keeps its shape; masks over single weights do not change it",
+                hint="leave one of the two methods out, or take iterative in place of the ticket over channels",
+            )
+        self._free = claim_loss(self.model, method, reads=True)
         self._frozen = [p for p in self.head.parameters() if p.requires_grad]
         weight = self.head.weight
         group = next(

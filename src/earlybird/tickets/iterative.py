@@ -234,7 +234,8 @@ class Rounds:
         self._left = shares(settings.keep_weights, settings.prune_share)
         weights = prunable(model)
         dense = left_dense(weights, settings.leave_dense)
-        self._weights = {name: weight for name, weight in weights.items() if name not in dense}
+        # nor is there anything to be said about weights that do not learn, such as the head in pre-training
+        self._weights = {name: w for name, w in weights.items() if name not in dense and w.requires_grad}
         if not self._weights:
             raise InputError("leave_dense leaves no layer to prune", hint="name fewer layers")
         self.round = 0
