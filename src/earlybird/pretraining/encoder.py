@@ -77,7 +77,8 @@ class Encoder:
         self.model, self._optimizer = unwrapped(model), optimizers[0]
         self.head = find_head(self.model, example_inputs)
         self.width = self.head.in_features
-        if not all(search.drawn for kind in (Search, UnitSearch) for search in hook_owners(self.model, kind)):
+        searches: list[Search | UnitSearch] = [*hook_owners(self.model, Search), *hook_owners(self.model, UnitSearch)]
+        if not all(search.drawn for search in searches):
             raise InputError(
                 f"a search is attached that will cut channels, and {method} reads the model's features",
                 needed="a model that keeps its shape; masks over single weights do not change it",
