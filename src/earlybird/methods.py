@@ -178,5 +178,14 @@ METHODS: dict[str, MethodInfo] = {
             limits="data whose images all have labels: training on them is more accurate and several times shorter",
             exported="The head is exported as it was drawn: the run trained the encoder before it.",
         ),
+        MethodInfo(
+            name="distillation",
+            path="earlybird.tickets.distill:Distillation",
+            citation="Ma et al., Good Students Play Big Lottery Better, 2021; Hinton, Vinyals, Dean: Distilling the "
+            "Knowledge in a Neural Network, 2015",
+            link="https://arxiv.org/abs/2101.03255",
+            saves="nothing by itself: at the same accuracy a ticket may be smaller, which shows in its own columns",
+            limits="teachers no better than the student; their passes cost, once an image and view or on each batch",
+        ),
     )
 }

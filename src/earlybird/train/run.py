@@ -165,6 +165,7 @@ def train(
     if recipe.data not in CATALOGUE and Path(recipe.data).expanduser().exists():
         # a resume may start from another folder
         recipe = recipe.replace(data=str(Path(recipe.data).expanduser().absolute()))
+    recipe = recipe.with_absolute_paths()
     fabric = launch(recipe)
     path = shared_path(fabric, lambda: Path(out or recipe.out or free_folder(recipe)))
     with RunFolder(path, writer=fabric.is_global_zero) as folder:
@@ -350,6 +351,9 @@ class Run:
             "ledger": ledger,
             "seed": recipe.seed,
             "resumed": self._found is not None,
+            "training_steps": self._training,
+            "clock": self.clock,
+            "class_names": self.blueprint.class_names,
             "label_smoothing": recipe.label_smoothing,
             "folder": folder.path,
             "autocast": self.autocast,
