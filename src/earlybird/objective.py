@@ -64,7 +64,7 @@ def claim_loss(model: nn.Module, method: str, *, reads: bool = False) -> Callabl
     Args:
         model: The module that is trained.
         method: Its name.
-        reads: Whether it reads inside the model, which therefore has to keep its shape (`check_may_cut`).
+        reads: Whether it reads inside the model, which therefore has to stay as it is (`reader_of`).
 
     Raises:
         InputError: Another method decides it already.
@@ -78,12 +78,16 @@ def claim_loss(model: nn.Module, method: str, *, reads: bool = False) -> Callabl
     return model.register_forward_pre_hook(Hook(None, _Claim(method, reads))).remove
 
 
+def reader_of(model: nn.Module) -> str:
+    """Return the method that reads inside ``model``, or an empty text: what it reads must not be cut or replaced."""
+    return next((claim.method for claim in hook_owners(model, _Claim) if claim.reads), "")
+
+
 def check_may_cut(model: nn.Module, method: str) -> None:
     """Raise an `InputError` if ``method`` would cut channels of ``model`` that another method reads."""
-    for other in hook_owners(model, _Claim):
-        if other.reads:
-            raise InputError(
-                f"{method} cuts channels, and {other.method} reads the model's features",
-                needed="a model that keeps its shape; masks over single weights do not change it",
-                hint="leave one of the two methods out, or take iterative in place of the ticket over channels",
-            )
+    if reader := reader_of(model):
+        raise InputError(
+            f"{method} cuts channels, and {reader} reads the model's features",
+            needed="a model that keeps its shape; masks over single weights do not change it",
+            hint="leave one of the two methods out, or take iterative in place of the ticket over channels",
+        )

@@ -33,7 +33,7 @@ from earlybird.cost.count import ModelCost, count
 from earlybird.data.contrast import StrongAugment
 from earlybird.data.loader import Loader
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_for
+from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.objective import claim_loss
 from earlybird.tickets.early_bert import UnitSearch
 from earlybird.tickets.search import Search
@@ -339,7 +339,8 @@ class Pretraining:
         self.judged_by = self._probe.name
         self._own_ledger = ledger is None
         self._ledger = ledger_for(self.encoder.model, self._optimizers, ledger, example_inputs)
-        self._ledger.reprice(self.encoder.model)  # the last layer is frozen
+        for one in ledgers_on(self.encoder.model, self._ledger):
+            one.reprice(self.encoder.model)  # the last layer is frozen
         self._loader = loader
         if loader is not None:
             loader.views = views

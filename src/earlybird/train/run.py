@@ -123,17 +123,6 @@ class Converting(Protocol):
 
 
 @runtime_checkable
-class Viewing(Protocol):
-    """What the run asks of a method that trains on several views of an image, and freezes what they do not reach."""
-
-    def views(self) -> Any: ...  # noqa: D102
-
-
-_FIRST = (Converting, Viewing)
-"""Methods that change what others look at, and so are attached before them."""
-
-
-@runtime_checkable
 class Selecting(Protocol):
     """What the run asks of a method that leaves batches out, before it is attached."""
 
@@ -294,7 +283,7 @@ class Run:
             require_board()
         data = load_data(recipe, fabric, self.display)
         self.loader, self.test = make_loaders(recipe, data, fabric)
-        methods = dict(sorted(recipe.build_methods().items(), key=lambda item: not isinstance(item[1], _FIRST)))
+        methods = dict(sorted(recipe.build_methods().items(), key=lambda item: not isinstance(item[1], Converting)))
         for method in methods.values():
             if isinstance(method, Selecting):
                 self.loader.selection = self._selection = method.selection(recipe.seed)
