@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "shift_add": {},
     "simclr": {"simclr_neighbours": 20},
     "moco": {"moco_neighbours": 20, "moco_queue": 256},
-    "distillation": {"teacher_views": 2},
+    "distillation": {"teacher_views": 0},
 }
 OF_THEIR_OWN = ("simclr", "moco", "distillation")  # what is learnt is not what a dense run learns
 
@@ -84,6 +84,7 @@ def test_a_method_by_its_name(name: str, tmp_path: Path) -> None:
     assert (whole.bill.dense is None) == (name in OF_THEIR_OWN)
     html = write([tmp_path / "whole"], tmp_path / "report.html").read_text(encoding="utf-8")
     assert "The bill" in html
+    assert (f"a {whole.judged_by} probe" in html) == (name in ("simclr", "moco"))
     assert "on paper" in str(forecast(recipe(name)))
 
 
