@@ -207,7 +207,7 @@ def test_a_ticket_of_a_pretraining_task_leaves_the_head_out(order: str, tmp_path
 def test_on_a_few_hundred_images_the_features_become_better_than_random_ones(tmp_path: Path) -> None:
     recipe = Recipe.from_values(
         {
-            "data": "cifar10", "model": "resnet20", "width": 0.5, "train_images": 500, "epochs": 12, "batch_size": 100,
+            "data": "cifar10", "model": "small_cnn", "width": 0.25, "train_images": 500, "epochs": 15, "batch_size": 50,
             "lr": 0.1, "method": "simclr", "exact": True, "evaluate_every": "100%",
         }
     )  # fmt: skip
@@ -228,7 +228,7 @@ def test_on_a_few_hundred_images_the_features_become_better_than_random_ones(tmp
                 model(part)
         return knn_accuracy(seen[0], data.train_labels, seen[1], truth, k=50)
 
-    random = build("resnet20", classes=10, width=0.5, seed=0)
+    random = build("small_cnn", classes=10, width=0.25, seed=0)
     untouched = accuracy(random)
     with torch.no_grad():
         for _ in range(40):
