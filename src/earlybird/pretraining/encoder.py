@@ -36,6 +36,7 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.objective import claim_loss
 from earlybird.tickets.early_bert import UnitSearch
+from earlybird.tickets.held import HeldTicket
 from earlybird.tickets.search import Search
 
 __all__ = ["Encoder", "Pretraining", "Probe", "find_head", "fp32", "knn_accuracy", "knn_votes", "projector"]
@@ -78,9 +79,10 @@ class Encoder:
         self.head = find_head(self.model, example_inputs)
         self.width = self.head.in_features
         searches: list[Search | UnitSearch] = [*hook_owners(self.model, Search), *hook_owners(self.model, UnitSearch)]
-        if not all(search.drawn for search in searches):
+        held = any(ticket.change is not None for ticket in hook_owners(self.model, HeldTicket))
+        if held or not all(search.drawn for search in searches):
             raise InputError(
-                f"a search is attached that will cut channels, and {method} reads the model's features",
+                f"a ticket cuts channels of the model, and {method} reads the model's features",
                 needed="a model that keeps its shape; masks over single weights do not change it",
                 hint="leave one of the two methods out, or take iterative in place of the ticket over channels",
             )
