@@ -144,7 +144,7 @@ def _print_result(result: Result) -> None:
         return  # under torchrun, one process speaks for all
     print(f"\n{result.bill}\n")
     ticket = "" if result.drawn_at is None else f", ticket drawn at step {result.drawn_at:,} of {result.steps:,}"
-    print(f"accuracy {result.accuracy:.2%} after {result.epochs} epochs{ticket}")
+    print(f"{result.judged_by} accuracy {result.accuracy:.2%} after {result.epochs} epochs{ticket}".lstrip())
     print(f"run: {result.folder}   next: earlybird report {result.folder}")
 
 

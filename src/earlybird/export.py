@@ -29,11 +29,12 @@ from earlybird.models.blueprint import Blueprint
 from earlybird.tickets.shrink import shrink
 from earlybird.tickets.ticket import Ticket
 
-__all__ = ["export_onnx", "export_weights", "load"]
+__all__ = ["export_onnx", "export_weights", "load", "rebuild"]
 
 FORMAT = "earlybird-network-1"
 _MASK = "ticket/"
 _PRODUCER = "earlybird"
+_WEIGHTS = "model.safetensors"
 
 TOLERANCE = 1e-3
 """Largest difference of two outputs that ONNX may show against PyTorch, relative to the largest output."""
@@ -57,6 +58,15 @@ def load(run: str | Path, *, model: str | None = None) -> nn.Module:
             names another model than ``model``, or one from outside without it.
     """
     return _rebuild(*_parts(Path(run), model), source=Path(run))
+
+
+def rebuild(run: str | Path) -> tuple[nn.Module, Blueprint]:
+    """Return what `load` returns, and what it was built from; ``run`` may also be the weights in a run folder."""
+    path = Path(run)
+    if path.name == _WEIGHTS and (path.parent / "recipe.toml").is_file():
+        path = path.parent
+    parts = _parts(path, None)
+    return _rebuild(*parts, source=path), parts[0]
 
 
 def export_weights(run: str | Path, path: str | Path, *, model: str | None = None, force: bool = False) -> Path:

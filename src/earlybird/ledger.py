@@ -446,6 +446,30 @@ class Ledger:
             for name, amount in ((f"{kind}_images", images), (f"{kind}_batches", batches)):
                 setattr(ledger._pending, name, getattr(ledger._pending, name) + amount * ledger._world_size)
 
+    def passes_of(self, cost: ModelCost, images: int, *, batches: int = 1, training: bool = False) -> None:
+        """Charge passes of another model, such as a teacher, at its own price.
+
+        Its samples are not counted: those are the watched model's, and a dense run would not need the other one.
+
+        Args:
+            cost: Of one sample.
+            images: Samples, of this process.
+            batches: Batches they come in.
+            training: Forward and backward, or forward only.
+        """
+        for ledger in self._watching():
+            if ledger._since is not None and ledger._current is not None:
+                cost_of_all = cost.amount(
+                    images * ledger._world_size, batches * ledger._world_size, ledger._bits, training=training
+                )
+                spent = Work(
+                    macs=dict(cost_of_all.macs),
+                    bit_macs=dict(cost_of_all.bit_macs),
+                    operations=dict(cost_of_all.operations),
+                    moved_bytes=cost_of_all.moved_bits / 8,
+                )
+                ledger._records[ledger._current].work.setdefault(ledger._bits, Work()).add(spent)
+
     def _watching(self) -> list[Ledger]:
         """Return this ledger, and all others that watch its model."""
         return [self] if self._model is None else ledgers_on(self._model, self)

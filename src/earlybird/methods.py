@@ -167,5 +167,34 @@ METHODS: dict[str, MethodInfo] = {
             saves="modelled joules of hardware that has shifters and adders in fixed point, and bits of stored weights",
             limits="time: both kinds of layers take longer than a convolution on machines that multiply",
         ),
+        MethodInfo(
+            name="simclr",
+            path="earlybird.pretraining.simclr:SimClr",
+            citation="Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of Visual "
+            "Representations, ICML 2020",
+            link="https://arxiv.org/abs/2002.05709",
+            saves="labels; and the pre-training of every further task that starts from the same encoder or its ticket",
+            limits="data whose images all have labels: training on them is more accurate and several times shorter",
+            exported="The head is exported as it was drawn: the run trained the encoder before it.",
+        ),
+        MethodInfo(
+            name="moco",
+            path="earlybird.pretraining.moco:MoCo",
+            citation="He et al., Momentum Contrast for Unsupervised Visual Representation Learning, CVPR 2020; "
+            "Chen et al., Improved Baselines with Momentum Contrastive Learning, 2020",
+            link="https://arxiv.org/abs/2003.04297",
+            saves="labels; and against simclr the backward pass of one view, and large batches",
+            limits="data whose images all have labels: training on them is more accurate and several times shorter",
+            exported="The head is exported as it was drawn: the run trained the encoder before it.",
+        ),
+        MethodInfo(
+            name="distillation",
+            path="earlybird.tickets.distill:Distillation",
+            citation="Ma et al., Good Students Play Big Lottery Better, 2021; Hinton, Vinyals, Dean: Distilling the "
+            "Knowledge in a Neural Network, 2015",
+            link="https://arxiv.org/abs/2101.03255",
+            saves="nothing by itself: at the same accuracy a ticket may be smaller, which shows in its own columns",
+            limits="teachers no better than the student; their passes cost, once an image and view or on each batch",
+        ),
     )
 }

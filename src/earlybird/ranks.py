@@ -131,6 +131,33 @@ def all_or_none(together: bool = True) -> Iterator[None]:
         raise failed
 
 
+class _Rows(torch.autograd.Function):
+    """Rows of all ranks; each rank's own ones get the gradients of all."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        found = [torch.empty_like(own) for _ in range(processes())]
+        torch.distributed.all_gather(found, own.contiguous())
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous()
+        torch.distributed.all_reduce(total)
+        return total.chunk(processes())[torch.distributed.get_rank()]
+
+
+def all_rows(own: Tensor) -> tuple[Tensor, int]:
+    """Return the rows of all ranks, in their order, and where this one's begin; gradients come back from all ranks.
+
+    Args:
+        own: (N, ...), as many rows on each rank.
+    """
+    if processes() == 1:
+        return own, 0
+    return _Rows.apply(own), torch.distributed.get_rank() * len(own)
+
+
 def share(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `mean` of several tensors, name by name, in fp32; they travel as one."""
     if processes() == 1:

@@ -11,9 +11,15 @@ from typing import Any
 from earlybird.errors import InputError
 
 
-def option(default: Any, help: str) -> Any:
-    """Return the field of a method's dataclass, with the text that its flag shows."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, path: bool = False) -> Any:
+    """Return the field of a method's dataclass, with the text that its flag shows.
+
+    Args:
+        default: Value where nothing is said.
+        help: One line.
+        path: Whether the value names a file or a folder, which a run must find again from another folder.
+    """
+    return field(default=default, metadata={"help": help, "path": path})
 
 
 def check_share(name: str, value: Any) -> float:

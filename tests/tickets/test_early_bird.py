@@ -20,13 +20,17 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randint(0, 5, (16,), generator=generator)
 
 
-def train(model, optimizer, steps, start=0):
+def cross_entropy(model, x, y):
+    return functional.cross_entropy(model(x), y)
+
+
+def train(model, optimizer, steps, start=0, loss_of=None):
     model.train()
     alive = []  # an ordinary loop holds on to output and loss across the step in which the ticket is drawn
     for step in range(start, start + steps):
         x, y = batch(step)
-        output = model(x)
-        loss = functional.cross_entropy(output, y)
+        output = model(x) if loss_of is None else None
+        loss = functional.cross_entropy(output, y) if loss_of is None else loss_of(model, x, y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -34,7 +38,7 @@ def train(model, optimizer, steps, start=0):
     return alive
 
 
-def train_by_closures(model, optimizer, steps, *, closures):
+def train_by_closures(model, optimizer, steps, *, closures, loss_of=cross_entropy):
     """Train with the forward and backward pass inside ``optimizer.step``, or, without ``closures``, before it."""
     model.train()
     for step in range(steps):
@@ -42,7 +46,7 @@ def train_by_closures(model, optimizer, steps, *, closures):
         def closure(step=step):
             x, y = batch(step)
             optimizer.zero_grad()
-            loss = functional.cross_entropy(model(x), y)
+            loss = loss_of(model, x, y)
             loss.backward()
             return loss
 

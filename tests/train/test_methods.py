@@ -16,6 +16,7 @@ from earlybird.report import write
 from earlybird.tickets.ticket import Ticket
 from earlybird.train.recipe import Recipe
 from earlybird.train.run import resume, train
+from tests.tickets.teachers import write_teacher
 
 # what a run of a few seconds needs to see the method act
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -31,7 +32,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "predictive_sign": {},
     "block_float": {},
     "shift_add": {},
+    "simclr": {"simclr_neighbours": 20},
+    "moco": {"moco_neighbours": 20, "moco_queue": 256},
+    "distillation": {"teacher_views": 0},
 }
+OF_THEIR_OWN = ("simclr", "moco", "distillation")  # what is learnt is not what a dense run learns
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _a_teacher(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder, _ = write_teacher(tmp_path_factory.mktemp("teacher"), classes=10, in_channels=1)
+    SETTINGS["distillation"]["teacher"] = str(folder)
 
 
 def recipe(*methods: str, **more: Any) -> Recipe:
@@ -71,9 +82,10 @@ def test_a_method_by_its_name(name: str, tmp_path: Path) -> None:
     for counted in ("macs", "bit_macs"):
         spent = [getattr(result.bill.total, counted).value for result in (whole, again)]
         assert spent[0] == pytest.approx(spent[1])
-    assert whole.bill.dense is not None
+    assert (whole.bill.dense is None) == (name in OF_THEIR_OWN)
     html = write([tmp_path / "whole"], tmp_path / "report.html").read_text(encoding="utf-8")
     assert "The bill" in html
+    assert (f"a {whole.judged_by} probe" in html) == (name in ("simclr", "moco"))
     assert "on paper" in str(forecast(recipe(name)))
 
 

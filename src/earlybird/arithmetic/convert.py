@@ -33,6 +33,7 @@ from earlybird.arithmetic.add import AddConv2d, AddLinear
 from earlybird.arithmetic.shift import Form, ShiftConv2d, ShiftLayer, ShiftLinear
 from earlybird.calls import Around, as_call, first_sample, hook_owners, undisturbed, unwrapped
 from earlybird.errors import InputError, nearest
+from earlybird.objective import reader_of
 from earlybird.tickets.claim import Claim
 from earlybird.tickets.layers import BatchNorm, Conv
 
@@ -131,6 +132,8 @@ def _kinds(model: nn.Module, operation: Operation, leave: Sequence[str]) -> dict
             f"{claim.method} decides already which units of the model stay",
             hint="convert the model before other methods",
         )
+    if reader := reader_of(model):
+        raise InputError(f"{reader} reads the model's features", hint="convert the model before other methods")
     for name, module in model.named_modules():
         if name and name not in layers and isinstance(module.__dict__.get("forward"), Around):
             raise InputError(

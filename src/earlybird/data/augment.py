@@ -72,8 +72,8 @@ class Choices:
     mirrored: Tensor | None = None
     corners: Tensor | None = None
 
-    def part(self, part: slice) -> Choices:
-        """Return the choices for a part of the batch."""
+    def part(self, part: slice | Tensor) -> Choices:
+        """Return the choices for a part of the batch: a slice, or numbers of images."""
         return Choices(
             *(None if choice is None else choice[part] for choice in (self.offsets, self.mirrored, self.corners))
         )

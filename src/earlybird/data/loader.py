@@ -1,7 +1,8 @@
 """Batches of augmented images, reproducible from (seed, epoch, batch) alone.
 
 Nothing is carried from one batch to the next: the order of an epoch is drawn from (seed, epoch), the augmentation of a
-batch from (seed, epoch, batch), the side that an alternating flip begins with from (seed, image). A stopped run
+batch from (seed, epoch, batch), the side that an alternating flip begins with from (seed, image). Where a few
+augmentations of each image are to come back (`Loader.cycle`), they are drawn from (seed, image, view). A stopped run
 therefore goes on at any batch without replaying the ones before, and several ranks agree on every batch without talking
 to each other.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Protocol, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from earlybird.errors import InputError
 
 # what a generator is for, mixed into its seed, so that no two streams of random numbers are the same
 _ORDER, _AUGMENTATION, _SAMPLE, _FLIP = 0, 1, 2, 3
+_VIEW = 5  # 4 is `earlybird.skipping.batches`
 
 
 class Selection(Protocol):
@@ -30,6 +32,29 @@ class Selection(Protocol):
 
     def length(self, batches: int) -> int: ...  # noqa: D102
     def positions(self, first: int, batches: int) -> Iterator[tuple[int, int]]: ...  # noqa: D102
+
+
+class Part(Protocol):
+    """Random choices for a batch of images, of which a rank takes its part."""
+
+    def part(self, part: slice) -> Any: ...  # noqa: D102
+
+
+class Views(Protocol):
+    """How several views of each image are made, in place of crop, flip and cutout (`earlybird.data.contrast`)."""
+
+    @property
+    def count(self) -> int:
+        """Views of an image."""
+        ...
+
+    def choose(self, count: int, height: int, width: int, generator: torch.Generator) -> Part:
+        """Draw the random choices for one view of ``count`` images."""
+        ...
+
+    def apply(self, images: Tensor, choices: Any) -> Tensor:
+        """Return what uint8 images (B, C, H, W) look like by ``choices``, of the same type and shape, new."""
+        ...
 
 
 class Loader:
@@ -59,6 +84,11 @@ class Loader:
     Attributes:
         selection: Which batches are walked through, or None for all; an epoch is then as long as it says, and what is
             left out is never touched.
+        views: How several views of each image are made, or None for one, by ``augment``. The inputs of B images are
+            then (views * B, C, H, W): first the first view of each, then the second one.
+        cycle: After how many epochs an image's augmentation comes back; 0: it is always a new one.
+        beside: What is handed out beside the labels, or None: a tensor (V, N, ...) with a row for each image and view,
+            that of the ``epoch % V``-th view of the N images. It stays where it is; rows are moved with the batch.
 
     Raises:
         InputError: An argument does not fit the images or is out of range.
@@ -119,6 +149,10 @@ class Loader:
         self.dtype, self.channels_last = dtype, channels_last
         self.rank, self.world_size = rank, world_size
         self.selection: Selection | None = None
+        self.views: Views | None = None
+        self.cycle = 0
+        self.beside: Tensor | None = None
+        self._cycled: tuple[int, Choices] | None = None
         self._next_epoch = 0
 
     @property
@@ -131,13 +165,13 @@ class Loader:
         """Return the number of batches in an epoch, the same for every rank."""
         return self.whole_length if self.selection is None else self.selection.length(self.whole_length)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """Walk through the next epoch: 0 the first time, then 1, 2, ..."""
         epoch = self._next_epoch
         self._next_epoch += 1
         return self.epoch(epoch)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """Return an iterator over the batches of one epoch.
 
         Args:
@@ -145,7 +179,8 @@ class Loader:
             start: First batch, from 0; ``len(self)`` gives none.
 
         Returns:
-            Inputs (B, C, H, W) in the loader's type, memory format and device, and labels int64 (B,).
+            Inputs (B, C, H, W) in the loader's type, memory format and device, labels int64 (B,), and the rows of
+            ``beside``, if there is any.
 
         Raises:
             InputError: ``epoch`` or ``start`` is out of range.
@@ -193,6 +228,35 @@ class Loader:
         index = pick_samples(self.labels, count, _generator(_SAMPLE, seed))
         return self._inputs(index, Choices()), self._labels(index)
 
+    def view(self, view: int, size: int, part: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return numbers int64 (b,) and inputs (b, C, H, W) of all images, in order, as one view of a cycle shows them.
+
+        Args:
+            view: From 0 to ``cycle - 1``.
+            size: Images in a batch.
+            part: Of the images.
+
+        Raises:
+            InputError: There is no such view.
+        """
+        if not 0 <= view < self.cycle:
+            raise InputError(f"view {view} of a cycle of {self.cycle}", needed="0 <= view < cycle")
+        numbers = torch.arange(len(self.images))[part]
+        for index in numbers.split(size):
+            yield index, self._inputs(index, self._view_choices(view, index))
+
+    def in_order(self, count: int, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``count`` different images chosen by ``seed`` alone, only normalised, with their labels, in batches.
+
+        Args:
+            count: At most as many as there are images are yielded.
+            size: Images in a batch.
+            seed: From 0; the same for all ranks gives all ranks the same images.
+        """
+        numbers = torch.randperm(len(self.images), generator=_generator(_SAMPLE, seed))[:count].sort().values
+        for index in numbers.split(size):
+            yield self._inputs(index, Choices()), self._labels(index)
+
     def _draw_sample(self, count: int, seed: int) -> tuple[Tensor, Choices]:
         generator = _generator(_SAMPLE, seed)
         index = torch.randperm(len(self.images), generator=generator)[:count]
@@ -205,31 +269,62 @@ class Loader:
         chosen = self.selection.positions(epoch * len(self) + start, self.whole_length)
         return islice(chosen, len(self) - start)
 
-    def _walk(self, first_epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _walk(self, first_epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         count = len(self.images)
         share = slice(self.rank, None, self.world_size)
         order: Tensor | None = None
         mirrored: Tensor | None = None
         entered: int | None = None
+        plain = self.augment == Augment() and self.views is None and self.beside is None
         for epoch, batch in self._positions(first_epoch, start):
             if epoch != entered:
                 entered = epoch
                 order = torch.randperm(count, generator=_generator(_ORDER, self.seed, epoch)) if self.shuffle else None
                 mirrored = self._first_mirrored() ^ bool(epoch % 2) if self.augment.flip == "alternating" else None
             low, high = batch * self.batch_size, min((batch + 1) * self.batch_size, count)
-            # all ranks draw for the whole batch and keep their share
-            generator = _generator(_AUGMENTATION, self.seed, epoch, batch)
-            choices = self._choose(high - low, generator).part(share)
             index: Tensor | slice
             if order is not None:
                 index = order[low:high][share]
-            elif self.augment != Augment():
+            elif not plain:
                 index = torch.arange(low, high)[share]
             else:
                 index = slice(low + self.rank, high, self.world_size)
-            if mirrored is not None:
-                choices = replace(choices, mirrored=mirrored[index])
-            yield self._inputs(index, choices), self._labels(index)
+            # all ranks draw for the whole batch and keep their share
+            generator = _generator(_AUGMENTATION, self.seed, epoch, batch)
+            if self.views is not None:
+                inputs = self._several_views(self.views, index, high - low, share, generator)
+            elif self.cycle and not isinstance(index, slice):
+                inputs = self._inputs(index, self._view_choices(epoch % self.cycle, index))
+            else:
+                choices = self._choose(high - low, generator).part(share)
+                if mirrored is not None:
+                    choices = replace(choices, mirrored=mirrored[index])
+                inputs = self._inputs(index, choices)
+            if self.beside is None:
+                yield inputs, self._labels(index)
+            else:
+                rows = self.beside[epoch % len(self.beside)][index]
+                yield inputs, self._labels(index), rows.to(self.device, non_blocking=True)
+
+    def _several_views(
+        self, views: Views, index: Tensor | slice, count: int, share: slice, generator: torch.Generator
+    ) -> Tensor:  # fmt: skip
+        """Return the views of the images of ``index``, a rank's share of a batch of ``count``."""
+        pixels = self.images[index if isinstance(index, slice) else index.to(self.images.device)].to(self.device)
+        height, width = self.images.shape[2:]
+        shown = [
+            views.apply(pixels, views.choose(count, height, width, generator).part(share)) for _ in range(views.count)
+        ]
+        return normalise(torch.cat(shown), self.mean, self.std, self.dtype, self.channels_last)
+
+    def _view_choices(self, view: int, index: Tensor) -> Choices:
+        """Return how one view of a cycle shows the images of ``index``."""
+        if self._cycled is None or self._cycled[0] != view:
+            choices = self._choose(len(self.images), _generator(_VIEW, self.seed, view))
+            if self.augment.flip == "alternating":
+                choices = replace(choices, mirrored=self._first_mirrored() ^ bool(view % 2))
+            self._cycled = (view, choices)
+        return self._cycled[1].part(index)
 
     def _first_mirrored(self) -> Tensor:
         """Return for each image whether an alternating flip mirrors it in epoch 0, bool (N,)."""

@@ -46,6 +46,8 @@ def headline(contenders: Sequence[Contender]) -> tuple[str, bool, list[str]]:
     if "seconds" not in ratios:
         accuracy = mean_accuracy(ticket)
         reached = "was trained" if accuracy is None else f"reached {percent(accuracy)}"
+        if judge := ticket.runs[0].judged_by:
+            reached = f"trained an encoder; a {judge} probe on its features {reached}"
         if not ratios:
             return f"{name} {reached}; there is nothing to compare it with", False, []
         told = [remark for bill in compared(dense, ticket) for remark in bill.remarks]
@@ -105,7 +107,7 @@ def tiles(contenders: Sequence[Contender]) -> list[Tile]:
     if accuracy is not None:
         change = accuracy_change(dense, ticket) if ticket is not None else None
         dense_accuracy = mean_accuracy(dense) if dense is not None else None
-        note = "test set"
+        note = f"test set, {judge} probe" if (judge := subject.runs[0].judged_by) else "test set"
         if change is not None and dense_accuracy is not None:
             note = f"dense {percent(dense_accuracy)}, {units.points(change)}"
         tiles.append(

@@ -67,6 +67,7 @@ def _accuracy_section(
         "id": "accuracy-curves",
         "legend": [(label, colour) for label, colour in colours.items() if any(label == curve[0] for curve in curves)],
         "table": Table("Last evaluations", ["run", "seconds of the run", "accuracy"], rows),
+        "judges": sorted({run.judged_by for contender in contenders for run in contender.runs} - {""}),
     }
 
 

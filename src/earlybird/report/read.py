@@ -84,6 +84,11 @@ class RunRecord:
         return [(float(row["seconds"]), float(row["accuracy"])) for row in rows]
 
     @property
+    def judged_by(self) -> str:
+        """What the accuracy is that of; empty: the network's own classifier."""
+        return str(self.metrics[-1].get("judged_by", "")) if self.metrics else ""
+
+    @property
     def final_accuracy(self) -> float | None:
         """Test accuracy of the last evaluation, 0 to 1."""
         return self.accuracy[-1][1] if self.accuracy else None
@@ -104,7 +109,8 @@ class Contender:
     @property
     def task(self) -> tuple[Any, ...]:
         """What is trained on what: only runs of one task compare."""
-        return tuple(self.runs[0].recipe.get(key) for key in ("model", "data", "image_size"))
+        keys = (self.runs[0].recipe.get(key) for key in ("model", "data", "image_size"))
+        return (*keys, self.runs[0].judged_by)
 
     @property
     def bills(self) -> list[Bill]:

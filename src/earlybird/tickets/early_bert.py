@@ -37,6 +37,7 @@ from earlybird import data_parallel
 from earlybird.calls import Call, Hook, first_sample, given_optimizers, hook_owners, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
+from earlybird.objective import check_may_cut
 from earlybird.settings import check_choice, check_count, check_number, check_share, option
 from earlybird.sharded import is_sharded
 from earlybird.step import Step
@@ -232,6 +233,7 @@ class UnitSearch:
                 hint="use DistributedDataParallel, or eb.draw_units and eb.shrink",
             )
         check_unclaimed(model, "early_bert")
+        check_may_cut(model, "early_bert")
         others: list[Search | UnitSearch] = [*hook_owners(model, Search), *hook_owners(model, UnitSearch)]
         if not all(search.drawn for search in others):
             raise InputError("a search is attached to this model already", hint="call its detach() first")

@@ -51,9 +51,11 @@ class FixedTicket:
         InputError: A value is out of its range; the message names it.
     """
 
-    ticket: str | None = option(None, "Ticket file, or the folder of a run that has drawn one.")
+    ticket: str | None = option(None, "Ticket file, or the folder of a run that has drawn one.", path=True)
     start: str | None = option(
-        None, "Weights to begin from: a .safetensors file, or a run's folder for those it rewinds to; 'none': new ones."
+        None,
+        "Weights to begin from: a .safetensors file, or a run's folder for those it rewinds to; 'none': new ones.",
+        path=True,
     )
     fixed_weights: Literal["start", "reinitialise"] = option(
         "start", "Begin from the weights of start, or of the seed; or from others of the same distribution."

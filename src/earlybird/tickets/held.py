@@ -16,6 +16,7 @@ from earlybird import ranks
 from earlybird.calls import Hook, first_sample, given_optimizers, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for, ledgers_on
+from earlybird.objective import check_may_cut
 from earlybird.sharded import is_sharded
 from earlybird.sparse.masks import Masks
 from earlybird.tickets.claim import claim
@@ -167,6 +168,7 @@ class HeldTicket:
             self._masks = Masks(self._model, self._optimizers, ticket, ledger=self._ledger)
             self.ticket = ticket
             return
+        check_may_cut(self._model, self._name)
         if self._example_inputs is None:
             raise InputError("no inputs to follow the model's graph with", hint="pass example_inputs=x to attach")
         inputs = first_sample(self._example_inputs)

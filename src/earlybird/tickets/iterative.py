@@ -341,7 +341,7 @@ class Rounds:
         Raises:
             InputError: The state belongs to another model.
         """
-        shapes = {name: list(weight.shape) for name, weight in self._weights.items()}
+        shapes = {name: list(weight.shape) for name, weight in self._learning().items()}
         if any(masks.keys() != shapes.keys() for masks in state["tickets"]):
             raise InputError("the saved rounds are of another model, or leave other layers dense")
         self._steps = int(state["steps"])
@@ -368,6 +368,10 @@ class Rounds:
         self._free()
         if self._own_ledger:
             self._ledger.stop()
+
+    def _learning(self) -> dict[str, nn.Parameter]:
+        """Return the weights to prune without those that are frozen, such as the head's in pre-training."""
+        return {name: weight for name, weight in self._weights.items() if weight.requires_grad}
 
     def _ends(self, number: int) -> int:
         """Return the optimizer step after which a round is over, from 0."""
@@ -409,10 +413,11 @@ class Rounds:
             head = None
             if settings.head_share is not None:
                 head = (1 - settings.head_share) ** (self.round + 1)
+            weights = self._learning()
             before = self._masks.masks or {
-                name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self._weights.items()
+                name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()
             }
-            masks = prune(self._weights, before, left, scope=settings.prune_scope, head_left=head)
+            masks = prune(weights, before, left, scope=settings.prune_scope, head_left=head)
             ticket = self._ticket(masks, self.round + 1)
             distances = [ticket.distance(other) for other in self.tickets]
             epoch = None if self._steps_per_epoch is None else self._steps / self._steps_per_epoch

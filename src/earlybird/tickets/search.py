@@ -33,6 +33,7 @@ from earlybird.calls import (
 )
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_of
+from earlybird.objective import check_may_cut
 from earlybird.settings import check_count
 from earlybird.sharded import gathered, is_sharded, local
 from earlybird.step import Step
@@ -719,6 +720,7 @@ def _check_partners(model: nn.Module, optimizers: list[torch.optim.Optimizer], *
             stacklevel=4,
         )
     check_unclaimed(model, "early_bird")
+    check_may_cut(model, "early_bird")
     if not all(search.drawn for search in hook_owners(model, Search)):
         raise InputError("a search is attached to this model already", hint="call its detach() first")
 

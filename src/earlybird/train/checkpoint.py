@@ -186,7 +186,8 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[s
     for kind, tensors in own.items():
         for name, tensor in tensors.items():
             tensor.data = state[kind][name].to(tensor.device)
-    optimizer.state.clear()
+    for parameter in own["parameters"].values():  # those of others, such as a method's own, are theirs to restore
+        optimizer.state.pop(parameter, None)
     for name, entries in state["optimizer"].items():
         parameter = own["parameters"][name]
         optimizer.state[parameter] = {

@@ -105,7 +105,7 @@ def _waits(run: Run) -> bool:
     return run.fabric.device.type != "cpu" or run.fabric.world_size > 1
 
 
-def _step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+def _step(run: Run, batches: Iterator[tuple[Tensor, ...]]) -> Tensor:
     """Take one optimizer step and return the sum of the losses of its batches, shape ()."""
     recipe = run.recipe
     for group in run.optimizer.param_groups:
@@ -113,11 +113,15 @@ def _step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
     run.freeze_ended()
     total: Tensor | None = None
     for batch in range(recipe.accumulate):
-        images, labels = next(batches)
+        images, labels, *beside = next(batches)
         with run.gradients_stay_local(batch < recipe.accumulate - 1):
-            with run.autocast():
-                logits = run.forward(images)
-            loss = functional.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+            if run.objective is not None:
+                with run.autocast():
+                    loss = run.objective.loss(run.forward, images, labels, *beside)
+            else:
+                with run.autocast():
+                    logits = run.forward(images)
+                loss = functional.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
             run.fabric.backward(loss / recipe.accumulate if recipe.accumulate > 1 else loss)
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
@@ -168,14 +172,19 @@ class _Saver:
 def evaluate(run: Run) -> tuple[float, float]:
     """Return loss and accuracy (0 to 1) on the test images, with the averaged weights where there are any.
 
-    The last evaluation of a run averages over the recipe's views of an image; those before see the image alone.
+    The last evaluation of a run averages over the recipe's views of an image; those before see the image alone. A
+    network whose classifier is not trained is judged by the method that trains it; there is no loss then (NaN).
     """
     run.share_buffers()
     sums = torch.zeros(3, dtype=torch.float64, device=run.fabric.device)  # loss, right answers, images
     with run.ledger.during("evaluate"), run.averaged_weights(), torch.no_grad():
         run.model.eval()
         try:
-            for images, labels in run.test.epoch(0):
+            if run.judge is not None:
+                with run.autocast():
+                    sums[1], sums[2] = run.judge.judge(run.test.epoch(0))
+                sums[0] = math.nan
+            for images, labels in run.test.epoch(0) if run.judge is None else ():
                 if not len(labels):
                     continue  # another rank has all of a short last batch
                 with run.autocast():

@@ -86,7 +86,7 @@ class Display:
 
     def row(self, row: Mapping[str, Any], status: Mapping[str, float | str]) -> None:
         """Show a row of ``metrics.jsonl``."""
-        self._accuracy = f"accuracy {row['accuracy']:.2%}"
+        self._accuracy = f"{row.get('judged_by', '')} accuracy {row['accuracy']:.2%}".lstrip()
         if not self._quiet and self._bar is None:
             extra = "".join(f"  {_field(name, value)}" for name, value in status.items())
             self._console.print(

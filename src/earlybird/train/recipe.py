@@ -170,6 +170,13 @@ class Recipe(BaseModel):
         own = {name: value for name, value in self.values().items() if name in stay}
         return _build({**own, **changes}, {}, where="recipe")
 
+    def with_absolute_paths(self) -> Recipe:
+        """Return this recipe with whole paths in place of those of files and folders that are there from here."""
+        names = [key.name for key in keys() if key.path and key.method in self.method]
+        paths = {name: Path(self.settings[name]).expanduser() for name in names if self.settings.get(name)}
+        found = {name: str(path.absolute()) for name, path in paths.items() if path.exists()}
+        return self.replace(**found) if found else self
+
     def values(self) -> dict[str, Any]:
         """Return every key, flat, with its value; steps are `Step`."""
         own = {name: getattr(self, name) for name in type(self).model_fields if name != "settings"}
@@ -236,6 +243,7 @@ class Key:
         default: General default, before the data set's.
         help: One line.
         method: Name of the method to which the key belongs; '' for a key of every run.
+        path: Whether it names a file or a folder.
     """
 
     name: str
@@ -243,6 +251,7 @@ class Key:
     default: Any
     help: str
     method: str
+    path: bool = False
 
 
 @functools.cache
@@ -262,7 +271,14 @@ def _keys_of(method: str) -> list[Key]:
     cls = method_class(method)
     hints = typing.get_type_hints(cls)
     return [
-        Key(field.name, hints[field.name], _default(field), field.metadata.get("help", ""), method)
+        Key(
+            field.name,
+            hints[field.name],
+            _default(field),
+            field.metadata.get("help", ""),
+            method,
+            field.metadata.get("path", False),
+        )
         for field in dataclasses.fields(cls)
     ]
 

@@ -26,6 +26,7 @@ class Result:
         parameters: Weights of the network at the end.
         drawn_at: Optimizer step after which the ticket was drawn, or None.
         bill: What it cost.
+        judged_by: What the accuracy is that of; empty: the network's own classifier.
         resumed: Whether it was put together from more than one process.
     """
 
@@ -38,6 +39,7 @@ class Result:
     parameters: int
     drawn_at: int | None
     bill: Bill
+    judged_by: str = ""
     resumed: bool = False
 
     def to_json(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from earlybird.files import write_tensors, write_text
 from earlybird.kernels.install import install
 from earlybird.ledger import Ledger
 from earlybird.models.blueprint import Blueprint
+from earlybird.objective import Judging, Objective
 from earlybird.settings import accepted
 from earlybird.tickets.refit import estimate_batch_norms
 from earlybird.tickets.ticket import Ticket
@@ -153,6 +154,7 @@ def train(
     if recipe.data not in CATALOGUE and Path(recipe.data).expanduser().exists():
         # a resume may start from another folder
         recipe = recipe.replace(data=str(Path(recipe.data).expanduser().absolute()))
+    recipe = recipe.with_absolute_paths()
     fabric = launch(recipe)
     path = shared_path(fabric, lambda: Path(out or recipe.out or free_folder(recipe)))
     with RunFolder(path, writer=fabric.is_global_zero) as folder:
@@ -257,6 +259,8 @@ class Run:
         methods: The attached methods by name, in the order of the recipe.
         search: The one of them that draws a ticket, or None.
         observers: Those of them that go by the training loss.
+        objective: The one of them that decides it, or None.
+        judge: The one of them that evaluates, in place of the classifier, or None.
     """
 
     def __init__(
@@ -336,6 +340,12 @@ class Run:
             "ledger": ledger,
             "seed": recipe.seed,
             "resumed": self._found is not None,
+            "training_steps": self._training,
+            "clock": self.clock,
+            "class_names": self.blueprint.class_names,
+            "label_smoothing": recipe.label_smoothing,
+            "folder": folder.path,
+            "autocast": self.autocast,
         }
         self.methods: dict[str, Attached] = {
             name: method.attach(self.model, self.optimizer, **accepted(method.attach, context))
@@ -353,6 +363,8 @@ class Run:
         )
         self._kernels = install(self.model, self.choice.kernels, example)
         self.search = next((method for method in self.methods.values() if isinstance(method, Drawing)), None)
+        self.objective = next((method for method in self.methods.values() if isinstance(method, Objective)), None)
+        self.judge = next((method for method in self.methods.values() if isinstance(method, Judging)), None)
         self.observers = [method for method in self.methods.values() if isinstance(method, Observing)]
         self._clocked = next((method for method in self.methods.values() if isinstance(method, Clocked)), None)
         self._followed: Any = None  # of the search's changes, the one that `after_draw` was called for
@@ -394,7 +406,7 @@ class Run:
                 record = {"choice": dataclasses.asdict(choice), "reason": "as in the checkpoint", "candidates": []}
                 self.folder.write_json("tune.json", {**record, "seconds": 0.0})
             elif choice is None and written is None:
-                images, labels = next(self.loader.epoch(0))
+                images, labels, *_ = next(self.loader.epoch(0))
                 _, record = tune(self.recipe, build_model, images, labels, steps=self.total)
                 self.folder.write_json("tune.json", record)
                 self.emit("tuned", record)
@@ -559,6 +571,7 @@ class Run:
             "loss": train_loss,
             "test_loss": self.test_loss if math.isfinite(self.test_loss) else None,
             "accuracy": self.accuracy,
+            **({} if self.judge is None else {"judged_by": self.judge.judged_by}),
             "test_time": self.test_time,
             "lr": self.lr(self.step - 1),
             "images_per_s": images / elapsed if elapsed > 0 else 0.0,
@@ -763,6 +776,7 @@ class Run:
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             drawn_at=None if self.search is None else self.search.drawn_at,
             bill=bill,
+            judged_by="" if self.judge is None else self.judge.judged_by,
             resumed=self.resumed,
         )
         # Written last: a folder with it is a finished run.

@@ -1,0 +1,1 @@
+"""From where do we start? Encoders that are trained without labels."""
