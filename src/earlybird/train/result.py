@@ -27,6 +27,7 @@ class Result:
         drawn_at: Optimizer step after which the ticket was drawn, or None.
         bill: What it cost.
         resumed: Whether it was put together from more than one process.
+        nonzero: Those of the parameters that are not zero, or None in results of older versions.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class Result:
     drawn_at: int | None
     bill: Bill
     resumed: bool = False
+    nonzero: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the folder and the bill, which has a file of its own, as plain numbers."""
