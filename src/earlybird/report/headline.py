@@ -53,7 +53,7 @@ def headline(contenders: Sequence[Contender]) -> tuple[str, bool, list[str]]:
     time = ratios["seconds"]
     change = accuracy_change(dense, ticket)
     verdict = _verdict(time, dense, ticket)
-    accuracy_text = "" if change is None else f" and ended {_change_text(change)}"
+    accuracy_text = "" if change is None else f" and ended {change_text(change)}"
     word = "an estimated " if time.kind == "estimated" else ""
     subject = f"{name} lost: it" if verdict.lost else name
     if verdict.time < 0:
@@ -87,7 +87,8 @@ def _verdict(time: Ratio, dense: Contender | None, ticket: Contender) -> Verdict
     return judge(1 / time.low, points, std=std, runs=len(by_seed) or None)
 
 
-def _change_text(change: float) -> str:
+def change_text(change: float) -> str:
+    """Say a difference to dense in accuracy, -1 to 1, in words."""
     if abs(change) < 0.00005:
         return "at the same accuracy"
     return f"{abs(100 * change):.2f} points {'above' if change > 0 else 'below'} it in accuracy"

@@ -71,8 +71,9 @@ def channel_section(runs: Sequence[RunRecord], figures: dict[str, charts.Figure]
         assert run.ticket is not None
         layers = {layer: (total, kept) for layer, (kept, total) in run.ticket.widths.items()}
         name = f"channels-{index}"
-        figures[name] = charts.channel_bars(layers)
-        note = f"{run.ticket.keep:.0%} of the channels stayed"
+        ranked = " and ".join(f"{kind}s" for kind in dict.fromkeys(run.ticket.kinds.values()))
+        figures[name] = charts.channel_bars(layers, ranked)
+        note = f"{run.ticket.keep:.2%} of the {ranked} stayed"
         extra = sum(len(channels) for channels in run.change.get("rounded", {}).values())
         if extra:
             note += f", {extra} of them only because widths were rounded"
@@ -83,6 +84,6 @@ def channel_section(runs: Sequence[RunRecord], figures: dict[str, charts.Figure]
             Row([layer, f"{before:,}", f"{after:,}", f"{after / before:.0%}"])
             for layer, (before, after) in layers.items()
         ]
-        table = Table(f"{run.path.name}: channels", ["layer", "before", "after", "kept"], rows)
+        table = Table(f"{run.path.name}: {ranked}", ["layer", "before", "after", "kept"], rows)
         shown.append({"id": name, "title": run.path.name, "note": note + ".", "table": table})
     return shown

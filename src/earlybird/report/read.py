@@ -147,6 +147,11 @@ def read(paths: Sequence[Path]) -> list[Contender]:
     return sorted(contenders, key=lambda contender: contender is not baseline)
 
 
+def read_points(paths: Sequence[Path]) -> list[list[dict[str, Any]]]:
+    """Return the points of each folder that holds a comparison of methods, as far as it has come."""
+    return [points for path in paths if (points := _object(path / "comparison.json").get("points"))]
+
+
 def _run_folders(path: Path) -> dict[Path, str]:
     """Return the run folders in ``path``, each with its contender's name where a comparison gave it one."""
     hint = "name a folder that 'earlybird train' or 'earlybird compare' wrote"

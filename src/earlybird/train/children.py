@@ -21,7 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from earlybird.errors import EarlybirdError, InputError, Interrupted
 from earlybird.files import read_rows, write_text
@@ -30,7 +30,10 @@ from earlybird.train.run import resume, train
 
 _LAST_LINES = 30
 """Lines of a dead child's message that are handed on."""
-_LOOK_EVERY_S = 0.05
+_LOOK_EVERY_S, _READ_EVERY_S = 0.05, 1.0
+
+OnRow = Callable[[Path, dict[str, Any]], None]
+"""Called with the folder of a run and a row of its ``metrics.jsonl``."""
 
 
 class Stop(Protocol):
@@ -152,7 +155,7 @@ def _tell(quiet: bool, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _tell_row(path: Path, row: dict[str, object]) -> None:
+def _tell_row(path: Path, row: dict[str, Any]) -> None:
     _tell(False, f"{path.name}: epoch {row['epoch']:g}  accuracy {row['accuracy']:.2%}  {row['seconds']:.0f} s")
 
 
@@ -163,7 +166,7 @@ def run_one(
     *,
     quiet: bool,
     threads: int | None = None,
-    on_row: Callable[[Path, dict[str, object]], None] | None = None,
+    on_row: OnRow | None = None,
 ) -> None:
     """Train or resume in a process of its own.
 
@@ -199,13 +202,11 @@ def run_one(
             if stop.caught() and not told:
                 process.terminate()  # after Ctrl-C it has the signal already, and a second one does no harm
                 told = True
-            if on_row and time.monotonic() - looked > 1:
-                looked = time.monotonic()
-                rows = read_rows(path / "metrics.jsonl")
-                for row in rows[shown:]:
-                    on_row(path, row)
-                shown = len(rows)
+            if on_row and time.monotonic() - looked > _READ_EVERY_S:
+                looked, shown = time.monotonic(), _tell_rows(path, shown, on_row)
             time.sleep(_LOOK_EVERY_S)
+        if on_row:
+            _tell_rows(path, shown, on_row)
         said.seek(0)
         message = said.read().strip()
     code = process.returncode
@@ -217,6 +218,13 @@ def run_one(
         died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"died with exit code {code}"
         last = "\n".join(message.splitlines()[-_LAST_LINES:]) or "It left no message but what is on standard error."
         raise RuntimeError(f"{path.name} {died}; what is finished stays.\n{last}")
+
+
+def _tell_rows(path: Path, shown: int, on_row: OnRow) -> int:
+    rows = read_rows(path / "metrics.jsonl")
+    for row in rows[shown:]:
+        on_row(path, row)
+    return len(rows)
 
 
 def interrupted(path: Path) -> Interrupted:
