@@ -33,8 +33,8 @@ PRESET_METHODS: dict[str, tuple[str, ...]] = {"fast": ("early_bird", "progressiv
 
 SHORT_NAMES: dict[str, tuple[str, dict[str, str]]] = {
     "imp": ("iterative", {}),
-    "lr_rewinding": ("iterative", {"rewind": "lr"}),
-    "fine_tuning": ("iterative", {"rewind": "none"}),
+    "lr_rewinding": ("iterative", {"rewind": "learning_rate"}),
+    "fine_tuning": ("iterative", {"rewind": "fine_tuning"}),
     "snip": ("at_init", {"init_score": "snip"}),
     "grasp": ("at_init", {"init_score": "grasp"}),
     "synflow": ("at_init", {"init_score": "synflow"}),

@@ -69,14 +69,13 @@ def _rounds(path: Path) -> list[dict[str, Any]]:
             last[row["round"]] = row
     found = []
     for number, row in sorted(last.items()):
-        ticket = path / "tickets" / f"round-{number}.safetensors"
         energy = row["modelled_joules"]
         found.append(
             {
                 "round": number,
-                **{name: row[name] for name in ("accuracy", "seconds", "macs", "bit_macs", "peak_bytes", "nonzero")},
+                **{name: row[name] for name in ("accuracy", "seconds", "macs", "bit_macs", "nonzero")},
                 "modelled_joules": None if energy is None else sum(energy) / 2,
-                "kept": Ticket.load(ticket).keep if ticket.is_file() else None,
+                "kept": row["density"],
             }
         )
     return found
@@ -92,8 +91,8 @@ def points_of(rows: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str
     Returns:
         One dict a point: ``contender``, ``method``, ``keep`` (as asked for), ``round`` (or None), ``seeds``,
         ``share_of``, ``side_by_side``, and statistics over the seeds: ``kept``, ``density``, ``accuracy``,
-        ``accuracy_points`` (above dense, within seeds), the costs (`COSTS`) from the beginning of the run, and in
-        ``round_costs`` those of the round alone.
+        ``accuracy_points`` (above dense, within seeds), the costs (`COSTS`) from the beginning of the run (the peak is
+        the whole run's), and in ``round_costs`` those of the round alone.
     """
     dense = {row["seed"]: row for row in rows if row["contender"] == baseline}
     groups: dict[tuple[str, int | None], list[dict[str, Any]]] = {}

@@ -833,8 +833,8 @@ def _nonzero(model: nn.Module) -> int:
 def _so_far(spent: Spending) -> dict[str, Any]:
     """Return what a row tells of the bill up to it."""
     energy = spent.modelled_joules
-    found = {name: getattr(spent, name) for name in ("macs", "bit_macs", "peak_bytes")}
     return {
-        **{name: None if quantity is None else quantity.value for name, quantity in found.items()},
+        "macs": None if spent.macs is None else spent.macs.value,
+        "bit_macs": None if spent.bit_macs is None else spent.bit_macs.value,
         "modelled_joules": None if energy is None else [energy.low, energy.high],
     }
