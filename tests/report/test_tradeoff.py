@@ -3,12 +3,14 @@ import math
 import re
 
 import pytest
+import torch
 
 from earlybird.report import write
 from earlybird.report.charts import Place, tradeoff
 from earlybird.report.page import compose
 from earlybird.report.read import read, read_points
 from earlybird.report.tradeoff import headline, tiles
+from earlybird.tickets.ticket import Ticket
 from earlybird.train.points import points_of
 from tests.report.folders import write_run
 
@@ -86,7 +88,7 @@ def test_a_run_in_rounds_has_a_point_for_each_at_what_it_had_cost_by_then(tmp_pa
     assert [line[""] for line in table] == ["dense", "imp-0.25, round 0", "imp-0.25, round 1", "imp-0.25, round 2"]
     assert [line["time"] for line in table[1:]] == ["1 min 40 s", "3 min 20 s", "5 min 00 s"]
     assert [line["of the round"] for line in table] == ["", *["1 min 40 s"] * 3]
-    assert page["headline"] == "imp-0.25, round 1 keeps 50.00% of the network and ends 1.00 points above it in accuracy"
+    assert page["headline"] == "imp-0.25, round 1 keeps 50.00% of the network, 1.00 points above dense"
     assert "no time is saved" in " ".join(section["notes"])
     assert [(tile.name, tile.value) for tile in page["tiles"][1:]] == [
         ("Smallest", "50.0% of dense"),
@@ -109,6 +111,31 @@ def test_runs_side_by_side_have_no_fastest(tmp_path):
     page, _ = comparison(tmp_path, [row("dense", jobs=2), row("snip-0.5", density=0.5, jobs=2)])
     assert "Fastest" not in [tile.name for tile in page["tiles"]]
     assert "Up to 2 runs went side by side" in " ".join(page["tradeoffs"][0]["notes"])
+
+
+def test_a_ticket_that_ran_beside_others_is_not_called_faster(tmp_path):
+    write_run(tmp_path / "dense-seed0", dense=True, accuracy=0.9)
+    write_run(tmp_path / "ticket-seed0", seconds=40, accuracy=0.9)
+    (tmp_path / "side-by-side.json").write_text(json.dumps({"ticket-seed0": 3}))
+    page, _ = compose(read([tmp_path]))
+    assert page["headline"] == "The ticket reached 90.00 %; its time is not judged"
+    assert page["lead"] == ["Up to 3 runs went side by side: their seconds do not compare with those of a lone run."]
+    assert page["lead"][0] in page["bill_note"]
+    cells = dict(zip(page["contenders"].head, page["contenders"].rows[1].cells))
+    assert "less" not in page["contenders"].rows[1].cells[4]
+    assert "less" in cells["MACs"]
+
+
+def test_tickets_of_rounds_are_compared_with_each_other(tmp_path):
+    run = write_run(tmp_path / "imp")
+    masks = {"features.0": torch.tensor([[True, False], [True, False]])}
+    Ticket(masks, {"features.0": "weight"}, {"method": "iterative", "round": 2}).save(run / "ticket.safetensors")
+    page, figures = compose(read([run]))
+    (card,) = page["distances"]  # nothing has to settle
+    assert card["note"] == "The tickets of 6 rounds, each a part of the one before."
+    assert page["distances_rounds"]
+    assert figures["channels-0"]["layout"]["yaxis"]["title"]["text"] == "weights"
+    assert page["channels"][0]["note"].startswith("50.00% of the weights stayed")
 
 
 def test_a_comparison_without_methods_has_no_such_section(tmp_path):

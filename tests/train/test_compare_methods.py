@@ -51,8 +51,8 @@ def test_methods_run_at_each_share_and_rounds_give_theirs_in_one_run(
     rows = {row["contender"]: row for row in found["runs"]}
     assert {name: (row["method"], row["keep"], row["share_of"]) for name, row in rows.items()} == {
         "dense": ("", None, None),
-        "early_bird-0.5": ("early-bird", 0.5, "channels"),
-        "early_bird-0.25": ("early-bird", 0.25, "channels"),
+        "early_bird-0.5": ("early_bird", 0.5, "channels"),
+        "early_bird-0.25": ("early_bird", 0.25, "channels"),
         "imp-0.25": ("imp", 0.25, "weights"),
     }
     held = Recipe.from_toml(tmp_path / "imp-0.25-seed0" / "recipe.toml")
@@ -321,7 +321,7 @@ def test_side_by_side_is_written_down_and_time_is_not_judged(
 
 
 @pytest.mark.skipif(len(cores()) < 2, reason="needs two cores")
-def test_ctrl_c_stops_all_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_lets_all_save_and_stop(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["--data", "digits", "--model", "tests.train.nets:with_dropout", "--epochs", "1500", "--exact"]
     words += ["--methods", "early_bird", "--keep", "0.5", "--seeds", "1", "--jobs", "2", "--out", str(out)]

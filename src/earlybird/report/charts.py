@@ -377,7 +377,7 @@ def channel_bars(layers: Mapping[str, tuple[int, int]], unit: str = "channels") 
     layout["xaxis"] |= {"type": "category", "tickangle": -60, "showgrid": False, "automargin": True}
     layout["xaxis"]["showticklabels"] = len(names) <= 40
     layout["xaxis"]["tickfont"] = {"size": 11, "color": "var(--soft)"}
-    layout["yaxis"] |= {"title": {"text": unit, "font": {"size": 12}}, "automargin": True}
+    layout["yaxis"] |= {"title": {"text": unit, "font": {"size": 12}, "standoff": 10}, "automargin": True}
     return {"data": data, "layout": layout}
 
 

@@ -16,7 +16,9 @@ from earlybird.report.against import (
     pair,
     percent,
     ratios_to_dense,
+    side_by_side,
     times_less,
+    told_side_by_side,
 )
 from earlybird.report.costs import COSTS, kind_of, mean_cost
 from earlybird.report.read import Contender
@@ -48,12 +50,14 @@ def headline(contenders: Sequence[Contender]) -> tuple[str, bool, list[str]]:
         reached = "was trained" if accuracy is None else f"reached {percent(accuracy)}"
         if not ratios:
             return f"{name} {reached}; there is nothing to compare it with", False, []
+        if side_by_side(contenders) > 1:
+            return f"{name} {reached}; its time is not judged", False, [told_side_by_side(contenders)]
         told = [remark for bill in compared(dense, ticket) for remark in bill.remarks]
         return f"{name} {reached}; what dense takes was not measured", False, list(dict.fromkeys(told))
     time = ratios["seconds"]
     change = accuracy_change(dense, ticket)
     verdict = _verdict(time, dense, ticket)
-    accuracy_text = "" if change is None else f" and ended {change_text(change)}"
+    accuracy_text = "" if change is None else f" and ended {_change_text(change)}"
     word = "an estimated " if time.kind == "estimated" else ""
     subject = f"{name} lost: it" if verdict.lost else name
     if verdict.time < 0:
@@ -87,8 +91,7 @@ def _verdict(time: Ratio, dense: Contender | None, ticket: Contender) -> Verdict
     return judge(1 / time.low, points, std=std, runs=len(by_seed) or None)
 
 
-def change_text(change: float) -> str:
-    """Say a difference to dense in accuracy, -1 to 1, in words."""
+def _change_text(change: float) -> str:
     if abs(change) < 0.00005:
         return "at the same accuracy"
     return f"{abs(100 * change):.2f} points {'above' if change > 0 else 'below'} it in accuracy"

@@ -28,6 +28,7 @@ class RunRecord:
         bill: What was spent.
         ticket: The drawn ticket.
         history, change, traces, inputs, tune, environment: The JSON files of those names.
+        side_by_side: How many runs of its comparison went at a time.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class RunRecord:
     inputs: dict[str, Any]
     tune: dict[str, Any]
     environment: dict[str, Any]
+    side_by_side: int = 1
 
     @property
     def dense(self) -> bool:
@@ -189,6 +191,7 @@ def _read_run(path: Path) -> RunRecord:
         inputs=_object(path / "inputs.json"),
         tune=_object(path / "tune.json"),
         environment=_object(path / "environment.json"),
+        side_by_side=_object(path.parent / "side-by-side.json").get(path.name, 1),
     )
 
 

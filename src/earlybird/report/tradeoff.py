@@ -10,7 +10,6 @@ from earlybird.cost.verdict import POINTS, judge_accuracy
 from earlybird.report import charts
 from earlybird.report.against import percent
 from earlybird.report.costs import prefixed
-from earlybird.report.headline import change_text
 from earlybird.report.tables import Row, Table, Tile
 
 Point = Mapping[str, Any]
@@ -156,8 +155,10 @@ def headline(points: Sequence[Point]) -> tuple[str, bool, list[str]]:
         )
     best = min(small, key=lambda point: point["density"]["mean"])
     lead = [f"{len(good)} of {len(tickets)} points are within {POINTS} points of dense, or above it.", *lead]
-    change = change_text(best["accuracy_points"]["mean"] / 100)
-    return f"{name(best)} keeps {best['density']['mean']:.2%} of the network and ends {change}", False, lead
+    points_above = round(best["accuracy_points"]["mean"], 2)
+    where = f"{abs(points_above):.2f} points {'above' if points_above > 0 else 'below'} dense"
+    sentence = f"{name(best)} keeps {best['density']['mean']:.2%} of the network, "
+    return sentence + (where if points_above else "as accurate as dense"), False, lead
 
 
 def _compared(points: Sequence[Point]) -> list[Point]:

@@ -51,7 +51,7 @@ class Contender:
         about: What it is.
         recipe: Makes its recipe from a seed and the rows of finished runs.
         needs: Contenders of the same seed that have to be finished first.
-        method: As it was asked for; '' where no method was.
+        method: Name that it was asked for by; '' where no method was.
         keep: Share that was asked for, or None.
     """
 
@@ -165,7 +165,7 @@ def resolve(name: str) -> tuple[str, dict[str, Any]]:
     Raises:
         InputError: No method is called that, or it keeps no share of the network that could be chosen.
     """
-    plain = name.strip().lower().replace("-", "_")
+    plain = _plain(name)
     method, settings = SHORT_NAMES.get(plain, (plain, {}))
     known = [*(short for short, (long, _) in SHORT_NAMES.items() if long in METHODS), *filter(keep_key, METHODS)]
     if method not in METHODS:
@@ -173,6 +173,10 @@ def resolve(name: str) -> tuple[str, dict[str, Any]]:
     if not keep_key(method):
         raise InputError(f"{method} has no share that stays, which could be compared", needed=f"of {', '.join(known)}")
     return method, dict(settings)
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
 
 
 def keep_key(method: str) -> str:
@@ -215,9 +219,8 @@ def methods_at_shares(recipe: Recipe, methods: Sequence[str], keeps: Sequence[fl
             twin = seen.setdefault(own.hash(), typed)
             if twin != typed or methods.count(typed) > 1:
                 raise InputError(f"{twin} and {typed} are the same contender", needed="each method once")
-            about = f"{', '.join((method, *along))} keeps {keep:g}"
-            name = f"{typed.strip().lower().replace('-', '_')}-{keep:g}"
-            found.append(Contender(name, about, _with_seed(own), method=typed, keep=keep))
+            about, short = f"{', '.join((method, *along))} keeps {keep:g}", _plain(typed)
+            found.append(Contender(f"{short}-{keep:g}", about, _with_seed(own), method=short, keep=keep))
     return found
 
 
