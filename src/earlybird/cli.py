@@ -227,6 +227,9 @@ def _metavar(hint: Any) -> str:
     )
 
 
+_CONTENDERS = "dense,ticket"
+
+
 def compare(
     recipe: RecipeFile = None,
     seeds: Annotated[int, typer.Option(help="Runs of each contender; their seeds are 0, 1, 2, ...", min=1)] = 3,
@@ -236,7 +239,7 @@ def compare(
             help="Of dense, ticket, dense-equal-time, small-dense, ticket-shuffled, ticket-reinitialised; "
             "dense always runs."
         ),
-    ] = "dense,ticket",
+    ] = _CONTENDERS,
     methods: Annotated[
         str,
         typer.Option(
@@ -268,6 +271,8 @@ def compare(
     from earlybird.train.compare import comparison_folder, describe
 
     asked = _names(methods)
+    if asked and contenders != _CONTENDERS:
+        raise InputError("both --contenders and --methods", needed="one of them: checks on a ticket, or methods")
     shares = _shares(keys.pop("keep", None)) if asked else ()
     settings = _recipe_for(recipe, asked, keys) if asked else _recipe(recipe, keys)
     out = comparison_folder(settings, asked)

@@ -21,7 +21,7 @@ from earlybird.train.children import Task, cores, run_all, run_one, shares_of_co
 from earlybird.train.compare import compare, comparison_folder, describe
 from earlybird.train.contenders import keep_key, methods_at_shares, resolve
 from earlybird.train.points import points_of, row_of
-from earlybird.train.recipe import Recipe, method_class
+from earlybird.train.recipe import Recipe, keys, method_class
 from earlybird.train.run import train
 from tests.train.nets import with_dropout
 
@@ -138,8 +138,14 @@ def test_short_names_stand_for_settings_that_are_there() -> None:
             method_class(method)(**settings)
     assert resolve("IMP") == resolve("iterative") == ("iterative", {})
     assert resolve("lr-rewinding") == ("iterative", {"rewind": "learning_rate"})
-    assert keep_key("early_bird") == "keep"
-    assert keep_key("iterative") == "keep_weights"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_key_of_the_share_is_one_of_the_methods_own(method: str) -> None:
+    expected = {"early_bird": "keep", "iterative": "keep_weights"}
+    own = [key.name for key in keys() if key.method == method]
+    assert keep_key(method) == expected.get(method, keep_key(method))
+    assert not keep_key(method) or keep_key(method) in own
 
 
 def test_settings_go_to_those_that_have_them_and_other_methods_go_along(small: Make) -> None:
@@ -368,6 +374,7 @@ def test_the_command_compares_methods(tmp_path: Path, capsys: Any, in_process: l
     ("words", "found"),
     [
         (["--methods", "imp"], "no shares to compare"),
+        (["--methods", "imp", "--keep", "0.5", "--contenders", "ticket"], "both --contenders and --methods"),
         (["--methods", "snipp", "--keep", "0.5"], "did you mean"),
         (["--methods", "imp", "--keep", "half"], "shares, such as 0.5,0.2,0.05"),
         (["--methods", "imp", "--keep", "0.5", "--prune-share", "2"], "prune_share"),
