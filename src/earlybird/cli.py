@@ -229,6 +229,9 @@ def _metavar(hint: Any) -> str:
     )
 
 
+_CONTENDERS = "dense,ticket"
+
+
 def compare(
     recipe: RecipeFile = None,
     seeds: Annotated[int, typer.Option(help="Runs of each contender; their seeds are 0, 1, 2, ...", min=1)] = 3,
@@ -238,29 +241,71 @@ def compare(
             help="Of dense, ticket, dense-equal-time, small-dense, ticket-shuffled, ticket-reinitialised; "
             "dense always runs."
         ),
-    ] = "dense,ticket",
+    ] = _CONTENDERS,
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Instead of contenders: methods to compare, each at every share of --keep. imp, lr_rewinding, "
+            "fine_tuning, snip, grasp, synflow, random, set, rigl, early_bird, ...",
+        ),
+    ] = "",
+    jobs: Annotated[
+        int, typer.Option(help="Runs at a time. More than one disturb each other: then no time is judged.", min=1)
+    ] = 1,
     quiet: Quiet = False,
     **keys: Any,
 ) -> None:
-    """Train dense and ticket in turn, and say who won.
+    """Train dense and ticket in turn, or methods at several shares of the network, and say who won.
 
     All train on the same seeds, each run in a process of its own. Type the same command again to go on after a stop.
+    With --methods, --keep lists the shares for all of them, and the report draws accuracy against what stays and costs.
 
     \b
     Examples:
       earlybird compare --data digits --seeds 1
       earlybird compare recipes/resnet20-cifar10.toml --out runs/resnet20
       earlybird compare --data digits --contenders dense-equal-time,small-dense   # would less do as well?
+      earlybird compare --data digits --methods imp,snip,early_bird --keep 0.5,0.2,0.05
+      earlybird compare --model resnet20 --data cifar10 --methods imp,rigl --keep 0.1 --jobs 4
     """
     from earlybird.train.compare import compare as compare_runs
     from earlybird.train.compare import comparison_folder, describe
 
-    settings = _recipe(recipe, keys)
-    out = comparison_folder(settings)
-    names = [name.strip() for name in contenders.split(",") if name.strip()]
-    comparison = compare_runs(settings, out, seeds=range(seeds), contenders=names, quiet=quiet)
-    print(f"\n{_bill_against_dense(out, comparison)}\n\n{describe(comparison)}\n")
+    asked = _names(methods)
+    if asked and contenders != _CONTENDERS:
+        raise InputError("both --contenders and --methods", needed="one of them: checks on a ticket, or methods")
+    shares = _shares(keys.pop("keep", None)) if asked else ()
+    settings = _recipe_for(recipe, asked, keys) if asked else _recipe(recipe, keys)
+    out = comparison_folder(settings, asked)
+    comparison = compare_runs(
+        settings, out, seeds=range(seeds), contenders=_names(contenders), methods=asked, keeps=shares, jobs=jobs,
+        quiet=quiet,
+    )  # fmt: skip
+    bill = "" if asked else f"{_bill_against_dense(out, comparison)}\n\n"
+    print(f"\n{bill}{describe(comparison)}\n")
     print(f"runs: {out}   next: earlybird report {out}")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _shares(text: str | None) -> tuple[float, ...]:
+    """Read the shares of a comparison of methods."""
+    try:
+        return tuple(map(float, _names(text or "")))
+    except ValueError as error:
+        raise InputError(f"--keep {text}", needed="shares, such as 0.5,0.2,0.05") from error
+
+
+def _recipe_for(path: Path | None, asked: Sequence[str], flags: dict[str, Any]) -> Recipe:
+    """Return a recipe that takes the settings of all methods asked for, and those that the recipe has beside them."""
+    from earlybird.train.contenders import resolve
+
+    told = flags.get("method") or (_recipe(path, {}).method if path is not None else [])
+    resolved = [resolve(name)[0] for name in asked if name != "dense"]
+    return _recipe(path, {**flags, "method": list(dict.fromkeys([*resolved, *told]))})
 
 
 def _bill_against_dense(out: Path, comparison: Mapping[str, Any]) -> str:

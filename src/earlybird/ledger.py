@@ -776,6 +776,12 @@ class Ledger:
             dense=dense,
         )
 
+    @property
+    def total(self) -> Spending:
+        """What was spent so far, all phases together."""
+        self._close()
+        return Bill(phases={name: self._spending(record) for name, record in self.phases.items()}).total
+
     def _spending(self, record: PhaseRecord, *, basis: str = "") -> Spending:
         row = record.spending()
         if record.images and self._uncounted:

@@ -31,6 +31,19 @@ class MethodInfo:
 PRESET_METHODS: dict[str, tuple[str, ...]] = {"fast": ("early_bird", "progressive_resizing")}
 """Presets that call for methods of their own, where the recipe names none."""
 
+SHORT_NAMES: dict[str, tuple[str, dict[str, str]]] = {
+    "imp": ("iterative", {}),
+    "lr_rewinding": ("iterative", {"rewind": "learning_rate"}),
+    "fine_tuning": ("iterative", {"rewind": "fine_tuning"}),
+    "snip": ("at_init", {"init_score": "snip"}),
+    "grasp": ("at_init", {"init_score": "grasp"}),
+    "synflow": ("at_init", {"init_score": "synflow"}),
+    "random": ("at_init", {"init_score": "random"}),
+    "set": ("dynamic_sparse", {"regrow": "random"}),
+    "rigl": ("dynamic_sparse", {"regrow": "gradient"}),
+}
+"""What people call a method, and what that is: its name here, and the settings that make it so."""
+
 METHODS: dict[str, MethodInfo] = {
     method.name: method
     for method in (

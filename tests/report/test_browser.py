@@ -4,7 +4,9 @@ import shutil
 import pytest
 
 from earlybird.report import write
+from earlybird.train.points import points_of
 from tests.report.folders import write_run
+from tests.report.test_tradeoff import rounds, row
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait
@@ -37,6 +39,9 @@ def report(tmp_path_factory):
         write_run(folder / f"dense-{seed}", dense=True, seed=seed)
         write_run(folder / f"ticket-with-a-rather-long-name-{seed}", seed=seed, seconds=40)
     write_run(folder / "small", keep=0.3, seconds=30, accuracy=0.8)
+    rows = [row("dense", seed=seed, accuracy=0.9 + seed / 100) for seed in range(2)]
+    rows += [row("imp-0.25", seed=seed, density=0.25, rounds=rounds(0.9, 0.91, 0.88)) for seed in range(2)]
+    (folder / "comparison.json").write_text(json.dumps({"points": points_of(rows, "dense")}))
     return write([folder], folder / "report.html")
 
 

@@ -16,8 +16,10 @@ from earlybird.cost.count import count
 from earlybird.errors import EarlybirdError, InputError, Interrupted
 from earlybird.models import build
 from earlybird.tickets.ticket import Ticket
+from earlybird.train import children, contenders
 from earlybird.train import compare as module
 from earlybird.train.compare import compare, describe
+from earlybird.train.points import ratio, row_of, statistics_of
 from earlybird.train.recipe import Recipe
 from earlybird.train.run import train
 
@@ -29,11 +31,11 @@ def in_process(monkeypatch: Any) -> list[str]:
     """Run contenders in this process, which is faster, and note their order."""
     order: list[str] = []
 
-    def run(recipe: Recipe, path: Path, stop: Any, *, quiet: bool) -> None:
+    def run(recipe: Recipe, path: Path, stop: Any, **_: Any) -> None:
         order.append(path.name)
         train(recipe, path, quiet=True)
 
-    monkeypatch.setattr(module, "_run", run)
+    monkeypatch.setattr(children, "run_one", run)
     return order
 
 
@@ -100,17 +102,17 @@ def test_small_dense_costs_what_the_ticket_costs() -> None:
     images = torch.zeros(1, 1, 8, 8)
     whole = count(build("small_cnn", classes=10, in_channels=1, image_size=8), images).training_macs
     for share in (0.6, 0.2):
-        width = module._width(recipe, {"macs_per_image_after": share * whole})
+        width = contenders.width_of(recipe, {"macs_per_image_after": share * whole})
         small = build("small_cnn", classes=10, in_channels=1, image_size=8, width=width)
         assert count(small, images).training_macs == pytest.approx(share * whole, rel=0.15)
     with pytest.raises(InputError, match="was drawn"):
-        module._width(recipe, {"macs_per_image_after": None})
+        contenders.width_of(recipe, {"macs_per_image_after": None})
 
 
 def test_equal_time_scales_a_schedule_by_milestones(small: Make) -> None:
     recipe = small(epochs=100, schedule="step", milestones="50ep,75ep", lr_warmup="10it")
     done: Any = {("dense", 0): {"seconds": 10.0}, ("ticket", 0): {"seconds": 4.0}}
-    shorter = module._recipe(recipe, "dense-equal-time", 0, done)
+    shorter = contenders.check_recipe(recipe, "dense-equal-time", 0, done)
     assert shorter.epochs == 40
     assert [str(point) for point in shorter.milestones] == ["20ep", "30ep"]
     assert str(shorter.lr_warmup) == "4it"
@@ -145,10 +147,10 @@ def test_real_processes_are_interrupted_and_go_on(small: Make, tmp_path: Path) -
 def test_a_child_does_one_run_and_goes_on_with_it(small: Make, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "recipe.toml").write_text(small(epochs=1).to_toml())
     arguments = [str(tmp_path / "recipe.toml"), str(tmp_path / "run"), "--quiet"]
-    assert module._child(arguments) == 0
-    assert module._child(arguments) == 0  # finished already
+    assert children.child(arguments) == 0
+    assert children.child(arguments) == 0  # finished already
     (tmp_path / "wrong.toml").write_text(small(model="tests.train.nets:wrong_classes").to_toml())
-    assert module._child([str(tmp_path / "wrong.toml"), str(tmp_path / "other"), "--quiet"]) == 2
+    assert children.child([str(tmp_path / "wrong.toml"), str(tmp_path / "other"), "--quiet"]) == 2
     out = capsys.readouterr().out
     assert "10 classes" in out
     assert out.count("\n") == 1
@@ -182,12 +184,12 @@ def test_how_a_child_ended_is_handed_on(
     child = tmp_path / "child"
     child.write_text(f"#!/bin/sh\n{script}\n")
     child.chmod(0o755)
-    monkeypatch.setattr(module.sys, "executable", str(child))
+    monkeypatch.setattr(children.sys, "executable", str(child))
     with pytest.raises(error, match=message) as found:
-        module._run(small(), tmp_path / "ticket-seed0", _Silent(), quiet=True)  # type: ignore[arg-type]
+        children.run_one(small(), tmp_path / "ticket-seed0", _Silent(), quiet=True)  # type: ignore[arg-type]
     assert isinstance(found.value, EarlybirdError) == (error is not RuntimeError)
     with pytest.raises(Interrupted, match="ticket-seed0"):
-        module._run(small(), tmp_path / "ticket-seed0", _Caught(), quiet=True)  # type: ignore[arg-type]
+        children.run_one(small(), tmp_path / "ticket-seed0", _Caught(), quiet=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("model", "code"), [("breaks", 1), ("wrong_classes", 2)])
@@ -227,9 +229,9 @@ def test_what_cannot_be_compared(
 
 
 def verdict(ratios: list[float], points: list[float]) -> str:
-    dense = module._statistics([0.9] * len(points))
-    ticket = module._statistics([0.9 + value / 100 for value in points])
-    against = {"seconds_ratio": module._statistics(ratios), "accuracy_points": module._statistics(points)}
+    dense = statistics_of([0.9] * len(points))
+    ticket = statistics_of([0.9 + value / 100 for value in points])
+    against = {"seconds_ratio": statistics_of(ratios), "accuracy_points": statistics_of(points)}
     return module._verdict("ticket", {"dense": {"accuracy": dense}, "ticket": {"accuracy": ticket}}, against)
 
 
@@ -270,17 +272,17 @@ def test_a_loss_is_called_a_loss(ratios: list[float], points: list[float], said:
 def test_a_ticket_drawn_at_the_last_step_has_no_price_afterwards(small: Make, tmp_path: Path) -> None:
     result = train(small(epochs=1), tmp_path / "run", quiet=True)
     assert result.drawn_at == result.steps
-    row = module._row(tmp_path / "run", "ticket", 0)
+    row = row_of(tmp_path / "run", "ticket", 0)
     assert row["macs_per_image_after"] is None
     with pytest.raises(InputError, match="before the last step"):
-        module._width(small(), row)
+        contenders.width_of(small(), row)
 
 
 def test_what_one_run_lacks_the_summary_lacks() -> None:
-    assert module._statistics([1.0, None]) is None
-    assert module._statistics([2.0]) == {"mean": 2.0, "std": None, "low": 2.0, "high": 2.0, "n": 1}
-    assert module._ratio(None, 2.0) is None
-    assert module._ratio(1.0, 0.0) is None
+    assert statistics_of([1.0, None]) is None
+    assert statistics_of([2.0]) == {"mean": 2.0, "std": None, "low": 2.0, "high": 2.0, "n": 1}
+    assert ratio(None, 2.0) is None
+    assert ratio(1.0, 0.0) is None
 
 
 def test_a_comparison_that_never_began_frees_its_folder(small: Make, tmp_path: Path) -> None:
@@ -292,15 +294,15 @@ def test_a_comparison_that_never_began_frees_its_folder(small: Make, tmp_path: P
 
 def test_contenders_have_one_order_however_they_are_typed(small: Make) -> None:
     recipe = small(model="small_cnn")
-    names = module._check(recipe, (0,), ("ticket-shuffled", "small-dense", "ticket"))
-    assert names == ["dense", "ticket", "small-dense", "ticket-shuffled"]
+    found = contenders.checks_on_a_ticket(recipe, ("ticket-shuffled", "small-dense", "ticket"), 0)
+    assert [contender.name for contender in found] == ["dense", "ticket", "small-dense", "ticket-shuffled"]
 
 
 def test_a_width_that_a_factory_does_not_take_is_said_first(small: Make, tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "narrow_nets.py").write_text("def build(classes):\n    raise RuntimeError\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="needs a width"):
-        module._check(small(model="narrow_nets:build"), (0,), ("small-dense",))
+        contenders.checks_on_a_ticket(small(model="narrow_nets:build"), ("small-dense",), 0)
 
 
 @pytest.mark.parametrize(

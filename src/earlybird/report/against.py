@@ -43,10 +43,23 @@ def billed(contenders: Sequence[Contender]) -> list[tuple[Contender, list[Bill]]
     return [(contender, compared(dense, contender)) for contender in contenders if contender.bills]
 
 
+def side_by_side(contenders: Sequence[Contender]) -> int:
+    """Return how many runs at most went at a time; 1: each had the machine to itself."""
+    return max((run.side_by_side for contender in contenders for run in contender.runs), default=1)
+
+
+def told_side_by_side(contenders: Sequence[Contender]) -> str:
+    """Return what has to be said where several runs went at a time; empty where none did."""
+    jobs = side_by_side(contenders)
+    if jobs < 2:
+        return ""
+    return f"Up to {jobs} runs went side by side: their seconds do not compare with those of a lone run."
+
+
 def ratios_to_dense(dense: Contender | None, ticket: Contender) -> dict[str, Ratio]:
     """Return dense over ticket: one over the mean within seeds of ticket over dense, as `earlybird compare` has it.
 
-    Runs whose seed dense does not have are left out, unless none is shared.
+    Runs whose seed dense does not have are left out, unless none is shared. Of runs side by side no seconds compare.
     """
     paired = [run.bill.against(other.bill) for run, other in _paired(dense, ticket) if run.bill and other.bill]
     bills = paired or compared(dense, ticket)
@@ -56,6 +69,8 @@ def ratios_to_dense(dense: Contender | None, ticket: Contender) -> dict[str, Rat
         if all(part.low > 0 and part.high > 0 for part in parts):
             low, high = (1 / fmean(1 / side for side in sides) for sides in zip(*((p.low, p.high) for p in parts)))
             found[key] = Ratio(low, high, parts[0].kind)
+    if side_by_side([ticket] if dense is None else [ticket, dense]) > 1:
+        found.pop("seconds", None)
     return found
 
 

@@ -6,10 +6,14 @@ that one file serves light and dark.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Figure = dict[str, Any]
+
+TICKET_COLOURS = tuple(f"var(--ticket-{index})" for index in range(6))
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif'
 
@@ -116,6 +120,125 @@ def accuracy_curves(
     return {"data": data, "layout": layout}
 
 
+@dataclass(frozen=True)
+class Place:
+    """A point of a chart of accuracy against a cost, as means over seeds.
+
+    Attributes:
+        name: What it is.
+        x: Cost, in the unit of the axis.
+        y: Accuracy in percent.
+        x_std: Standard deviation of ``x``; 0 where it is not known.
+        y_std: Of ``y``.
+        seeds: How many there are.
+    """
+
+    name: str
+    x: float
+    y: float
+    x_std: float
+    y_std: float
+    seeds: int
+
+
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down")
+
+
+def tradeoff(
+    series: Mapping[str, Sequence[Place]],
+    colours: Mapping[str, str],
+    dense: Place | None,
+    *,
+    unit: str,
+    title: str,
+    shares: bool,
+) -> Figure:
+    """Accuracy against a cost, one line a method, with bars of a standard deviation; dense as a rule with a band.
+
+    Args:
+        series: By method.
+        colours: By method.
+        dense: The baseline, or None.
+        unit: Of the costs.
+        title: Of the axis of costs, without the unit.
+        shares: The costs are percent of the dense network: a logarithmic axis, from the whole to the smallest.
+    """
+    data: list[dict[str, Any]] = []
+    for index, (method, places) in enumerate(series.items()):
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": method,
+                "x": [place.x for place in places],
+                "y": [place.y for place in places],
+                "error_y": _bars([place.y_std for place in places], colours[method]),
+                "error_x": _bars([place.x_std for place in places], colours[method]),
+                "line": {"color": colours[method], "width": 1.6},
+                "marker": {"size": 9, "color": colours[method], "symbol": SYMBOLS[index % len(SYMBOLS)]},
+                "customdata": [[place.name, place.y_std, place.seeds] for place in places],
+                "hovertemplate": (
+                    f"%{{customdata[0]}}: %{{y:.2f}} % (+- %{{customdata[1]:.2f}}, n = %{{customdata[2]}}) "
+                    f"at %{{x:.4g}} {unit}<extra></extra>"
+                ),
+            }
+        )
+    everything = [place for places in series.values() for place in places]
+    layout = _layout(height=400, margin={"l": 8, "r": 14, "t": 12, "b": 44})
+    layout["xaxis"] |= {"title": {"text": f"{title} ({unit})", "font": {"size": 12}}}
+    layout["yaxis"] |= {"ticksuffix": " %", "automargin": True}
+    if dense is not None:
+        everything.append(dense)
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "dense",
+                "x": [dense.x],
+                "y": [dense.y],
+                "marker": {"size": 11, "color": "var(--dense)", "symbol": "x"},
+                "hovertemplate": f"dense: %{{y:.2f}} % at %{{x:.4g}} {unit}<extra></extra>",
+            }
+        )
+        across = {"xref": "paper", "x0": 0, "x1": 1, "layer": "below"}
+        low, high = dense.y - dense.y_std, dense.y + dense.y_std
+        band = {"type": "rect", "y0": low, "y1": high, "fillcolor": "var(--dense)", "opacity": 0.18}
+        rule = {"type": "line", "y0": dense.y, "y1": dense.y}
+        layout["shapes"] = [
+            {**across, **band, "line": {"width": 0}},
+            {**across, **rule, "line": {"color": "var(--dense)", "width": 1.6, "dash": "dash"}},
+        ]
+    _spread_axis(layout["xaxis"], [place.x for place in everything], shares=shares)
+    return {"data": data, "layout": layout}
+
+
+def _bars(deviations: Sequence[float], colour: str) -> dict[str, Any]:
+    shown = any(deviations)
+    return {"type": "data", "array": list(deviations), "visible": shown, "color": colour, "thickness": 1.2, "width": 4}
+
+
+_WIDE = 8
+"""Largest over smallest cost from which an axis is logarithmic."""
+
+
+def _spread_axis(axis: dict[str, Any], costs: Sequence[float], *, shares: bool) -> None:
+    """Lay out an axis over ``costs``: ticks at 1, 2 and 5 times powers of ten where it is logarithmic."""
+    low, high = min(costs), max(costs)
+    if low <= 0 or not (shares or high > _WIDE * low):
+        axis["rangemode"] = "tozero"
+        return
+    room = 0.06 * max(math.log10(high / low), 0.3)
+    ends = [math.log10(low) - room, math.log10(high) + room]
+    steps = [digit * 10.0**power for power in range(math.floor(ends[0]), math.ceil(ends[1])) for digit in (1, 2, 5)]
+    ticks = [step for step in steps if ends[0] <= math.log10(step) <= ends[1]]
+    axis |= {
+        "type": "log",
+        "range": ends[::-1] if shares else ends,
+        "tickvals": ticks,
+        "ticktext": [f"{tick:g}" for tick in ticks],
+    }
+
+
 def distance_matrix(
     places: Sequence[float], unit: str, matrix: Sequence[Sequence[float]], window: tuple[int, int] | None
 ) -> Figure:
@@ -218,11 +341,12 @@ def settling(places: Sequence[float], unit: str, distances: Sequence[float | Non
     return {"data": [line], "layout": layout, "square": True}
 
 
-def channel_bars(layers: Mapping[str, tuple[int, int]]) -> Figure:
-    """Channels of every layer before (wide, pale) and after the shrink (narrow, strong).
+def channel_bars(layers: Mapping[str, tuple[int, int]], unit: str = "channels") -> Figure:
+    """Channels, or other units, of every layer before (wide, pale) and after the shrink (narrow, strong).
 
     Args:
         layers: Layer name to ``(before, after)``.
+        unit: What is counted, in the plural.
     """
     names = list(layers)
     before = [layers[name][0] for name in names]
@@ -236,7 +360,7 @@ def channel_bars(layers: Mapping[str, tuple[int, int]]) -> Figure:
             "y": before,
             "marker": {"color": "var(--before)"},
             "width": 0.86,
-            "hovertemplate": "%{x}: %{y} channels before<extra></extra>",
+            "hovertemplate": f"%{{x}}: %{{y}} {unit} before<extra></extra>",
         },
         {
             **common,
@@ -245,7 +369,7 @@ def channel_bars(layers: Mapping[str, tuple[int, int]]) -> Figure:
             "marker": {"color": "var(--after)"},
             "width": 0.5 if len(names) <= 40 else 0.86,
             "customdata": share,
-            "hovertemplate": "%{x}: %{y} channels after, %{customdata:.0f} % of before<extra></extra>",
+            "hovertemplate": f"%{{x}}: %{{y}} {unit} after, %{{customdata:.3g}} % of before<extra></extra>",
         },
     ]
     layout = _layout(height=330, margin={"l": 8, "r": 8, "t": 8, "b": 24})
@@ -253,11 +377,11 @@ def channel_bars(layers: Mapping[str, tuple[int, int]]) -> Figure:
     layout["xaxis"] |= {"type": "category", "tickangle": -60, "showgrid": False, "automargin": True}
     layout["xaxis"]["showticklabels"] = len(names) <= 40
     layout["xaxis"]["tickfont"] = {"size": 11, "color": "var(--soft)"}
-    layout["yaxis"] |= {"title": {"text": "channels", "font": {"size": 12}}, "automargin": True}
+    layout["yaxis"] |= {"title": {"text": unit, "font": {"size": 12}, "standoff": 10}, "automargin": True}
     return {"data": data, "layout": layout}
 
 
-_SERIES = (*(f"var(--ticket-{index})" for index in range(4)), "var(--mark)", "var(--dense)")
+_SERIES = (*TICKET_COLOURS[:4], "var(--mark)", "var(--dense)")
 
 
 def trace_lines(series: Mapping[str, Sequence[tuple[int, float]]], unit: str, *, hold: bool) -> Figure:

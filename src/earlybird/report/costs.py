@@ -10,7 +10,16 @@ from typing import Any
 from earlybird.cost import units
 from earlybird.cost.bill import Bill, Estimated, Modelled, Quantity, Spending
 from earlybird.report import charts
-from earlybird.report.against import accuracy_change, billed, is_estimated, pair, percent, ratios_to_dense, times_less
+from earlybird.report.against import (
+    accuracy_change,
+    billed,
+    is_estimated,
+    pair,
+    percent,
+    ratios_to_dense,
+    times_less,
+    told_side_by_side,
+)
 from earlybird.report.read import Contender
 from earlybird.report.tables import Row, Table
 
@@ -83,11 +92,12 @@ def bill_section(contenders: Sequence[Contender], figures: dict[str, charts.Figu
         name = f"bill-{cost.key}"
         figures[name] = charts.phase_bars(scaled, unit=unit, texts=[cost.show(height) for height in heights])
         shown.append({"id": name, "title": cost.title, "kind": kind_of(rows[0][0], cost), "note": cost.note})
-    phases = [p for p in charts.PHASES if any(p in bill.phases for _, bills in bars for bill in bills)]
     seeds = max((len(bills) for _, bills in bars), default=0)
+    notes = [f"Bars are means over {seeds} seeds." if seeds > 1 else "", told_side_by_side(contenders)]
+    phases = [p for p in charts.PHASES if any(p in bill.phases for _, bills in bars for bill in bills)]
     return {
         "bill_charts": shown,
-        "bill_note": f"Bars are means over {seeds} seeds." if seeds > 1 else "",
+        "bill_note": " ".join(filter(None, notes)),
         "phase_legend": [(phase, f"var(--phase-{phase})") for phase in phases],
         "bill_tables": [
             _bill_table(run.path.name, bill)

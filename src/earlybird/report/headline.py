@@ -16,7 +16,9 @@ from earlybird.report.against import (
     pair,
     percent,
     ratios_to_dense,
+    side_by_side,
     times_less,
+    told_side_by_side,
 )
 from earlybird.report.costs import COSTS, kind_of, mean_cost
 from earlybird.report.read import Contender
@@ -50,6 +52,8 @@ def headline(contenders: Sequence[Contender]) -> tuple[str, bool, list[str]]:
             reached = f"trained an encoder; a {judge} probe on its features {reached}"
         if not ratios:
             return f"{name} {reached}; there is nothing to compare it with", False, []
+        if side_by_side(contenders) > 1:
+            return f"{name} {reached}; its time is not judged", False, [told_side_by_side(contenders)]
         told = [remark for bill in compared(dense, ticket) for remark in bill.remarks]
         return f"{name} {reached}; what dense takes was not measured", False, list(dict.fromkeys(told))
     time = ratios["seconds"]

@@ -19,7 +19,10 @@ def distance_section(runs: Sequence[RunRecord], figures: dict[str, charts.Figure
     shown = []
     for index, run in enumerate(looked[:MATRICES]):
         steps, matrix = run.history["steps"], run.history["matrix"]
-        entries = {entry["step"]: entry for entry in run.history.get("history", []) if entry["keep"] in _targets(run)}
+        rounds = run.ticket is not None and run.ticket.provenance.get("round")
+        entries = {
+            entry["step"]: entry for entry in run.history.get("history", []) if rounds or entry["keep"] in _targets(run)
+        }
         epochs = [float(entries[step]["epoch"]) for step in steps if entries.get(step, {}).get("epoch") is not None]
         unit = "epoch" if len(epochs) == len(steps) else "step"
         places = epochs if unit == "epoch" else [float(step) for step in steps]
@@ -30,9 +33,13 @@ def distance_section(runs: Sequence[RunRecord], figures: dict[str, charts.Figure
         )
         if run.ticket is not None and run.ticket.provenance.get("reason") == "deadline":
             note += " by the deadline, before the masks had settled"
+        if rounds:
+            note = f"The tickets of {len(steps)} rounds, each a part of the one before"
         shown.append(
             {"id": f"matrix-{index}", "title": run.path.name, "note": note + ".", "framed": window is not None}
         )
+        if rounds:
+            continue
         largest = [max(entries[step]["distances"], default=None) if step in entries else None for step in steps]
         tolerance = run.recipe.get("tolerance")
         if any(value is not None for value in largest):
@@ -41,7 +48,11 @@ def distance_section(runs: Sequence[RunRecord], figures: dict[str, charts.Figure
             note = f"Largest distance of the newest mask to the {run.recipe.get('window', 5) - 1} before it{limit}."
             shown.append({"id": f"settling-{index}", "title": "Settling", "note": note, "framed": False})
     left = [run.path.name for run in looked[MATRICES:]]
-    return {"distances": shown, "distances_left_out": f"Not shown: {', '.join(left)}." if left else ""}
+    return {
+        "distances": shown,
+        "distances_left_out": f"Not shown: {', '.join(left)}." if left else "",
+        "distances_rounds": any(run.ticket is not None and run.ticket.provenance.get("round") for run in looked),
+    }
 
 
 def _targets(run: RunRecord) -> list[Any]:
@@ -71,8 +82,9 @@ def channel_section(runs: Sequence[RunRecord], figures: dict[str, charts.Figure]
         assert run.ticket is not None
         layers = {layer: (total, kept) for layer, (kept, total) in run.ticket.widths.items()}
         name = f"channels-{index}"
-        figures[name] = charts.channel_bars(layers)
-        note = f"{run.ticket.keep:.0%} of the channels stayed"
+        ranked = " and ".join(f"{kind}s" for kind in dict.fromkeys(run.ticket.kinds.values()))
+        figures[name] = charts.channel_bars(layers, ranked)
+        note = f"{run.ticket.keep:.2%} of the {ranked} stayed"
         extra = sum(len(channels) for channels in run.change.get("rounded", {}).values())
         if extra:
             note += f", {extra} of them only because widths were rounded"
@@ -83,6 +95,6 @@ def channel_section(runs: Sequence[RunRecord], figures: dict[str, charts.Figure]
             Row([layer, f"{before:,}", f"{after:,}", f"{after / before:.0%}"])
             for layer, (before, after) in layers.items()
         ]
-        table = Table(f"{run.path.name}: channels", ["layer", "before", "after", "kept"], rows)
+        table = Table(f"{run.path.name}: {ranked}", ["layer", "before", "after", "kept"], rows)
         shown.append({"id": name, "title": run.path.name, "note": note + ".", "table": table})
     return shown

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from earlybird.cost import units
-from earlybird.report import charts
+from earlybird.report import charts, tradeoff
 from earlybird.report.against import billed, is_estimated, percent
 from earlybird.report.costs import bill_section, contender_table
 from earlybird.report.headline import headline, tiles
@@ -14,14 +14,23 @@ from earlybird.report.masks import channel_section, distance_section
 from earlybird.report.methods import input_section, operation_section, trace_section
 from earlybird.report.read import Contender, RunRecord
 from earlybird.report.tables import Row, Table
+from earlybird.report.tradeoff import Point, tradeoff_section
 
 
-def compose(contenders: Sequence[Contender]) -> tuple[dict[str, Any], dict[str, charts.Figure]]:
-    """Return what the template needs, and the figures by the id of their element."""
+def compose(
+    contenders: Sequence[Contender], comparisons: Sequence[Sequence[Point]] = ()
+) -> tuple[dict[str, Any], dict[str, charts.Figure]]:
+    """Return what the template needs, and the figures by the id of their element.
+
+    Args:
+        contenders: All runs.
+        comparisons: Points of each comparison of methods among them. The first one's are what the page begins with.
+    """
     figures: dict[str, charts.Figure] = {}
     runs = [run for contender in contenders for run in contender.runs]
-    colours = _colours(contenders)
-    sentence, loss, lead = headline(contenders)
+    methods = {point["contender"]: point["method"] for points in comparisons for point in points if point["method"]}
+    colours = _colours(contenders, methods)
+    sentence, loss, lead = tradeoff.headline(comparisons[0]) if comparisons else headline(contenders)
     subject = " on ".join(str(runs[0].recipe[key]) for key in ("model", "data") if key in runs[0].recipe)
     page = {
         "title": f"earlybird: {subject}" if subject else "earlybird report",
@@ -29,11 +38,12 @@ def compose(contenders: Sequence[Contender]) -> tuple[dict[str, Any], dict[str, 
         "headline": sentence,
         "loss": loss,
         "lead": lead,
-        "tiles": tiles(contenders),
+        "tiles": tradeoff.tiles(comparisons[0]) if comparisons else tiles(contenders),
+        "tradeoffs": tradeoff_section(comparisons, figures),
         "has_estimate": any(is_estimated(bill) for _, bills in billed(contenders) for bill in bills),
         **bill_section(contenders, figures),
         "contenders": contender_table(contenders),
-        "accuracy": _accuracy_section(contenders, colours, figures),
+        "accuracy": _accuracy_section(contenders, colours, methods, figures),
         **distance_section(runs, figures),
         "channels": channel_section(runs, figures),
         **trace_section(runs, figures),
@@ -47,7 +57,10 @@ def compose(contenders: Sequence[Contender]) -> tuple[dict[str, Any], dict[str, 
 
 
 def _accuracy_section(
-    contenders: Sequence[Contender], colours: dict[str, str], figures: dict[str, charts.Figure]
+    contenders: Sequence[Contender],
+    colours: dict[str, str],
+    methods: Mapping[str, str],
+    figures: dict[str, charts.Figure],
 ) -> dict[str, Any] | None:
     curves: list[tuple[str, str, list[tuple[float, float]], tuple[float, float] | None]] = []
     rows: list[Row] = []
@@ -65,7 +78,7 @@ def _accuracy_section(
     figures["accuracy-curves"] = charts.accuracy_curves(curves)
     return {
         "id": "accuracy-curves",
-        "legend": [(label, colour) for label, colour in colours.items() if any(label == curve[0] for curve in curves)],
+        "legend": list({methods.get(label, label): colour for label, colour, *_ in curves}.items()),
         "table": Table("Last evaluations", ["run", "seconds of the run", "accuracy"], rows),
         "judges": sorted({run.judged_by for contender in contenders for run in contender.runs} - {""}),
     }
@@ -171,8 +184,10 @@ def _flat(value: Any) -> str:
     return ", ".join(map(_flat, value)) if isinstance(value, list) else str(value)
 
 
-def _colours(contenders: Sequence[Contender]) -> dict[str, str]:
+def _colours(contenders: Sequence[Contender], methods: Mapping[str, str]) -> dict[str, str]:
+    """Return a colour for each contender; in a comparison of methods, all of one method have the same."""
     baseline = next((contender.label for contender in contenders if contender.dense), None)
-    others = [contender.label for contender in contenders if contender.label != baseline]
-    colours = {label: f"var(--ticket-{index % 4})" for index, label in enumerate(others)}
-    return {c.label: colours.get(c.label, "var(--dense)") for c in contenders}
+    labels = [contender.label for contender in contenders if contender.label != baseline]
+    groups = list(dict.fromkeys(methods.get(label, label) for label in labels))
+    colours = {group: charts.TICKET_COLOURS[i % len(charts.TICKET_COLOURS)] for i, group in enumerate(groups)}
+    return {c.label: colours.get(methods.get(c.label, c.label), "var(--dense)") for c in contenders}

@@ -28,6 +28,7 @@ class RunRecord:
         bill: What was spent.
         ticket: The drawn ticket.
         history, change, traces, inputs, tune, environment: The JSON files of those names.
+        side_by_side: How many runs of its comparison went at a time.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class RunRecord:
     inputs: dict[str, Any]
     tune: dict[str, Any]
     environment: dict[str, Any]
+    side_by_side: int = 1
 
     @property
     def dense(self) -> bool:
@@ -153,6 +155,11 @@ def read(paths: Sequence[Path]) -> list[Contender]:
     return sorted(contenders, key=lambda contender: contender is not baseline)
 
 
+def read_points(paths: Sequence[Path]) -> list[list[dict[str, Any]]]:
+    """Return the points of each folder that holds a comparison of methods, as far as it has come."""
+    return [points for path in paths if (points := _object(path / "comparison.json").get("points"))]
+
+
 def _run_folders(path: Path) -> dict[Path, str]:
     """Return the run folders in ``path``, each with its contender's name where a comparison gave it one."""
     hint = "name a folder that 'earlybird train' or 'earlybird compare' wrote"
@@ -190,6 +197,7 @@ def _read_run(path: Path) -> RunRecord:
         inputs=_object(path / "inputs.json"),
         tune=_object(path / "tune.json"),
         environment=_object(path / "environment.json"),
+        side_by_side=_object(path.parent / "side-by-side.json").get(path.name, 1),
     )
 
 

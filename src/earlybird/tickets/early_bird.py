@@ -106,6 +106,8 @@ class EarlyBird:
     )
     strict: bool = option(False, "Compare scores with the published 'score > threshold'.")
 
+    KEEP_KEY: ClassVar[str] = "keep"
+
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
         "published": {

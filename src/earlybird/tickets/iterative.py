@@ -72,6 +72,7 @@ class Iterative:
     leave_dense: tuple[str, ...] = option((), "Layers that are not pruned: names, or 'first' and 'last'.")
 
     KEEP_KEY: ClassVar[str] = "keep_weights"
+    KEEPS_ALL_ON_THE_WAY: ClassVar[bool] = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "published": {}, "fast": {}}
 
     def __post_init__(self) -> None:

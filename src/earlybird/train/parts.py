@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from earlybird.data import Augment, DataSet, Loader, load
+from earlybird.data import CATALOGUE, Augment, DataSet, Loader, load
 from earlybird.errors import InputError
 from earlybird.optimizers.muon import Muon, by_role
 from earlybird.train.recipe import Recipe
@@ -33,6 +33,13 @@ def free_folder(recipe: Recipe) -> Path:
         number += 1
         path = base.with_name(f"{base.name}-{number}")
     return path
+
+
+def located(recipe: Recipe) -> Recipe:
+    """Return the recipe with absolute paths, of data and of files, which hold in whatever folder the run goes on."""
+    recipe = recipe.with_absolute_paths()
+    path = Path(recipe.data).expanduser()
+    return recipe if recipe.data in CATALOGUE or not path.exists() else recipe.replace(data=str(path.absolute()))
 
 
 def read_data(recipe: Recipe, progress: Progress | None = None) -> DataSet:

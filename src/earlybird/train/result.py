@@ -28,6 +28,7 @@ class Result:
         bill: What it cost.
         judged_by: What the accuracy is that of; empty: the network's own classifier.
         resumed: Whether it was put together from more than one process.
+        nonzero: Those of the parameters that are not zero, or None in results of older versions.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class Result:
     bill: Bill
     judged_by: str = ""
     resumed: bool = False
+    nonzero: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the folder and the bill, which has a file of its own, as plain numbers."""

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from earlybird.data import CATALOGUE
+from earlybird.cost.bill import Spending
 from earlybird.data.loader import Sample
 from earlybird.errors import CheckpointError, DivergedError, InputError, Interrupted
 from earlybird.files import write_tensors, write_text
@@ -39,7 +39,15 @@ from earlybird.train import checkpoint, ema
 from earlybird.train.folder import RunFolder
 from earlybird.train.launch import agreed, environment, launch, precision, shared_path, started_again
 from earlybird.train.loop import StopSignal, evaluate, fit
-from earlybird.train.parts import free_folder, load_data, make_board, make_loaders, make_optimizer, require_board
+from earlybird.train.parts import (
+    free_folder,
+    load_data,
+    located,
+    make_board,
+    make_loaders,
+    make_optimizer,
+    require_board,
+)
 from earlybird.train.progress import Display, warnings_shown
 from earlybird.train.recipe import Recipe
 from earlybird.train.result import Result
@@ -151,10 +159,7 @@ def train(
         Interrupted: SIGINT or SIGTERM came; `resume` goes on.
         EarlybirdError: The disk is full.
     """
-    if recipe.data not in CATALOGUE and Path(recipe.data).expanduser().exists():
-        # a resume may start from another folder
-        recipe = recipe.replace(data=str(Path(recipe.data).expanduser().absolute()))
-    recipe = recipe.with_absolute_paths()
+    recipe = located(recipe)  # a resume may start from another folder
     fabric = launch(recipe)
     path = shared_path(fabric, lambda: Path(out or recipe.out or free_folder(recipe)))
     with RunFolder(path, writer=fabric.is_global_zero) as folder:
@@ -577,6 +582,8 @@ class Run:
             "images_per_s": images / elapsed if elapsed > 0 else 0.0,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             **({} if self._clocked is None else self._clocked.row()),
+            "nonzero": _nonzero(self.model),
+            **_so_far(self.ledger.total),
         }
         self.folder.append_row(row)
         self._write_traces()
@@ -754,6 +761,7 @@ class Run:
                 # one key only: safetensors writes several in random order, and equal runs should give equal files
                 metadata = {"blueprint": self.blueprint.to_json()}
                 write_tensors(self.folder.path / "model.safetensors", self.model.state_dict(), metadata)
+            nonzero = _nonzero(self.model)
         if self.search is not None:
             self._write_history()
             if not self.search.drawn:
@@ -778,6 +786,7 @@ class Run:
             bill=bill,
             judged_by="" if self.judge is None else self.judge.judged_by,
             resumed=self.resumed,
+            nonzero=nonzero,
         )
         # Written last: a folder with it is a finished run.
         self.folder.write_json("result.json", result.to_json())
@@ -828,3 +837,17 @@ class Run:
         for method in self.methods.values():
             method.detach()
         self.ledger.unwatch()
+
+
+def _nonzero(model: nn.Module) -> int:
+    return sum(int(torch.count_nonzero(parameter.detach())) for parameter in model.parameters())
+
+
+def _so_far(spent: Spending) -> dict[str, Any]:
+    """Return what a row tells of the bill up to it."""
+    energy = spent.modelled_joules
+    return {
+        "macs": None if spent.macs is None else spent.macs.value,
+        "bit_macs": None if spent.bit_macs is None else spent.bit_macs.value,
+        "modelled_joules": None if energy is None else [energy.low, energy.high],
+    }

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from earlybird.data import CATALOGUE
 from earlybird.errors import EarlybirdError, InputError
 from earlybird.files import write_json, write_text
 from earlybird.settings import check_share
+from earlybird.train.parts import located
 from earlybird.train.recipe import Recipe
 from earlybird.train.result import Result
 from earlybird.train.run import resume, train
@@ -54,8 +54,7 @@ def sweep(
     shares = sorted({check_share("keep", keep) for keep in keeps})
     if not shares:
         raise InputError("no keep ratios to sweep over", hint="name some, such as 0.3 and 0.5")
-    if recipe.data not in CATALOGUE and Path(recipe.data).expanduser().exists():
-        recipe = recipe.replace(data=str(Path(recipe.data).expanduser().absolute()))  # workers start elsewhere
+    recipe = located(recipe)  # workers start elsewhere
     folder = Path(out).absolute()
     for share in shares:
         recipe.replace(keep=share)  # what does not fit is said now
