@@ -12,7 +12,9 @@ import torch
 from earlybird import export
 from earlybird.forecast import forecast
 from earlybird.methods import METHODS
+from earlybird.models import build
 from earlybird.report import write
+from earlybird.sparse.masks import prunable, ticket_of
 from earlybird.tickets.ticket import Ticket
 from earlybird.train.recipe import Recipe
 from earlybird.train.run import resume, train
@@ -22,6 +24,9 @@ from tests.tickets.teachers import write_teacher
 SETTINGS: dict[str, dict[str, Any]] = {
     "early_bird": {"look_every": "4it", "skip": "4it", "deadline": "12it"},
     "early_bert": {"model": "tests.train.nets:patches", "draw_at": "12it", "unit_look_every": "4it"},
+    "iterative": {"keep_weights": 0.5, "prune_share": 0.5, "rewind_to": "4it"},
+    "at_init": {},
+    "fixed_ticket": {},
     "dynamic_sparse": {"density": 0.3, "regrow_every": "8it"},
     "progressive_resizing": {"size_step": 1},
     "batch_dropping": {},
@@ -43,6 +48,13 @@ OF_THEIR_OWN = ("simclr", "moco", "distillation")  # what is learnt is not what 
 def _a_teacher(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder, _ = write_teacher(tmp_path_factory.mktemp("teacher"), classes=10, in_channels=1)
     SETTINGS["distillation"]["teacher"] = str(folder)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _a_ticket(tmp_path_factory: pytest.TempPathFactory) -> None:
+    model = build("resnet20", classes=10, in_channels=1, image_size=8, width=0.25)
+    masks = {name: weight.abs() > weight.abs().median() for name, weight in prunable(model).items()}
+    SETTINGS["fixed_ticket"]["ticket"] = str(ticket_of(masks).save(tmp_path_factory.mktemp("ticket") / "half"))
 
 
 def recipe(*methods: str, **more: Any) -> Recipe:
