@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 import earlybird as eb
 from earlybird.errors import InputError
-from earlybird.files import read_tensors, write_tensors
+from earlybird.files import read_tensors
 from earlybird.sparse.masks import prunable, ticket_of
-from earlybird.tickets.fixed import FixedTicket, control_of, load_start
+from earlybird.start import load_start, read_start
+from earlybird.tickets.fixed import FixedTicket, control_of
 from earlybird.train.recipe import Recipe
 from earlybird.train.run import resume, train
 from tests.tickets.test_early_bird import sgd
@@ -60,17 +61,21 @@ def test_a_layer_that_is_kept_whole_has_no_reverse():
         control_of(ticket, model, "reversed")
 
 
-def test_the_ticket_is_trained_from_the_start_it_is_given(tmp_path):
-    donor = make("plain", seed=5)
-    ticket = weights_ticket(donor)
-    path = ticket.save(tmp_path / "t.safetensors")
-    start = write_tensors(tmp_path / "s.safetensors", donor.state_dict(), {})
-    model = make("plain")
-    FixedTicket(ticket=str(path), start=str(start)).attach(model, sgd(model))
-    for name, weight in prunable(model).items():
-        assert torch.equal(weight, donor.get_submodule(name).weight * ticket.masks[name])
-    for name, buffer in model.named_buffers():
-        assert torch.equal(buffer, dict(donor.named_buffers())[name])
+def test_a_run_begins_from_the_weights_it_is_given(tmp_path):
+    dense = {**DIGITS, "dense": True, "lr": 1e-9, "weight_decay": 0.0, "epochs": 1}
+    train(Recipe.from_values(dense), tmp_path / "first", quiet=True)
+    other = Recipe.from_values({**dense, "seed": 3, "start": str(tmp_path / "first")})
+    train(other, tmp_path / "second", quiet=True)
+    one, two, new = (
+        read_start(tmp_path / "first"),
+        read_start(tmp_path / "second" / "model.safetensors"),
+        read_start(train(other.replace(start=None), tmp_path / "third", quiet=True).folder),
+    )
+    for name in (name for name in one if name.endswith("weight") and one[name].ndim > 1):
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-6)
+        assert (one[name] - new[name]).abs().max() > 1e-3
+    with pytest.raises(InputError, match="no weights to begin from"):
+        read_start(tmp_path)
 
 
 def test_reinitialised_it_begins_from_other_weights_of_the_same_kind(tmp_path):
@@ -117,7 +122,11 @@ def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path):
     with pytest.raises(InputError, match="fresh_head"):
         load_start(model, other)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    load_start(model, other, leave=last)
+    load_start(model, {name: value + 1 for name, value in other.items()}, fresh_head=True)
+    for name, value in model.state_dict().items():
+        own = name.startswith(f"{last}.")
+        assert torch.equal(value, before[name] if own else before[name] + 1), name
+    model.load_state_dict(before)
     nothing = ticket_of({name: torch.zeros_like(w, dtype=torch.bool) for name, w in prunable(model).items()})
     path = nothing.save(tmp_path / "empty.safetensors")
     with pytest.raises(InputError, match="no signal passes"):

@@ -1,4 +1,4 @@
-"""A given ticket is trained: from its own first weights, from others, or as one of the controls it has to beat.
+"""A given ticket is trained, from its own first weights or from others, or one of the controls that it has to beat.
 
 Frankle and Carbin, The Lottery Ticket Hypothesis, ICLR 2019, https://arxiv.org/abs/1803.03635, train what pruning has
 left from the weights it began with; whoever finds, stretches, refills or transfers a ticket does the same with it.
@@ -28,17 +28,17 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.errors import InputError
-from earlybird.files import read_tensors
 from earlybird.ledger import Ledger
 from earlybird.settings import check_choice, option
 from earlybird.sparse.budget import uniform
-from earlybird.sparse.masks import check_fits, prunable
+from earlybird.sparse.masks import check_fits
+from earlybird.start import head_of, load_start
 from earlybird.tickets.coupling import find_groups
 from earlybird.tickets.draw import shuffle
 from earlybird.tickets.held import HeldTicket
 from earlybird.tickets.ticket import Ticket
 
-__all__ = ["CONTROLS", "FixedTicket", "control_of", "load_start"]
+__all__ = ["CONTROLS", "FixedTicket", "control_of"]
 
 CONTROLS = ("none", "shuffled", "random", "reversed")
 
@@ -52,34 +52,19 @@ class FixedTicket:
     """
 
     ticket: str | None = option(None, "Ticket file, or the folder of a run that has drawn one.", path=True)
-    start: str | None = option(
-        None,
-        "Weights to begin from: a .safetensors file, or a run's folder for those it rewinds to; 'none': new ones.",
-        path=True,
-    )
     fixed_weights: Literal["start", "reinitialise"] = option(
-        "start", "Begin from the weights of start, or of the seed; or from others of the same distribution."
+        "start", "Begin from the weights that the model has (see start), or from others of the same distribution."
     )
     control: Literal["none", "shuffled", "random", "reversed"] = option(
         "none",
         "Train a control in the ticket's place: its units shuffled in each layer, at random, or what it removes.",
     )
-    fresh_head: bool = option(
-        False, "Keep the model's own last layer, dense: for weights and tickets of a task with other classes."
-    )
-
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "published": {}, "fast": {}}
 
     def __post_init__(self) -> None:
         check_choice("fixed_weights", self.fixed_weights, ("start", "reinitialise"))
         check_choice("control", self.control, CONTROLS)
-        for name in ("ticket", "start"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value in (None, "none") else str(value))
-        if not isinstance(self.fresh_head, bool):
-            raise InputError(f"fresh_head is {self.fresh_head!r}", needed="true or false")
-        if self.start is not None and self.fixed_weights == "reinitialise":
-            raise InputError("start names weights, and fixed_weights 'reinitialise' others", needed="one of them")
+        object.__setattr__(self, "ticket", None if self.ticket in (None, "none") else str(self.ticket))
 
     def attach(
         self,
@@ -90,21 +75,23 @@ class FixedTicket:
         fresh: Callable[[], nn.Module] | None = None,
         ledger: Ledger | None = None,
         seed: int = 0,
+        fresh_head: bool = False,
         resumed: bool = False,
     ) -> HeldTicket:
-        """Give the model its weights, and cut or mask it to the ticket, before the first step.
+        """Cut or mask the model to the ticket, before the first step.
 
         Args:
-            model: The dense module that is trained; wrappers are seen through.
+            model: The dense module that is trained, with the weights to begin from; wrappers are seen through.
             optimizer: Over its parameters.
             example_inputs: A batch that the model runs on; needed for tickets over channels.
             fresh: Builds the model with other weights, for ``fixed_weights='reinitialise'``.
             ledger: Where to record; by default an own one, which `HeldTicket.bill` reads.
             seed: Of the controls.
-            resumed: Read nothing: ticket and weights come with ``load_state_dict``.
+            fresh_head: The last layer is another than the ticket's, for other classes, and stays dense.
+            resumed: Read nothing: the ticket comes with ``load_state_dict``.
 
         Returns:
-            The running method. Without ``ticket``, the whole model is trained from ``start``.
+            The running method. Without ``ticket``, the whole model is trained.
 
         Raises:
             InputError: A file is missing or damaged, or does not fit the model, or another method draws a ticket.
@@ -112,33 +99,24 @@ class FixedTicket:
 
         def prepared(model: nn.Module, ledger: Ledger) -> Ticket | None:
             ticket = None if self.ticket is None else Ticket.load(_ticket_file(Path(self.ticket)))
-            head = _head(model) if self.fresh_head else None
             if ticket is not None:
-                if head is not None:
-                    ticket = _without(ticket, head)
+                if fresh_head:
+                    ticket = _without(ticket, head_of(model))
                 _check_layers(ticket, model)
                 ticket = control_of(ticket, model, self.control, seed, example_inputs)
-            weights = self._weights(model, fresh)
-            if weights is not None:
-                load_start(model, weights, leave=head)
+            if self.fixed_weights == "reinitialise":
+                if fresh is None:
+                    raise InputError(
+                        "fixed_weights 'reinitialise' needs new weights",
+                        hint="pass fresh, a function that builds the model anew",
+                    )
+                load_start(model, fresh().state_dict())
             return ticket
 
         return HeldTicket(
             "fixed_ticket", self, model, optimizer, prepared, example_inputs=example_inputs, ledger=ledger, round_to=1,
             resumed=resumed,
         )  # fmt: skip
-
-    def _weights(self, model: nn.Module, fresh: Callable[[], nn.Module] | None) -> Mapping[str, Tensor] | None:
-        if self.fixed_weights == "reinitialise":
-            if fresh is None:
-                raise InputError(
-                    "fixed_weights 'reinitialise' needs new weights",
-                    hint="pass fresh, a function that builds the model",
-                )
-            return fresh().state_dict()
-        if self.start is None:
-            return None
-        return read_tensors(_start_file(Path(self.start)))[0]
 
 
 def control_of(ticket: Ticket, model: nn.Module, control: str, seed: int = 0, example_inputs: Any = None) -> Ticket:
@@ -192,41 +170,6 @@ def _random_mask(shape: torch.Size, count: int, generator: torch.Generator) -> T
     return mask.reshape(shape)
 
 
-@torch.no_grad()
-def load_start(model: nn.Module, weights: Mapping[str, Tensor], *, leave: str | None = None) -> None:
-    """Give ``model`` weights and buffers by name, all of them.
-
-    Args:
-        model: Dense.
-        weights: As of ``state_dict()``.
-        leave: A layer that keeps its own.
-
-    Raises:
-        InputError: A name or a shape differs; nothing is changed then.
-    """
-    own = model.state_dict()
-    mine = {name for name in own if leave is None or name.rpartition(".")[0] != leave}
-    given = {name for name in weights if leave is None or name.rpartition(".")[0] != leave}
-    wrong = sorted(mine ^ given) or [name for name in own if name in mine and own[name].shape != weights[name].shape]
-    if wrong:
-        name = wrong[0]
-        found = (
-            f"'{name}' of the start has shape {tuple(weights[name].shape)}, of the model {tuple(own[name].shape)}"
-            if name in weights and name in own
-            else f"the start has no '{name}'" if name in own else f"the model has no '{name}', which the start has"
-        )  # fmt: skip
-        more = f" (and {len(wrong) - 1} more of {len(own)} entries)" if len(wrong) > 1 else ""
-        head = _head(model)
-        hint = f"fresh_head = true keeps the model's own '{head}'" if name.rpartition(".")[0] == head else ""
-        raise InputError(found + more, needed="weights of this model", hint=hint)
-    for name in mine:
-        own[name].copy_(weights[name])
-
-
-def _head(model: nn.Module) -> str:
-    return list(prunable(model))[-1]
-
-
 def _without(ticket: Ticket, layer: str) -> Ticket:
     masks = {name: mask for name, mask in ticket.masks.items() if name != layer}
     return Ticket(masks, {name: ticket.kinds[name] for name in masks}, ticket.provenance)
@@ -250,17 +193,4 @@ def _ticket_file(path: Path) -> Path:
     found = path / "ticket.safetensors"
     if not found.is_file():
         raise InputError(f"{path} has no ticket", needed="a finished run that has drawn one", hint="or name the file")
-    return found
-
-
-def _start_file(path: Path) -> Path:
-    """Return the weights that the rounds of a run's folder begin from, or the file itself."""
-    if not path.is_dir():
-        return path
-    found = path / "rewind.safetensors"
-    if not found.is_file():
-        raise InputError(
-            f"{path} has no weights to begin from", needed="a finished run of the method iterative",
-            hint=f"for trained weights, name {path / 'model.safetensors'}",
-        )  # fmt: skip
     return found

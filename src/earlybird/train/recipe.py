@@ -47,6 +47,12 @@ class Recipe(BaseModel):
         False, description="horizontal flip: random, or alternating (random in the first epoch, then turned each epoch)"
     )
     cutout: int = Field(0, ge=0, description="side of the square that is blanked out, in pixels")
+    start: str | None = Field(
+        None,
+        description="weights to begin from: a .safetensors file, or a run's folder (of a run in rounds, those that "
+        "they begin from; else its trained ones)",
+    )
+    fresh_head: bool = Field(False, description="with start: keep the model's own last layer, for other classes")
     # how long
     epochs: int | float = Field(10, gt=0, description="passes over the training images, search included")
     batch_size: int = Field(128, ge=1, description="images in a forward pass, over all processes")
@@ -172,8 +178,9 @@ class Recipe(BaseModel):
 
     def with_absolute_paths(self) -> Recipe:
         """Return this recipe with whole paths in place of those of files and folders that are there from here."""
-        names = [key.name for key in keys() if key.path and key.method in self.method]
-        paths = {name: Path(self.settings[name]).expanduser() for name in names if self.settings.get(name)}
+        given = {key.name: self.settings.get(key.name) for key in keys() if key.path and key.method in self.method}
+        given["start"] = self.start
+        paths = {name: Path(value).expanduser() for name, value in given.items() if value}
         found = {name: str(path.absolute()) for name, path in paths.items() if path.exists()}
         return self.replace(**found) if found else self
 

@@ -32,6 +32,7 @@ from earlybird.ledger import Ledger
 from earlybird.models.blueprint import Blueprint
 from earlybird.objective import Judging, Objective
 from earlybird.settings import accepted
+from earlybird.start import load_start, read_start
 from earlybird.tickets.refit import estimate_batch_norms
 from earlybird.tickets.ticket import Ticket
 from earlybird.traces import Ranking, Tracing, rank_inputs
@@ -322,6 +323,8 @@ class Run:
         self._found = checkpoint.load_newest(folder.path, recipe.hash(), self._notes.append)
         # weights of a checkpoint need no images to begin from
         self.model = self._begun(build_model()) if self._found is None else build_model().to(fabric.device)
+        if recipe.start is not None and self._found is None:
+            load_start(self.model, read_start(recipe.start), fresh_head=recipe.fresh_head)
         # a mask of -inf is fine
         self._infinite = {name for name, buffer in self.model.named_buffers() if not bool(buffer.isfinite().all())}
         example = self.loader.sample(2, recipe.seed)
@@ -345,6 +348,7 @@ class Run:
             "ledger": ledger,
             "seed": recipe.seed,
             "resumed": self._found is not None,
+            "fresh_head": recipe.fresh_head,
             "training_steps": self._training,
             "clock": self.clock,
             "class_names": self.blueprint.class_names,
