@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import earlybird as eb
 from earlybird.errors import InputError
-from earlybird.files import read_tensors
+from earlybird.files import read_rows, read_tensors
 from earlybird.sparse.masks import prunable, ticket_of
 from earlybird.start import load_start, read_start
 from earlybird.tickets.fixed import FixedTicket, control_of
@@ -206,3 +206,19 @@ def test_weights_are_ranked_by_snip_as_defined():
     assert list(found) == list(prunable(model))
     for name, weight in prunable(plain).items():
         torch.testing.assert_close(found[name], (weight * weight.grad).abs().detach())
+
+
+def test_weights_of_a_step_go_on_from_that_step_of_the_schedule(tmp_path):
+    imp = {**DIGITS, "method": "iterative", "keep_weights": 1.0, "epochs": 3, "schedule": "cosine", "lr": 0.02}
+    train(Recipe.from_values({**imp, "epochs": 1}), tmp_path / "first", quiet=True)
+    rest = {**DIGITS, "dense": True, "epochs": 3, "schedule": "cosine", "lr": 0.02, "start": str(tmp_path / "first")}
+    result = train(Recipe.from_values({**rest, "start_at": "1ep"}), tmp_path / "rest", quiet=True)
+    whole = train(Recipe.from_values({**rest, "start": None}), tmp_path / "whole", quiet=True)
+    rows, all_rows = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("rest", "whole"))
+    assert [row["lr"] for row in rows] == [row["lr"] for row in all_rows[1:]]
+    assert result.steps == 8 < whole.steps
+    assert result.epochs == 2
+    with pytest.raises(InputError, match="start_at is 3ep"):
+        train(Recipe.from_values({**rest, "start_at": "3ep"}), tmp_path / "late", quiet=True)
+    with pytest.raises(InputError, match="name them with start"):
+        Recipe.from_values({"start_at": "1ep"})

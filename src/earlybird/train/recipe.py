@@ -52,6 +52,10 @@ class Recipe(BaseModel):
         description="weights to begin from: a .safetensors file, or a run's folder (of a run in rounds, those that "
         "they begin from; else its trained ones)",
     )
+    start_at: Step | None = Field(
+        None,
+        description="with start: the step of the schedule at which its weights were; the run goes on from there",
+    )
     fresh_head: bool = Field(False, description="with start: keep the model's own last layer, for other classes")
     # how long
     epochs: int | float = Field(10, gt=0, description="passes over the training images, search included")
@@ -130,6 +134,8 @@ class Recipe(BaseModel):
         for name in _MUON if self.optimizer != "muon" else ():
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is for optimizer 'muon', not '{self.optimizer}'")
+        if self.start_at is not None and self.start is None:
+            raise ValueError("start_at is for weights that were trained before: name them with start")
         if self.kernels is True and not self.tune:
             raise ValueError("kernels = true needs tune = true: which of them gain here is known by timing alone")
         if self.exact:

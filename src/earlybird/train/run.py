@@ -300,6 +300,13 @@ class Run:
                 hint="lower batch_size or accumulate",
             )
         self._training = self.total = recipe.steps(self.steps_per_epoch)
+        self._began_at = 0  # of the schedule
+        if recipe.start_at is not None:
+            self._began_at = recipe.start_at.in_iterations(self.steps_per_epoch, self.total)
+            if self._began_at >= self.total:
+                raise InputError(f"start_at is {recipe.start_at}, but the run has {recipe.epochs} epochs",
+                                 needed="an earlier step")  # fmt: skip
+            self._training = self.total = self.total - self._began_at
         for name, method in methods.items():
             if isinstance(method, Repeating):
                 self.total = method.total_steps(self._training, self.steps_per_epoch)
@@ -481,7 +488,12 @@ class Run:
 
     def clock(self, step: int) -> int:
         """Return where in the schedule the step after ``step`` finished ones is; the run may train repeatedly."""
-        return step if self._clocked is None else self._clocked.clock(step)
+        return self._began_at + (step if self._clocked is None else self._clocked.clock(step))
+
+    @property
+    def _as_said(self) -> bool:
+        """Whether the run takes as many epochs as its recipe says: it is neither repeated nor the rest of another."""
+        return self.total == self._training and not self._began_at
 
     @property
     def training_ends(self) -> bool:
@@ -509,7 +521,7 @@ class Run:
             id(parameter)
             for group in self.optimizer.param_groups
             for parameter in group["params"]
-            if parameter.requires_grad and self.step >= group.get("lr_end", self.total)
+            if parameter.requires_grad and self.clock(self.step) >= group.get("lr_end", math.inf)
         }
         if not ended:
             return
@@ -782,7 +794,7 @@ class Run:
             folder=self.folder.path,
             accuracy=self.accuracy,
             loss=self.test_loss,
-            epochs=self.recipe.epochs if self.total == self._training else self.total / self.steps_per_epoch,
+            epochs=self.recipe.epochs if self._as_said else self.total / self.steps_per_epoch,
             steps=self.step,
             seconds=self.ledger.seconds,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
