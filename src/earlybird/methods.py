@@ -39,8 +39,8 @@ SHORT_NAMES: dict[str, tuple[str, dict[str, str]]] = {
     "grasp": ("at_init", {"init_score": "grasp"}),
     "synflow": ("at_init", {"init_score": "synflow"}),
     "random": ("at_init", {"init_score": "random"}),
-    "set": ("dynamic_sparse", {"regrow": "random"}),
-    "rigl": ("dynamic_sparse", {"regrow": "gradient"}),
+    "set": ("dynamic_sparse", {"regrow": "set"}),
+    "rigl": ("dynamic_sparse", {"regrow": "rigl"}),
 }
 """What people call a method, and what that is: its name here, and the settings that make it so."""
 

@@ -107,6 +107,11 @@ def test_when_nothing_is_as_accurate_the_page_says_so():
     assert tiles(points) == []
 
 
+def test_of_equally_small_ones_the_more_accurate_is_named():
+    rows = [row("dense"), row("imp-0.1", density=0.1, accuracy=0.896), row("rigl-0.1", density=0.1, accuracy=0.905)]
+    assert headline(points_of(rows, "dense"))[0] == "rigl-0.1 keeps 10.00% of the network, 0.50 points above dense"
+
+
 def test_runs_side_by_side_have_no_fastest(tmp_path):
     page, _ = comparison(tmp_path, [row("dense", jobs=2), row("snip-0.5", density=0.5, jobs=2)])
     assert "Fastest" not in [tile.name for tile in page["tiles"]]

@@ -142,7 +142,7 @@ def test_short_names_stand_for_settings_that_are_there() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_key_of_the_share_is_one_of_the_methods_own(method: str) -> None:
-    expected = {"early_bird": "keep", "iterative": "keep_weights"}
+    expected = {"early_bird": "keep", "iterative": "keep_weights", "at_init": "init_keep", "dynamic_sparse": "density"}
     own = [key.name for key in keys() if key.method == method]
     assert keep_key(method) == expected.get(method, keep_key(method))
     assert not keep_key(method) or keep_key(method) in own

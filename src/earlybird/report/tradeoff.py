@@ -137,6 +137,11 @@ def _is_smaller(point: Point) -> bool:
     return point["density"] is None or round(point["density"]["mean"], 3) < 1
 
 
+def _order(point: Point, key: str) -> tuple[float, float]:
+    """Order points by a number to three digits; of equals, the more accurate one is first."""
+    return float(f"{point[key]['mean']:.3g}"), -point["accuracy_points"]["mean"]
+
+
 def headline(points: Sequence[Point]) -> tuple[str, bool, list[str]]:
     """Return the first sentence about a comparison of methods, whether it tells of a loss, and what must be added."""
     tickets = _compared(points)
@@ -153,7 +158,7 @@ def headline(points: Sequence[Point]) -> tuple[str, bool, list[str]]:
             True,
             [f"The nearest is {name(best)}, at {_points(best)}.", *lead],
         )
-    best = min(small, key=lambda point: point["density"]["mean"])
+    best = min(small, key=lambda point: _order(point, "density"))
     lead = [f"{len(good)} of {len(tickets)} points are within {POINTS} points of dense, or above it.", *lead]
     points_above = round(best["accuracy_points"]["mean"], 2)
     where = f"{abs(points_above):.2f} points {'above' if points_above > 0 else 'below'} dense"
@@ -182,7 +187,7 @@ def tiles(points: Sequence[Point]) -> list[Tile]:
         known = [point for point in good if point[key] is not None]
         if not known or dense[key] is None or (key == "seconds" and not alone):
             continue
-        best = min(known, key=lambda point: point[key]["mean"])
+        best = min(known, key=lambda point, key=key: _order(point, key))  # type: ignore[misc]
         share = best[key]["mean"] / dense[key]["mean"]
         loss = round(share, 2) > 1
         value = f"{share:.1%} of dense" if key == "density" else _times(share)
