@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from earlybird.pretraining.encoder import knn_accuracy, knn_votes
 from earlybird.pretraining.moco import info_nce, momentum_update
+from earlybird.pretraining.probe import knn_accuracy, knn_votes
 from earlybird.pretraining.simclr import nt_xent
 
 

@@ -15,8 +15,9 @@ from earlybird.data import Loader, load
 from earlybird.errors import InputError
 from earlybird.export import load as load_network
 from earlybird.models import build
-from earlybird.pretraining.encoder import find_head, knn_accuracy
+from earlybird.pretraining.encoder import find_head
 from earlybird.pretraining.moco import MoCo, MomentumContrast
+from earlybird.pretraining.probe import knn_accuracy
 from earlybird.pretraining.simclr import Contrasting, SimClr
 from earlybird.sparse.masks import Masks, prunable, ticket_of
 from earlybird.tickets.ticket import Ticket

@@ -1,22 +1,17 @@
-"""A classifier as an encoder: its features, a projector that is trained on them, and a probe that judges them.
+"""A classifier as an encoder: its features, and a projector that is trained on them.
 
 The features of an image are what the last linear layer of the model reads. While a method pre-trains, that layer is
 frozen as it was drawn, so the trained model is an encoder with a fresh head. The projector belongs to the method: it is
 in the optimizer, in a group like the head's, but not in the model.
-
-The probe is that of Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018,
-https://arxiv.org/abs/1805.01978, section 3.4: the k training images whose features point in the most similar directions
-vote for their class, each with weight exp(cosine / temperature).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from earlybird import ranks
 from earlybird.calls import (
@@ -24,25 +19,19 @@ from earlybird.calls import (
     after_gradients,
     around,
     as_call,
-    given_optimizers,
     hook_owners,
     undisturbed,
     unwrapped,
 )
 from earlybird.cost.count import ModelCost, count
-from earlybird.data.contrast import StrongAugment
-from earlybird.data.loader import Loader
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_for, ledgers_on
+from earlybird.ledger import Ledger
 from earlybird.objective import claim_loss
 from earlybird.tickets.early_bert import UnitSearch
 from earlybird.tickets.held import HeldTicket
 from earlybird.tickets.search import Search
 
-__all__ = ["Encoder", "Pretraining", "Probe", "find_head", "fp32", "knn_accuracy", "knn_votes", "projector"]
-
-_JUDGED = 256
-"""Images whose features are computed, or compared, at a time."""
+__all__ = ["Encoder", "find_head", "fp32", "projector"]
 
 
 class Encoder:
@@ -222,157 +211,8 @@ def fp32(*tensors: Tensor) -> Any:
     return torch.autocast(tensors[0].device.type, enabled=False), *(tensor.float() for tensor in tensors)
 
 
-def knn_votes(
-    bank: Tensor, labels: Tensor, queries: Tensor, *, k: int, temperature: float, classes: int
-) -> Tensor:  # fmt: skip
-    """Return the votes for each class of the ``k`` nearest neighbours of each query.
-
-    Args:
-        bank: (N, d), features with known labels.
-        labels: int64 (N,)
-        queries: (M, d)
-        k: Neighbours; all of the bank where there are fewer.
-        temperature: Of their weights exp(cosine / temperature); the smaller, the more the nearest one decides.
-        classes: Number of classes.
-
-    Returns:
-        (M, classes), which add up to 1.
-    """
-    context, bank, queries = fp32(bank, queries)
-    with context:
-        cosine = functional.normalize(queries, dim=1) @ functional.normalize(bank, dim=1).T  # (M, N)
-        nearest, places = cosine.topk(min(k, len(bank)), dim=1)
-        weights = (nearest / temperature).softmax(1)  # (M, k)
-        return torch.zeros(len(queries), classes, device=queries.device).scatter_add_(1, labels[places], weights)
-
-
-def knn_accuracy(
-    bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, *, k: int = 200, temperature: float = 0.1
-) -> float:
-    """Return the share of queries (M, d) whose label (M,) most votes are for; see `knn_votes`."""
-    classes = int(torch.cat((labels, truth)).max()) + 1
-    votes = knn_votes(bank, labels, queries, k=k, temperature=temperature, classes=classes)
-    return float((votes.argmax(1) == truth).float().mean())
-
-
-class Probe:
-    """What judges an encoder: the votes of neighbours among training images.
-
-    Args:
-        encoder: Whose features are compared.
-        loader: Of the training images, or None where the encoder cannot be judged.
-        k: Neighbours that vote.
-        images: Training images among which they are searched; each process computes the features of all of them.
-        seed: Chooses these.
-    """
-
-    temperature = 0.1
-
-    def __init__(self, encoder: Encoder, loader: Loader | None, k: int, images: int, seed: int) -> None:
-        self._encoder, self._loader, self._k, self._images, self._seed = encoder, loader, k, images, seed
-        there = images if loader is None else min(images, len(loader.images))
-        self._k = min(k, there)
-        self.name = f"{self._k}-NN"
-
-    @torch.no_grad()
-    def __call__(self, test: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
-        """Return how many test images (in batches with their labels) are recognised, and how many there are."""
-        if self._loader is None:
-            raise InputError("no training images to compare with", hint="pass loader=loader to attach")
-        encoder, model = self._encoder, self._encoder.model
-        training = self._loader.in_order(self._images, _JUDGED, self._seed)
-        parts = [(encoder.features(model, images), labels) for images, labels in training]
-        bank, known = (torch.cat(column) for column in zip(*parts))
-        right, seen = torch.zeros((), device=bank.device), torch.zeros((), device=bank.device)
-        for images, labels, *_ in test:
-            if not len(labels):
-                continue  # another rank has all of a short last batch
-            features, classes = encoder.features(model, images), 1 + int(max(known.max(), labels.max()))
-            votes = knn_votes(bank, known, features, k=self._k, temperature=self.temperature, classes=classes)
-            right += (votes.argmax(1) == labels).sum()
-            seen += len(labels)
-        return right, seen
-
-
 def projector(hidden: int | None, width: int, features: int, *, norm: bool) -> nn.Module:
     """Return a perceptron of two layers: (N, features) to (N, width)."""
     middle = hidden or features
     layers: list[nn.Module] = [nn.Linear(features, middle, bias=not norm)]
     return nn.Sequential(*layers, *((nn.BatchNorm1d(middle),) if norm else ()), nn.ReLU(), nn.Linear(middle, width))
-
-
-class Pretraining:
-    """What running methods share that train an encoder by two views of each image; they add the loss.
-
-    Args:
-        method: Its name.
-        model: The module that is trained; its last layer is frozen.
-        optimizer: Gets the projector; of several, the first one.
-        projector: Makes it, from the number of features.
-        views: How both views are made.
-        probe: Neighbours that vote, and training images among which they are searched.
-        example_inputs: A batch that the model runs on.
-        loader: Makes the views, and lends the probe images.
-        ledger: Where to record; None: an own one.
-        seed: Of the projector, and of the probe's images.
-
-    Attributes:
-        encoder: The model, its features and the projector.
-        judged_by: What the accuracy of the run is that of.
-    """
-
-    def __init__(
-        self,
-        method: str,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
-        *,
-        projector: Callable[[int], nn.Module],
-        views: StrongAugment,
-        probe: tuple[int, int],
-        example_inputs: Any,
-        loader: Loader | None,
-        ledger: Ledger | None,
-        seed: int,
-    ) -> None:
-        self._optimizers = given_optimizers(optimizer)
-        self.encoder = Encoder(model, self._optimizers, example_inputs, projector, seed, method)
-        self._probe = Probe(self.encoder, loader, *probe, seed)
-        self.judged_by = self._probe.name
-        self._own_ledger = ledger is None
-        self._ledger = ledger_for(self.encoder.model, self._optimizers, ledger, example_inputs)
-        for one in ledgers_on(self.encoder.model, self._ledger):
-            one.reprice(self.encoder.model)  # the last layer is frozen
-        self._loader = loader
-        if loader is not None:
-            loader.views = views
-
-    def judge(self, test: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
-        """Return how many test images the probe recognises, and how many there are; the model is in eval mode."""
-        return self._probe(test)
-
-    def bill(self) -> Any:
-        """Return what was spent so far, as a `Bill`."""
-        return self._ledger.bill()
-
-    def status(self) -> dict[str, float | str]:
-        """Return nothing: the loss says it all."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the projector, its optimizer state, and what the own ledger holds."""
-        return {**self.encoder.state_dict(), "ledger": self._ledger.state_dict() if self._own_ledger else {}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
-        self.encoder.load_state_dict(state)
-        if state["ledger"] and self._own_ledger:
-            self._ledger.load_state_dict(state["ledger"])
-
-    def detach(self) -> None:
-        """Take hooks and projector away; the last layer learns again, and the loader shows one view."""
-        self.encoder.detach()
-        if self._loader is not None:
-            self._loader.views = None
-        if self._own_ledger:
-            self._ledger.stop()

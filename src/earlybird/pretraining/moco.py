@@ -36,7 +36,8 @@ from earlybird.data.contrast import StrongAugment
 from earlybird.data.loader import Loader
 from earlybird.ledger import Ledger
 from earlybird.objective import Forward
-from earlybird.pretraining.encoder import Pretraining, fp32, projector
+from earlybird.pretraining.encoder import fp32, projector
+from earlybird.pretraining.two_views import Pretraining
 from earlybird.settings import check_count, check_number, check_share, option
 
 __all__ = ["MoCo", "MomentumContrast", "info_nce", "momentum_update"]

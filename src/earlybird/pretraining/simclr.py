@@ -13,7 +13,7 @@ What it saves: nothing by itself; it costs two passes an image, and many epochs.
 labels few, or where one encoder starts many trainings; and a ticket that is found on it serves them all (Chen et al.,
 CVPR 2021, https://arxiv.org/abs/2012.06908). It does *not* pay where labels are there for all images: training on them
 is more accurate and several times shorter. What a row calls accuracy is that of a probe
-(`earlybird.pretraining.encoder`).
+(`earlybird.pretraining.probe`).
 
 Deviations: views are made as `earlybird.data.contrast` says; the optimizer is the run's, where the paper has LARS;
 batch norm sees the images of one process, where the paper's sees all.
@@ -35,7 +35,8 @@ from earlybird.data.contrast import StrongAugment
 from earlybird.data.loader import Loader
 from earlybird.ledger import Ledger
 from earlybird.objective import Forward
-from earlybird.pretraining.encoder import Pretraining, fp32, projector
+from earlybird.pretraining.encoder import fp32, projector
+from earlybird.pretraining.two_views import Pretraining
 from earlybird.settings import check_count, check_number, option
 
 __all__ = ["Contrasting", "SimClr", "nt_xent"]
