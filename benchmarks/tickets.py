@@ -127,7 +127,10 @@ def imp_task(data: str, rounds: Sequence[int], last: int, **recipe: Any) -> Task
 
 # ---- distillation ----
 
-_CIFAR = {"data": "cifar10", "train_images": 10_000, "schedule": "cosine", "label_smoothing": 0.0}
+_CIFAR = {
+    "data": "cifar10", "train_images": 5000, "schedule": "cosine", "label_smoothing": 0.0,
+    "exact": False, "tune": False, "precision": "bf16", "channels_last": True, "compile": False, "kernels": False,
+}  # fmt: skip
 
 
 def kd_task(keeps: Sequence[float], **recipe: Any) -> Task:
@@ -160,8 +163,8 @@ def kd_task(keeps: Sequence[float], **recipe: Any) -> Task:
         runs[f"new-kd-{name}"] = Run(
             "new weights, soft labels", lambda at, soft=soft: {**soft(at), "fixed_weights": "reinitialise"}, both
         )
-    base = {"model": "resnet20", "width": 0.5, **_CIFAR, "epochs": 8, **recipe}
-    return Task("KD tickets: ResNet-20, half width, 10,000 images of CIFAR-10, 8 epochs, one-shot masks", base, runs)
+    base = {"model": "resnet20", "width": 0.5, **_CIFAR, "epochs": 10, **recipe}
+    return Task("KD tickets: ResNet-20, half width, 5,000 images of CIFAR-10, 10 epochs, one-shot masks", base, runs)
 
 
 def _soft(at: At, method: str) -> Changes:
@@ -192,7 +195,7 @@ def elastic_task(source: str, target: str, keep: float, **recipe: Any) -> Task:
 
     base = {"model": target, "width": 0.5, **_CIFAR, "epochs": 6, **recipe}
     return Task(
-        f"Elastic tickets: {source} to {target}, half width, 10,000 images of CIFAR-10, 6 epochs a round", base,
+        f"Elastic tickets: {source} to {target}, half width, 5,000 images of CIFAR-10, 6 epochs a round", base,
         {
             "dense": Run("dense", same(dense=True)),
             "source": Run(f"pruning of {source}, the source", same(model=source, **prune)),
@@ -205,7 +208,7 @@ def elastic_task(source: str, target: str, keep: float, **recipe: Any) -> Task:
             "grasp": Run("GraSP", before("grasp"), ("source",)),
             "rigl": Run(
                 "RigL",
-                lambda at: {"method": "dynamic_sparse", "density": _stretched_keep(at, target), "regrow_every": "25it"},
+                lambda at: {"method": "dynamic_sparse", "density": _stretched_keep(at, target), "regrow_every": "20it"},
                 ("source",),
             ),
         },
@@ -258,8 +261,8 @@ def structure_task(model: str, keeps_after: Sequence[int], last: int, **recipe: 
             lambda at, number=number: {**_structured(at, "refill", number), "control": "shuffled"},
             ("imp", "dense"), _inference,
         )  # fmt: skip
-    base = {"model": model, "width": 0.5, **_CIFAR, "epochs": 8, **recipe}
-    return Task(f"Structural tickets: {model}, half width, 10,000 images of CIFAR-10, 8 epochs a round", base, runs)
+    base = {"model": model, "width": 0.5, **_CIFAR, "epochs": 6, **recipe}
+    return Task(f"Structural tickets: {model}, half width, 5,000 images of CIFAR-10, 6 epochs a round", base, runs)
 
 
 def _structured(at: At, kind: str, number: int) -> Changes:
@@ -343,7 +346,7 @@ def sanity_task(keeps: Sequence[float], **recipe: Any) -> Task:
                     (name,),
                 )  # fmt: skip
     base = {"model": "resnet14", "width": 0.5, **_CIFAR, **recipe}
-    return Task("Sanity checks: ResNet-14, half width, 10,000 images of CIFAR-10, one-shot masks", base, runs)
+    return Task("Sanity checks: ResNet-14, half width, 5,000 images of CIFAR-10, one-shot masks", base, runs)
 
 
 TASKS = {
@@ -402,10 +405,10 @@ def main(words: Sequence[str] | None = None) -> None:
     names = options.tasks.split(",")
     check_known(parser, "tasks", names, TASKS)
     deadline = None if options.budget is None else time.monotonic() + 60 * options.budget
-    for name in names:
-        task = TASKS[name]
-        for seed in range(options.first_seed, options.first_seed + (options.seeds or task.seeds)):
-            if not _run_seed(name, task, seed, options.jobs, deadline):
+    seeds = {name: options.seeds or TASKS[name].seeds for name in names}
+    for seed in range(options.first_seed, options.first_seed + max(seeds.values())):  # a seed of every task first
+        for name in (name for name in names if seed < options.first_seed + seeds[name]):
+            if not _run_seed(name, TASKS[name], seed, options.jobs, deadline):
                 return
 
 
