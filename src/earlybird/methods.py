@@ -35,14 +35,14 @@ SHORT_NAMES: dict[str, tuple[str, dict[str, str]]] = {
     "imp": ("iterative", {}),
     "lr_rewinding": ("iterative", {"rewind": "learning_rate"}),
     "fine_tuning": ("iterative", {"rewind": "fine_tuning"}),
-    "snip": ("at_init", {"init_score": "snip"}),
-    "grasp": ("at_init", {"init_score": "grasp"}),
-    "synflow": ("at_init", {"init_score": "synflow"}),
-    "random": ("at_init", {"init_score": "random"}),
+    "snip": ("at_init", {"init_score": "snip", "init_units": "weight"}),
+    "grasp": ("at_init", {"init_score": "grasp", "init_units": "weight"}),
+    "synflow": ("at_init", {"init_score": "synflow", "init_units": "weight"}),
+    "random": ("at_init", {"init_score": "random", "init_units": "weight"}),
     "set": ("dynamic_sparse", {"regrow": "set"}),
     "rigl": ("dynamic_sparse", {"regrow": "rigl"}),
 }
-"""What people call a method, and what that is: its name here, and the settings that make it so."""
+"""What people call a method, and what that is: its name here, and the settings that make it so, as published."""
 
 METHODS: dict[str, MethodInfo] = {
     method.name: method
