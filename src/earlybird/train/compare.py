@@ -256,8 +256,9 @@ def _conclude(
             }
             points = [100 * (row["accuracy"] - dense["accuracy"]) for row, dense in pairs]
             against[name]["accuracy_points"] = statistics_of(points)
-            verdicts.append(_verdict(name, summary, against[name]))
-            if rows[0]["share_of"] == "weights":
+            masked = rows[0]["share_of"] == "weights"
+            verdicts.append(_verdict(name, summary, against[name], masked=masked))
+            if masked:
                 verdicts.append(_of_masks(against[name]))
     return {
         "recipe": {key: _plain(value) for key, value in recipe.values().items()},
@@ -272,8 +273,8 @@ def _conclude(
     }
 
 
-def _verdict(name: str, summary: Mapping[str, Any], against: Mapping[str, Any]) -> str:
-    """Say in two sentences what a contender gained and lost."""
+def _verdict(name: str, summary: Mapping[str, Any], against: Mapping[str, Any], *, masked: bool = False) -> str:
+    """Say in two sentences what a contender gained and lost; masks gain no time, whatever the clock said."""
     time_ratio, points = against["seconds_ratio"], against["accuracy_points"]
     accuracy, dense = summary[name]["accuracy"]["mean"], summary[BASELINE]["accuracy"]["mean"]
     runs = points["n"]
@@ -281,7 +282,7 @@ def _verdict(name: str, summary: Mapping[str, Any], against: Mapping[str, Any]) 
     reached += f", standard deviation {points['std']:.2f})" if runs > 1 else ")"
     if time_ratio is None:
         return f"{name} {reached}: {_ACCURACY[judge_accuracy(points['mean'])]}; time is not judged."
-    mean = time_ratio["mean"]
+    mean = max(time_ratio["mean"], 1.0) if masked else time_ratio["mean"]
     verdict = judge(mean, points["mean"], std=points["std"], runs=runs)
     took = f"took {_TOOK[verdict.time].format(less=1 / mean, more=mean)} dense"
     spread = f", {time_ratio['low']:.3f} to {time_ratio['high']:.3f} of it over {runs} seeds" if runs > 1 else ""
