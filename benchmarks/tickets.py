@@ -128,7 +128,7 @@ def imp_task(data: str, rounds: Sequence[int], last: int, **recipe: Any) -> Task
 # ---- distillation ----
 
 _CIFAR = {
-    "data": "cifar10", "train_images": 5000, "schedule": "cosine", "label_smoothing": 0.0,
+    "data": "cifar10", "train_images": 5000, "batch_size": 64, "label_smoothing": 0.0,
     "exact": False, "tune": False, "precision": "bf16", "channels_last": True, "compile": False, "kernels": False,
 }  # fmt: skip
 
@@ -176,7 +176,7 @@ def _soft(at: At, method: str) -> Changes:
 
 def elastic_task(source: str, target: str, keep: float, **recipe: Any) -> Task:
     """Return the ways to a ticket of a deeper network."""
-    prune = {"method": "iterative", "keep_weights": keep, "rewind_to": "10%"}
+    prune = {"method": "iterative", "keep_weights": keep, "prune_share": 0.36, "rewind_to": "10%"}
 
     def stretched(order: str, **more: Any) -> Callable[[At], Changes]:
         def changes(at: At) -> Changes:
@@ -193,9 +193,9 @@ def elastic_task(source: str, target: str, keep: float, **recipe: Any) -> Task:
             "method": "at_init", "init_units": "weight", "init_score": score, "init_keep": _stretched_keep(at, target)
         }  # fmt: skip
 
-    base = {"model": target, "width": 0.5, **_CIFAR, "epochs": 6, **recipe}
+    base = {"model": target, "width": 0.5, **_CIFAR, "epochs": 8, **recipe}
     return Task(
-        f"Elastic tickets: {source} to {target}, half width, 5,000 images of CIFAR-10, 6 epochs a round", base,
+        f"Elastic tickets: {source} to {target}, half width, 5,000 images of CIFAR-10, 8 epochs a round", base,
         {
             "dense": Run("dense", same(dense=True)),
             "source": Run(f"pruning of {source}, the source", same(model=source, **prune)),
@@ -208,7 +208,7 @@ def elastic_task(source: str, target: str, keep: float, **recipe: Any) -> Task:
             "grasp": Run("GraSP", before("grasp"), ("source",)),
             "rigl": Run(
                 "RigL",
-                lambda at: {"method": "dynamic_sparse", "density": _stretched_keep(at, target), "regrow_every": "20it"},
+                lambda at: {"method": "dynamic_sparse", "density": _stretched_keep(at, target), "regrow_every": "40it"},
                 ("source",),
             ),
         },
