@@ -23,8 +23,9 @@ demo: .venv/installed
 	$(BIN)/earlybird compare recipes/digits.toml --epochs 15 --seeds 1 --out runs/demo
 	$(BIN)/earlybird report runs/demo
 
+# a process a core: one thread each is faster than two that wait for each other in networks as small as the tests'
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
