@@ -47,9 +47,8 @@ class RunRecord:
 
     @property
     def dense(self) -> bool:
-        """Whether the whole network was trained to the end: as such, or from weights that were given."""
-        given = self.methods == ["fixed_ticket"] and self.recipe.get("ticket", "none") == "none"
-        return bool(self.recipe.get("dense")) or given
+        """Whether the whole network was trained to the end."""
+        return bool(self.recipe.get("dense"))
 
     @property
     def methods(self) -> list[str]:

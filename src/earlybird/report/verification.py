@@ -8,6 +8,7 @@ from typing import Any
 from earlybird.cost.units import MINUS
 from earlybird.report import charts
 from earlybird.report.tables import Row, Table
+from earlybird.tickets.verify import Gap
 
 Verification = Mapping[str, Any]
 """What ``verification.json`` holds."""
@@ -83,15 +84,16 @@ def _gaps(checks: Sequence[Mapping[str, Any]], roles: Sequence[str]) -> Table:
 def _gap(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
-    error = "" if found["error"] is None else f" \N{PLUS-MINUS SIGN} {found['error']:.2f}"
-    return f"{found['points']:+.2f}{error}".replace("-", MINUS)
+    return str(Gap(**found)).removesuffix(" points").replace("+-", "\N{PLUS-MINUS SIGN}").replace("-", MINUS)
 
 
-def _criteria(checks: Sequence[Mapping[str, Any]]) -> Table:
+def _criteria(checks: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return, a check each, its verdict and a line for each criterion."""
     holds = {True: "yes", False: "no", None: "not decided"}
-    rows = [
-        Row([_group(check), criterion["name"], holds[criterion["holds"]], criterion["reason"]])
+    return [
+        (
+            check["sentence"],
+            [f"{one['name']}: {holds[one['holds']]}; {one['reason']}." for one in check["criteria"]],
+        )
         for check in checks
-        for criterion in check["criteria"]
     ]
-    return Table("The criteria", ["", "criterion", "", "why"], rows)

@@ -72,7 +72,7 @@ class Gap:
 
     def __str__(self) -> str:
         error = "" if self.error is None else f" +- {self.error:.2f}"
-        return f"{self.points:+.2f}{error} points"
+        return f"{round(self.points, 2) + 0.0:+.2f}{error} points"  # the sum makes -0.00 a +0.00
 
 
 @dataclass(frozen=True)

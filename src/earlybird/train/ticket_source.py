@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from earlybird.blocks import find_blocks
 from earlybird.calls import first_sample
+from earlybird.cost.bill import Bill
 from earlybird.errors import InputError
-from earlybird.files import read_rows, read_tensors
+from earlybird.files import read_tensors
 from earlybird.models.blueprint import Blueprint
-from earlybird.sparse.masks import check_fits, prunable
-from earlybird.tickets.fixed import load_start
+from earlybird.sparse.masks import check_fits
+from earlybird.start import load_start, read_start
+from earlybird.step import Step
 from earlybird.tickets.shrink import shrink
 from earlybird.tickets.ticket import Ticket
 from earlybird.train.contenders import keep_key
@@ -37,8 +39,9 @@ class Source:
         recipe: What all runs have in common: the recipe of the ticket's run, without what drew it.
         tickets: By round; None: the run has no rounds.
         first: The weights that the dense network begins with.
-        start: Those that the ticket begins with; the same, unless it is rewound to a later step.
-        rewound: That step.
+        start: Those that the ticket begins with; the same, unless its rounds rewind to a later step.
+        first_at: The step of the schedule that they are of; None: its beginning.
+        start_at: That of ``start``.
         budgets: By round, the MACs of the ticket's whole bill over those of one dense training; None where unknown.
         parameters: Of the whole network.
         residual: Whether it has residual blocks.
@@ -48,8 +51,9 @@ class Source:
     recipe: Recipe
     tickets: Mapping[int | None, Ticket]
     first: Mapping[str, Tensor]
+    first_at: Step | None
     start: Mapping[str, Tensor]
-    rewound: int
+    start_at: Step | None
     budgets: Mapping[int | None, float | None]
     parameters: int
     residual: bool
@@ -60,7 +64,7 @@ def read_source(path: str | Path, recipe: Recipe | None = None, *, rounds: int |
 
     Args:
         path: Folder of a finished run that drew a ticket, or a ticket file.
-        recipe: Of a ticket file; one of the method ``fixed_ticket`` may name ``start``, the weights it begins with.
+        recipe: Of a ticket file; its ``start``, if there is one, names the weights to begin with.
         rounds: Of a run in rounds: the number of one, ``'last'`` or ``'all'``.
 
     Raises:
@@ -74,7 +78,7 @@ def read_source(path: str | Path, recipe: Recipe | None = None, *, rounds: int |
             raise InputError(f"both the run {path} and a recipe", needed="one of them", hint="leave --recipe out")
         recipe, found, result = _read_run(path, rounds)
         name, folder = path.resolve().name, path
-        budgets = {number: _budget(path, result, number) for number in found}
+        budgets = {number: _budget(result.bill, ticket, number) for number, ticket in found.items()}
     else:
         found = {None: Ticket.load(path)}
         if recipe is None:
@@ -87,16 +91,24 @@ def read_source(path: str | Path, recipe: Recipe | None = None, *, rounds: int |
     blueprint, model = first_model(recipe)
     for ticket in found.values():
         _check_ticket(ticket, model, blueprint)
-    last = list(found.values())[-1]
-    first = _weights(model)
-    start, rewound = _start(recipe, model, folder, last)
+    if recipe.start is not None:
+        load_start(model, read_start(recipe.start), fresh_head=recipe.fresh_head)
+    first, first_at = _weights(model), recipe.start_at
+    rewound = _rewound(folder, model, list(found.values())[-1])
+    start, start_at = _weights(model), first_at
+    if rewound:
+        began = Step.parse("0it") if first_at is None else first_at
+        start_at = replace(began, iterations=began.iterations + rewound)
+    elif rewound == 0:
+        first = start  # as saved: drawn anew from the seed, another version of PyTorch may give others
     return Source(
         name=name,
         recipe=_common(recipe),
         tickets=found,
-        first=first if rewound else start,
+        first=first,
+        first_at=first_at,
         start=start,
-        rewound=rewound,
+        start_at=start_at,
         budgets=budgets,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         residual=_is_residual(model, blueprint),
@@ -129,16 +141,18 @@ def _read_run(path: Path, rounds: int | str) -> tuple[Recipe, dict[int | None, T
     return recipe, {number: Ticket.load(there[number]) for number in asked}, result
 
 
-def _budget(path: Path, result: Result, number: int | None) -> float | None:
-    """Return the MACs that had been spent when the ticket was trained, over those of one dense training."""
-    dense = result.bill.dense
-    if dense is None or dense.total.macs is None or not dense.total.macs.value:
-        return None
-    if number is None:
-        spent = result.bill.total.macs
-        return None if spent is None else spent.value / dense.total.macs.value
-    macs = [row["macs"] for row in read_rows(path / "metrics.jsonl") if row.get("round") == number]
-    return macs[-1] / dense.total.macs.value if macs and macs[-1] is not None else None
+def _budget(bill: Bill, ticket: Ticket, number: int | None) -> float | None:
+    """Return what had been spent when the ticket was trained over one dense training, in MACs but for evaluation."""
+    if number is not None:  # zeros are multiplied, too: every step costs what one of dense does
+        training, rewound = (ticket.provenance.get(name) for name in ("training", "rewind_to"))
+        return None if training is None or rewound is None else float(1 + number * (training - rewound) / training)
+    own, dense = _training_macs(bill), None if bill.dense is None else _training_macs(bill.dense)
+    return own / dense if own and dense else None
+
+
+def _training_macs(bill: Bill) -> float | None:
+    macs = [spent.macs for name, spent in bill.phases.items() if name != "evaluate"]
+    return None if any(one is None for one in macs) else sum(one.value for one in macs if one is not None)
 
 
 def _check_methods(recipe: Recipe) -> None:
@@ -147,6 +161,11 @@ def _check_methods(recipe: Recipe) -> None:
     for name in recipe.method:
         if isinstance(recipe.build_methods()[name], Converting):
             raise InputError(f"{name} replaces layers of the model", needed="a ticket over the model's own layers")
+    if recipe.settings.get("fixed_weights") == "reinitialise":
+        raise InputError(
+            "the ticket was trained from weights drawn anew, which are nobody's first ones",
+            needed="a ticket with its own weights",
+        )
 
 
 def _check_ticket(ticket: Ticket, model: nn.Module, blueprint: Blueprint) -> None:
@@ -163,25 +182,12 @@ def _check_ticket(ticket: Ticket, model: nn.Module, blueprint: Blueprint) -> Non
         shrink(deepcopy(model), ticket, first_sample(blueprint.example(2).to(device)), round_to=1)
 
 
-def _start(recipe: Recipe, model: nn.Module, folder: Path | None, ticket: Ticket) -> tuple[dict[str, Tensor], int]:
-    """Return the weights that the ticket is trained from, and the step of a training that they are of."""
-    settings = recipe.settings
-    rewound = int(ticket.provenance.get("rewind_to") or 0)
-    own = None if folder is None else folder / "rewind.safetensors"
-    if own is not None and own.is_file():
-        load_start(model, read_tensors(own)[0])
-        return _weights(model), rewound
-    if settings.get("fixed_weights") == "reinitialise":
-        raise InputError(
-            "the ticket was trained from weights drawn anew, which are nobody's first ones",
-            needed="a ticket with its own weights",
-        )
-    given = settings.get("start")
-    if given is not None:
-        at = Path(given)
-        leave = list(prunable(model))[-1] if settings.get("fresh_head") else None
-        load_start(model, read_tensors(at / "rewind.safetensors" if at.is_dir() else at)[0], leave=leave)
-    return _weights(model), 0 if given is None else rewound
+def _rewound(folder: Path | None, model: nn.Module, ticket: Ticket) -> int | None:
+    """Give the model the weights that the rounds of a run begin from; return their step, or None without rounds."""
+    if folder is None or not (folder / "rewind.safetensors").is_file():
+        return None
+    load_start(model, read_tensors(folder / "rewind.safetensors")[0])
+    return int(ticket.provenance.get("rewind_to", 0))
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -191,8 +197,9 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 def _common(recipe: Recipe) -> Recipe:
     """Return the recipe without the method that drew the ticket; what keeps the whole network goes along."""
     along = [name for name in recipe.method if not keep_key(name) and name not in _DRAWS_WITHOUT_SHARE]
-    plain_ticket = {"ticket": None, "start": None, "control": "none", "fixed_weights": "start", "fresh_head": False}
-    return recipe.replace(method=("fixed_ticket", *along), out=None, **plain_ticket)
+    ticket = {"ticket": None, "control": "none", "fixed_weights": "start"}
+    start = {"start": None, "start_at": None, "fresh_head": False}
+    return recipe.replace(method=("fixed_ticket", *along), out=None, **ticket, **start)
 
 
 def _is_residual(model: nn.Module, blueprint: Blueprint) -> bool:

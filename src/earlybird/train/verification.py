@@ -117,7 +117,7 @@ def verify(
             "rounds": [number for number in found.tickets if number is not None],
             "seeds": list(seeds),
             "tolerance": tolerance,
-            "rewound": found.rewound,
+            "start_at": None if found.start_at == found.first_at else str(found.start_at),
             "complete": complete,
             "runs": rows,
             "checks": checks,
@@ -190,16 +190,16 @@ def _contenders(
         left_out["dense-equal-budget"] = reason
     for rate in rates:
         base = source.recipe.replace(lr=rate)
-        dense = base.replace(start=str(path / _FIRST))
+        dense = _whole(base).replace(start=str(path / _FIRST), start_at=source.first_at)
         add("dense", rate, None, _always(dense), ())
         for number in source.tickets:
             ticket = base.replace(ticket=str(path / _ticket_name(number)))
-            own = ticket.replace(start=str(path / _START))
+            own = ticket.replace(start=str(path / _START), start_at=source.start_at)
             recipes: dict[str, Callable[[int], Recipe]] = {
                 "ticket": _always(own),
                 "shuffled": _always(own.replace(control="shuffled")),
                 "random": _always(own.replace(control="random")),
-                "reinitialised": _always(ticket.replace(fixed_weights="reinitialise")),
+                "reinitialised": _always(own.replace(fixed_weights="reinitialise")),
                 "retrained": _from_dense(ticket, path, _name("dense", rate, None)),
             }
             for role in roles:
@@ -212,6 +212,12 @@ def _contenders(
 
 def _name(role: str, rate: float, number: int | None) -> str:
     return f"{role}{'' if number is None else f'-round{number}'}-lr{rate:g}"
+
+
+def _whole(recipe: Recipe) -> Recipe:
+    """Return the recipe of the whole network, with the methods that go along."""
+    along = tuple(name for name in recipe.method if name != "fixed_ticket")
+    return recipe.replace(method=along) if along else recipe.replace(dense=True)
 
 
 def _always(recipe: Recipe) -> Callable[[int], Recipe]:

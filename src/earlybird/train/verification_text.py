@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from earlybird.tickets.verify import Gap
 from earlybird.train.ticket_source import Source
 
 
@@ -17,11 +18,10 @@ def guideline(source: Source, verification: Mapping[str, Any]) -> str:
         dense = check["accuracy"].get("dense")
         if found is None or dense is None:
             continue
-        error = "" if found["error"] is None else f" +- {found['error']:.2f}"
         which = "" if check["round"] is None else f", round {check['round']},"
         parts.append(
             f"at learning rate {check['lr']:g}{which} dense reached {dense['mean']:.2%} and the ticket leads its "
-            f"re-initialisation by {found['points']:+.2f}{error} points"
+            f"re-initialisation by {Gap(**found)}"
         )
     if not parts:
         return ""
@@ -67,18 +67,18 @@ def describe(verification: Mapping[str, Any]) -> str:
 
 
 def _gap_text(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    error = "" if found["error"] is None else f" +- {found['error']:.2f}"
-    return f"{found['points']:+.2f}{error} points"
+    return "" if found is None else str(Gap(**found))
 
 
 def _told_seeds(verification: Mapping[str, Any]) -> str:
     text = "The ticket belongs to one set of first weights, from which all runs begin but the re-initialised ones; "
     text += "seeds change the order of images, augmentation and dropout. Accuracy: mean and standard deviation over "
     text += "seeds; gaps: within seeds, with the standard error of their mean."
-    if verification["rewound"]:
-        text += f" The ticket begins with the weights of step {verification['rewound']}, dense with those of step 0."
+    if verification["start_at"] is not None:
+        text += (
+            f" The rounds rewind to step {verification['start_at']} of the schedule: the ticket and its controls go on "
+        )
+        text += "from there, dense and what is retrained begin at the first."
     return text
 
 
