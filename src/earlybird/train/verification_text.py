@@ -76,9 +76,9 @@ def _told_seeds(verification: Mapping[str, Any]) -> str:
     text += "seeds; gaps: within seeds, with the standard error of their mean."
     if verification["start_at"] is not None:
         text += (
-            f" The rounds rewind to step {verification['start_at']} of the schedule: the ticket and its controls go on "
+            f" The rounds rewind to step {verification['start_at']} of the schedule: the ticket and its controls go "
         )
-        text += "from there, dense and what is retrained begin at the first."
+        text += "on from there, dense and what is retrained begin at the first."
     return text
 
 
