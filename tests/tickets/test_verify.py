@@ -128,6 +128,13 @@ def test_a_recipe_was_not_sufficient_if_the_tickets_bill_makes_dense_better(long
     assert ("not sufficient" in verdict.criteria[0].reason) == (kind != "jackpot")
 
 
+def test_a_longer_dense_training_at_another_learning_rate_counts_too():
+    other = rows(lr=1.0, dense=(92.0, 92.2, 92.4), dense_equal_budget=(94.0, 94.0, 94.0))
+    verdict = judge_ticket([*rows(**RUNS), *other])
+    assert verdict.kind == "secondary prize"
+    assert "dense-equal-budget" not in verdict.gaps
+
+
 def test_controls_that_are_as_good_are_told():
     verdict = judge_ticket(rows(**RUNS, shuffled=(92.0, 92.3, 92.3), random=(80.0, 81.0, 82.0)))
     assert verdict.kind == "jackpot"

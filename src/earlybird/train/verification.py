@@ -144,7 +144,8 @@ def verification_folder(source: Source) -> Path:
 def _rates(rates: Sequence[float], own: float) -> tuple[float, ...]:
     for rate in rates:
         check_number("lr", rate, lambda value: value > 0, "learning rates above 0")
-    return tuple(dict.fromkeys(float(f"{rate:.6g}") for rate in rates or (own, own / 10)))
+    by_name = {f"{rate:g}": float(rate) for rate in rates or (own, own / 10)}
+    return tuple(own if name == f"{own:g}" else float(name) for name in by_name)
 
 
 def _ticket_name(number: int | None) -> str:
@@ -252,7 +253,7 @@ def _checks(
         for number, ticket in source.tickets.items():
             own = [
                 row for row in rows
-                if row["role"] == "dense" or (row["lr"] == rate and row["round"] == number)
+                if row["role"] in ("dense", "dense-equal-budget") or (row["lr"] == rate and row["round"] == number)
             ]  # fmt: skip
             if not any(row["role"] == "ticket" for row in own):
                 continue
