@@ -1,4 +1,4 @@
-"""The command line: ``earlybird train | compare | resume | report | export | bill | ticket | methods | data``.
+"""The command line: ``earlybird train | compare | verify | resume | report | export | bill | ticket | methods | data``.
 
 Every key of a recipe is also a flag of ``train``, ``compare`` and ``bill``; the flags are made from the one definition,
 `earlybird.train.recipe`. That definition needs torch, so it is loaded only when one of these is typed, and
@@ -95,7 +95,7 @@ def _application(command: str) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     application.callback()(_options)
-    commands: list[Callable[..., None]] = [train, compare, resume, report, export, bill, methods, data]
+    commands: list[Callable[..., None]] = [train, compare, verify, resume, report, export, bill, methods, data]
     for function in commands:
         if function in (train, compare, bill) and function.__name__ == command:
             function = _with_recipe_keys(function, without={"seed", "dense"} if function is compare else set())
@@ -306,6 +306,64 @@ def _recipe_for(path: Path | None, asked: Sequence[str], flags: dict[str, Any]) 
     told = flags.get("method") or (_recipe(path, {}).method if path is not None else [])
     resolved = [resolve(name)[0] for name in asked if name != "dense"]
     return _recipe(path, {**flags, "method": list(dict.fromkeys([*resolved, *told]))})
+
+
+def verify(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run that drew a ticket; or a ticket file, with --recipe.")
+    ],
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe of a ticket file: its model, data, and the seed of its first weights.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each contender; their seeds are 0, 1, 2, ...", min=1)] = 3,
+    lr: Annotated[
+        str, typer.Option(metavar="NUMBER,...", help="Learning rates; default: the run's own, and a tenth of it.")
+    ] = "",
+    number: Annotated[
+        int | None, typer.Option("--round", metavar="K", help="Ticket after K prunings; default: the last.", min=1)
+    ] = None,
+    rounds: Annotated[bool, typer.Option("--rounds", help="The tickets of all rounds.")] = False,
+    tolerance: Annotated[
+        float, typer.Option(help="Points of accuracy by which a ticket may stay behind and be as accurate.")
+    ] = 0.5,
+    top: Annotated[float, typer.Option(help="Share of the largest weights whose places are followed.")] = 0.2,
+    equal_budget: Annotated[
+        bool,
+        typer.Option(help="Also train dense for the ticket's whole bill, where that is more than one training."),
+    ] = True,
+    jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: runs/verify-RUN.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Check whether a ticket wins: against dense, its controls, new weights, and pruning with retraining.
+
+    At each learning rate, with each seed. Type the same command again to go on after a stop.
+
+    \b
+    Examples:
+      earlybird verify runs/small_cnn-digits-iterative-seed0
+      earlybird verify runs/imp --rounds --lr 0.01,0.1 --jobs 2
+      earlybird verify ticket.safetensors --recipe recipe.toml --seeds 5
+    """
+    from earlybird.train.recipe import Recipe
+    from earlybird.train.verification import describe, read_source, verification_folder
+    from earlybird.train.verification import verify as verify_ticket
+
+    if number is not None and rounds:
+        raise InputError("both --round and --rounds", needed="one of them")
+    asked = "all" if rounds else "last" if number is None else number
+    try:
+        rates = tuple(map(float, _names(lr)))
+    except ValueError as error:
+        raise InputError(f"--lr {lr}", needed="learning rates, such as 0.01,0.1") from error
+    found = read_source(source, None if recipe is None else Recipe.from_toml(recipe), rounds=asked)
+    out = verification_folder(found) if out is None else out
+    verification = verify_ticket(
+        found, out, seeds=range(seeds), rates=rates, tolerance=tolerance, share=top, equal_budget=equal_budget,
+        jobs=jobs, quiet=quiet,
+    )  # fmt: skip
+    print(f"\n{describe(verification)}\n")
+    print(f"runs: {out}   next: earlybird report {out}")
 
 
 def _bill_against_dense(out: Path, comparison: Mapping[str, Any]) -> str:

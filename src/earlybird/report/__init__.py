@@ -35,12 +35,12 @@ def write(runs: Sequence[str | Path], out: str | Path) -> Path:
 
     from earlybird import __version__
     from earlybird.report.page import compose
-    from earlybird.report.read import read, read_points
+    from earlybird.report.read import read, read_points, read_verifications
 
     out = Path(out)
     _check_target(out)
     folders = [Path(run) for run in runs]
-    page, charts = compose(read(folders), read_points(folders))
+    page, charts = compose(read(folders), read_points(folders), read_verifications(folders))
     source = files("earlybird.report")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     html = environment.from_string(source.joinpath("page.html.j2").read_text("utf-8")).render(

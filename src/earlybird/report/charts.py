@@ -217,6 +217,49 @@ def _bars(deviations: Sequence[float], colour: str) -> dict[str, Any]:
     return {"type": "data", "array": list(deviations), "visible": shown, "color": colour, "thickness": 1.2, "width": 4}
 
 
+def grouped(
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[tuple[float, float, int] | None]],
+    colours: Mapping[str, str],
+) -> Figure:
+    """Accuracies side by side in groups, as points with bars of a standard deviation.
+
+    Args:
+        groups: Their names.
+        series: By name, for each group mean and standard deviation in percent and how many seeds; None: not run.
+        colours: By name of the series.
+    """
+    data: list[dict[str, Any]] = []
+    width = 0.7 / max(len(series), 1)
+    for index, (name, values) in enumerate(series.items()):
+        shown = [(place, value) for place, value in enumerate(values) if value is not None]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": name,
+                "x": [place + (index - (len(series) - 1) / 2) * width for place, _ in shown],
+                "y": [mean for _, (mean, _, _) in shown],
+                "error_y": _bars([std for _, (_, std, _) in shown], colours[name]),
+                "marker": {"size": 10, "color": colours[name], "symbol": SYMBOLS[index % len(SYMBOLS)]},
+                "customdata": [[groups[place], std, seeds] for place, (_, std, seeds) in shown],
+                "hovertemplate": (
+                    f"{name}, %{{customdata[0]}}: %{{y:.2f}} % (+- %{{customdata[1]:.2f}}, n = %{{customdata[2]}})"
+                    "<extra></extra>"
+                ),
+            }
+        )
+    layout = _layout(height=400, margin={"l": 8, "r": 14, "t": 12, "b": 56})
+    layout["xaxis"] |= {
+        "tickvals": list(range(len(groups))),
+        "ticktext": [group.replace(", ", "<br>") for group in groups],
+        "range": [-0.5, len(groups) - 0.5],
+        "showgrid": False,
+    }
+    layout["yaxis"] |= {"ticksuffix": " %", "automargin": True}
+    return {"data": data, "layout": layout}
+
+
 _WIDE = 8
 """Largest over smallest cost from which an axis is logarithmic."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from earlybird.cost import units
-from earlybird.report import charts, tradeoff
+from earlybird.report import charts, tradeoff, verification
 from earlybird.report.against import billed, is_estimated, percent
 from earlybird.report.costs import bill_section, contender_table
 from earlybird.report.headline import headline, tiles
@@ -15,22 +15,31 @@ from earlybird.report.methods import input_section, operation_section, trace_sec
 from earlybird.report.read import Contender, RunRecord
 from earlybird.report.tables import Row, Table
 from earlybird.report.tradeoff import Point, tradeoff_section
+from earlybird.report.verification import Verification, verification_section
 
 
 def compose(
-    contenders: Sequence[Contender], comparisons: Sequence[Sequence[Point]] = ()
+    contenders: Sequence[Contender],
+    comparisons: Sequence[Sequence[Point]] = (),
+    verifications: Sequence[Verification] = (),
 ) -> tuple[dict[str, Any], dict[str, charts.Figure]]:
     """Return what the template needs, and the figures by the id of their element.
 
     Args:
         contenders: All runs.
         comparisons: Points of each comparison of methods among them. The first one's are what the page begins with.
+        verifications: Checks of tickets among them; without a comparison, the page begins with the first one's.
     """
     figures: dict[str, charts.Figure] = {}
     runs = [run for contender in contenders for run in contender.runs]
     methods = {point["contender"]: point["method"] for points in comparisons for point in points if point["method"]}
+    for one in verifications:
+        methods |= {name: place["role"] for name, place in one["places"].items() if place["role"] != "dense"}
     colours = _colours(contenders, methods)
-    sentence, loss, lead = tradeoff.headline(comparisons[0]) if comparisons else headline(contenders)
+    if comparisons:
+        sentence, loss, lead = tradeoff.headline(comparisons[0])
+    else:
+        sentence, loss, lead = verification.headline(verifications[0]) if verifications else headline(contenders)
     subject = " on ".join(str(runs[0].recipe[key]) for key in ("model", "data") if key in runs[0].recipe)
     page = {
         "title": f"earlybird: {subject}" if subject else "earlybird report",
@@ -38,7 +47,8 @@ def compose(
         "headline": sentence,
         "loss": loss,
         "lead": lead,
-        "tiles": tradeoff.tiles(comparisons[0]) if comparisons else tiles(contenders),
+        "tiles": tradeoff.tiles(comparisons[0]) if comparisons else [] if verifications else tiles(contenders),
+        "verifications": verification_section(verifications, figures),
         "tradeoffs": tradeoff_section(comparisons, figures),
         "has_estimate": any(is_estimated(bill) for _, bills in billed(contenders) for bill in bills),
         **bill_section(contenders, figures),

@@ -160,6 +160,11 @@ def read_points(paths: Sequence[Path]) -> list[list[dict[str, Any]]]:
     return [points for path in paths if (points := _object(path / "comparison.json").get("points"))]
 
 
+def read_verifications(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return what each folder that holds a verification of a ticket says, as far as it has come."""
+    return [found for path in paths if (found := _object(path / "verification.json")).get("checks")]
+
+
 def _run_folders(path: Path) -> dict[Path, str]:
     """Return the run folders in ``path``, each with its contender's name where a comparison gave it one."""
     hint = "name a folder that 'earlybird train' or 'earlybird compare' wrote"
@@ -170,7 +175,8 @@ def _run_folders(path: Path) -> dict[Path, str]:
     found = sorted(recipe.parent.resolve() for recipe in path.glob("*/recipe.toml"))
     if not found:
         raise InputError(f"{path} holds no run (there is no recipe.toml in it, nor one level below)", hint=hint)
-    order = list(_object(path / "comparison.json").get("contenders", {}))
+    files = (_object(path / name) for name in ("comparison.json", "verification.json"))
+    order = [name for file in files for name in file.get("contenders", {})]
     names = {folder: folder.name.rpartition("-seed")[0] for folder in found}
     compared = [folder for folder in found if names[folder] in order]
     compared.sort(key=lambda folder: order.index(names[folder]))

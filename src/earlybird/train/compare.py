@@ -13,28 +13,20 @@ Runs that went side by side disturbed each other: what they took is written down
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from earlybird.cost import units
 from earlybird.cost.verdict import POINTS, judge, judge_accuracy
 from earlybird.errors import InputError
-from earlybird.files import read_json, write_json, write_text
+from earlybird.files import write_json
 from earlybird.step import Step
-from earlybird.train import children
-from earlybird.train.children import Task
 from earlybird.train.contenders import BASELINE, CONTENDERS, Contender, checks_on_a_ticket, methods_at_shares
-from earlybird.train.folder import RunFolder
-from earlybird.train.loop import StopSignal
 from earlybird.train.parts import located
-from earlybird.train.points import COSTS, points_of, ratio, row_of, statistics_of
+from earlybird.train.points import COSTS, points_of, ratio, statistics_of
 from earlybird.train.recipe import Recipe
+from earlybird.train.turns import check_turns, claimed, run_contenders
 
 __all__ = ["CONTENDERS", "compare", "comparison_folder", "describe"]
 
@@ -77,7 +69,7 @@ def compare(
         RuntimeError: A run died of a failure of our own; ends with the last lines that it wrote.
     """
     recipe = located(recipe)
-    _check(seeds, jobs)
+    check_turns(seeds, jobs)
     if methods:
         found, common = methods_at_shares(recipe, methods, keeps), recipe.replace(dense=True)
     else:
@@ -85,46 +77,14 @@ def compare(
     if jobs > 1 and any(contender.name == "dense-equal-time" for contender in found):
         raise InputError("dense-equal-time goes by seconds, which runs side by side disturb", hint="leave --jobs out")
     path = Path(out) if out is not None else comparison_folder(recipe, methods)
-    with RunFolder(path) as folder, StopSignal() as stop, contextlib.ExitStack() as stack:
-        _claim(folder, common)
-        stack.callback(_discard_unless_begun, path)
-        done: dict[tuple[str, int], dict[str, Any]] = {}
-        whose: dict[Path, tuple[Contender, int]] = {}
-        for turn, seed in enumerate(seeds):
-            for contender in _order(found, turn):
-                whose[path / f"{contender.name}-seed{seed}"] = contender, seed
-
-        def finish(run: Path) -> None:
-            contender, seed = whose[run]
-            done[contender.name, seed] = _row(run, contender, seed, _side_by_side(path).get(run.name, 1))
-
-        def tell(task: Task) -> None:
-            finish(task.path)
-            write_json(path / "comparison.json", _conclude(recipe, found, seeds, done))
-
-        def begin(contender: Contender, seed: int, run: Path) -> Recipe:
-            if jobs > 1:
-                write_json(path / _JOBS, {**_side_by_side(path), run.name: jobs})
-            return contender.recipe(seed, done)
-
-        tasks = []
-        for run, (contender, seed) in whose.items():
-            if methods and (run / "recipe.toml").exists():
-                _check_same(run, contender.recipe(seed, {}))
-            if (run / "result.json").exists():
-                finish(run)
-            else:
-                needs = tuple(path / f"{name}-seed{seed}" for name in contender.needs)
-                tasks.append(Task(run, partial(begin, contender, seed, run), needs))
-        children.run_all(tasks, stop, jobs=jobs, quiet=quiet, on_done=tell)
-        done = {(c.name, seed): done[c.name, seed] for c, seed in whose.values()}  # in their order, however they ended
+    with claimed(path, common) as stop:
+        done = run_contenders(
+            path, found, seeds, stop, same=bool(methods), jobs=jobs, quiet=quiet,
+            tell=lambda done: write_json(path / "comparison.json", _conclude(recipe, found, seeds, done)),
+        )  # fmt: skip
         comparison = _conclude(recipe, found, seeds, done)
         write_json(path / "comparison.json", comparison)
     return comparison
-
-
-_JOBS = "side-by-side.json"
-"""Says how many ran at a time when a run was begun."""
 
 
 def comparison_folder(recipe: Recipe, methods: Sequence[str] = ()) -> Path:
@@ -184,54 +144,6 @@ def _point_table(comparison: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _check(seeds: Sequence[int], jobs: int) -> None:
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise InputError(f"seeds are {', '.join(map(str, seeds)) or 'missing'}", needed="at least one, all different")
-    children.shares_of_cores(children.cores(), jobs)
-    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
-        raise InputError("compare does not work under torchrun", hint="start it as one process")
-
-
-def _side_by_side(path: Path) -> dict[str, int]:
-    return dict(read_json(path / _JOBS) or {})
-
-
-def _check_same(run: Path, recipe: Recipe) -> None:
-    """Make sure that a run that is there already is the one that is wanted; threads may have been divided."""
-    held = Recipe.from_toml(run / "recipe.toml").replace(threads=None)
-    if held.hash() != recipe.replace(threads=None).hash():
-        raise InputError(f"{run} holds a run of other settings", hint="choose another --out, or delete that folder")
-
-
-def _claim(folder: RunFolder, recipe: Recipe) -> None:
-    """Take the folder for this comparison, or find that it is its own already."""
-    mark = folder.path / "comparison.toml"
-    if not mark.exists():
-        folder.check_unused()
-        write_text(mark, recipe.to_toml())
-    elif Recipe.from_toml(mark).replace(seed=0).hash() != recipe.replace(seed=0).hash():
-        raise InputError(f"{folder.path} holds a comparison of another recipe", hint="choose another --out")
-    folder.accept()
-
-
-def _discard_unless_begun(path: Path) -> None:
-    """Give the folder free again where no run got as far as its first step, so that a mended recipe may have it."""
-    if not any(path.glob("*/environment.json")):
-        shutil.rmtree(path / "recipes", ignore_errors=True)
-        for name in ("comparison.toml", _JOBS):
-            (path / name).unlink(missing_ok=True)
-
-
-def _order(contenders: Sequence[Contender], turn: int) -> list[Contender]:
-    first = [contender for contender in contenders if not contender.needs]
-    return (first if turn % 2 == 0 else first[::-1]) + [contender for contender in contenders if contender.needs]
-
-
-def _row(path: Path, contender: Contender, seed: int, side_by_side: int) -> dict[str, Any]:
-    own = {"method": contender.method, "keep": contender.keep, "side_by_side": side_by_side}
-    return {**row_of(path, contender.name, seed), **own}
-
-
 def _conclude(
     recipe: Recipe,
     contenders: Sequence[Contender],
@@ -261,7 +173,7 @@ def _conclude(
             if masked:
                 verdicts.append(_of_masks(against[name]))
     return {
-        "recipe": {key: _plain(value) for key, value in recipe.values().items()},
+        "recipe": {key: plain(value) for key, value in recipe.values().items()},
         "contenders": {contender.name: contender.about for contender in contenders},
         "seeds": list(seeds),
         "complete": len(done) == len(contenders) * len(seeds),
@@ -309,7 +221,8 @@ def _spread(row: Mapping[str, Any], factor: float, unit: str) -> str:
     return f"{text} +- {row['std'] * factor:.2f} {unit}" if row["std"] is not None else f"{text} {unit}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a setting as JSON can hold it."""
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, Step) else value

@@ -120,11 +120,16 @@ def check_recipe(recipe: Recipe, name: str, seed: int, done: Done) -> Recipe:
     dense, ticket = done["dense", seed], done["ticket", seed]
     if name == "small-dense":
         return own.replace(dense=True, width=width_of(own, ticket))
-    epochs = max(round(recipe.epochs * ticket["seconds"] / dense["seconds"], 2), 0.01)
+    return for_epochs(own.replace(dense=True), recipe.epochs * ticket["seconds"] / dense["seconds"])
+
+
+def for_epochs(recipe: Recipe, epochs: float) -> Recipe:
+    """Return a recipe that trains for so many epochs (to two decimals), with a schedule of the same shape."""
+    epochs = max(round(epochs, 2), 0.01)
     share = epochs / recipe.epochs
     milestones = tuple(_scaled(point, share) for point in recipe.milestones)
     warmup, stem = (None if point is None else _scaled(point, share) for point in (recipe.lr_warmup, recipe.stem_until))
-    return own.replace(dense=True, epochs=epochs, milestones=milestones, lr_warmup=warmup, stem_until=stem)
+    return recipe.replace(epochs=epochs, milestones=milestones, lr_warmup=warmup, stem_until=stem)
 
 
 def _scaled(point: Step, share: float) -> Step:

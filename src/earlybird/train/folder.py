@@ -22,7 +22,8 @@ from earlybird.files import is_disk_full, read_json, read_rows, write_json, writ
 
 _BEAT_EVERY_S = 0.5
 _LEFTOVER = re.compile(
-    r"\.(recipe\.toml|metrics\.jsonl|(model|ticket|checkpoint-\d+)\.safetensors|comparison\.(toml|json)"
+    r"\.(recipe\.toml|metrics\.jsonl|(model|ticket|ticket-round\d+|first|start|checkpoint-\d+)\.safetensors"
+    r"|(comparison|verification)\.(toml|json)"
     r"|(tune|environment|change|history|bill|result|side-by-side|checkpoint-\d+)\.json)\.[a-z0-9_]+\.tmp"
 )
 """Temporary files that a kill can leave behind, by the names of what a run writes."""

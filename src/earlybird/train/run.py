@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.cost.bill import Spending
-from earlybird.data.loader import Sample
+from earlybird.data import DataSet
+from earlybird.data.loader import Loader, Sample
 from earlybird.errors import CheckpointError, DivergedError, InputError, Interrupted
 from earlybird.files import write_tensors, write_text
 from earlybird.kernels.install import install
@@ -47,6 +48,7 @@ from earlybird.train.parts import (
     make_board,
     make_loaders,
     make_optimizer,
+    read_data,
     require_board,
 )
 from earlybird.train.progress import Display, warnings_shown
@@ -317,11 +319,7 @@ class Run:
         if self._selection is not None and self._selection.by_attempts:
             self._clock_per_epoch = self.loader.whole_length // recipe.accumulate
         self.schedule = Schedule.from_recipe(recipe, self._clock_per_epoch)
-        channels, size = data.train_images.shape[1:3]
-        self.blueprint = Blueprint(
-            recipe.model, len(data.classes), channels, size, recipe.width, tuple(data.mean), tuple(data.std),
-            tuple(data.classes),
-        )  # fmt: skip
+        self.blueprint = _blueprint(recipe, data)
 
         def build_model() -> nn.Module:
             return self.blueprint.build(recipe.seed)
@@ -400,15 +398,7 @@ class Run:
     # ---- putting together ----
 
     def _begun(self, model: nn.Module) -> nn.Module:
-        """Move a new model to the device; one with a method ``initialise_from_images`` takes weights from the data."""
-        device = self.fabric.device
-        model.to(device)
-        if hasattr(model, "initialise_from_images"):
-            images = self.loader.sample(INITIAL_IMAGES, self.recipe.seed, augmented=False)
-            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-                torch.manual_seed(self.recipe.seed)
-                model.initialise_from_images(images)  # type: ignore[operator]
-        return model
+        return begun(model, self.loader, self.recipe.seed, self.fabric.device)
 
     def _choose(self, build_model: Callable[[], nn.Module]) -> Choice:
         """Take the choice that was written down, in the checkpoint before the file, else make one.
@@ -853,6 +843,38 @@ class Run:
         for method in self.methods.values():
             method.detach()
         self.ledger.unwatch()
+
+
+def first_model(recipe: Recipe) -> tuple[Blueprint, nn.Module]:
+    """Return the blueprint of a recipe's network, and the network with the weights that its seed begins with.
+
+    Raises:
+        InputError: Data or model cannot be had.
+    """
+    fabric = launch(recipe)
+    data = read_data(recipe)
+    loader, _ = make_loaders(recipe, data, fabric)
+    blueprint = _blueprint(recipe, data)
+    return blueprint, begun(blueprint.build(recipe.seed), loader, recipe.seed, fabric.device)
+
+
+def _blueprint(recipe: Recipe, data: DataSet) -> Blueprint:
+    channels, size = data.train_images.shape[1:3]
+    return Blueprint(
+        recipe.model, len(data.classes), channels, size, recipe.width, tuple(data.mean), tuple(data.std),
+        tuple(data.classes),
+    )  # fmt: skip
+
+
+def begun(model: nn.Module, loader: Loader, seed: int, device: torch.device) -> nn.Module:
+    """Move a new model to the device; one with a method ``initialise_from_images`` takes weights from the data."""
+    model.to(device)
+    if hasattr(model, "initialise_from_images"):
+        images = loader.sample(INITIAL_IMAGES, seed, augmented=False)
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            model.initialise_from_images(images)  # type: ignore[operator]
+    return model
 
 
 def _nonzero(model: nn.Module) -> int:
