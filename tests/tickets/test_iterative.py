@@ -277,3 +277,12 @@ def test_the_heads_share_is_not_that_of_the_last_layer_that_is_pruned():
     assert list(running.ticket.widths) == names[:-1]
     for kept, total in running.ticket.widths.values():
         assert kept == pytest.approx(total / 2, abs=1)
+
+
+def test_methods_that_go_by_the_steps_of_the_run_are_refused_beside_rounds():
+    beside = {**RECIPE, "method": "iterative,progressive_resizing"}
+    with pytest.raises(InputError, match="progressive_resizing changes with the steps of the run, and iterative"):
+        Recipe.from_values(beside)
+    Recipe.from_values({**beside, "keep_weights": 1.0})  # one training
+    Recipe.from_values({**beside, "dense": True})
+    Recipe.from_values({**RECIPE, "method": "iterative,batch_dropping"})
