@@ -213,7 +213,8 @@ class Masks:
                 for value in optimizer.state.get(weight, {}).values():
                     if isinstance(value, Tensor) and value.shape == weight.shape:
                         value.mul_(factor)
-            self._model.get_submodule(name).weight_density = float(factor.mean())  # type: ignore[assignment]
+            left = int(factor.count_nonzero()) / factor.numel()  # not the mean, which half precision rounds
+            self._model.get_submodule(name).weight_density = left  # type: ignore[assignment]
         if self._ledger is not None:
             self._ledger.reread_arithmetic()
 
