@@ -59,6 +59,8 @@ class FixedTicket:
         "none",
         "Train a control in the ticket's place: its units shuffled in each layer, at random, or what it removes.",
     )
+
+    DECIDES: ClassVar[bool] = True  # which units stay, without a share that could be chosen
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "published": {}, "fast": {}}
 
     def __post_init__(self) -> None:
