@@ -79,6 +79,8 @@ class Work:
         updates: Optimizer steps, a batch seen by several optimizers being one; of all processes.
         left_images: Samples that a dense run would have trained on, and this one left out.
         left_batches: Batches they would have come in.
+        left_forward_images: The same of forward passes only; below zero: those that a dense run would not have made.
+        left_forward_batches: Batches they would have come in.
         macs: Multiply-accumulates of all that was done, by pass (`earlybird.cost.arithmetic.PASSES`).
         bit_macs: The same, weighted with the bits of both operands.
         operations: Primitive operations by name.
@@ -92,6 +94,8 @@ class Work:
     updates: int = 0
     left_images: float = 0
     left_batches: float = 0
+    left_forward_images: float = 0
+    left_forward_batches: float = 0
     macs: dict[str, float] = field(default_factory=dict)
     bit_macs: dict[str, float] = field(default_factory=dict)
     operations: dict[str, float] = field(default_factory=dict)
@@ -126,10 +130,14 @@ class Work:
             setattr(self, key.name, _sum(ours, theirs) if isinstance(ours, dict) else ours + theirs)
 
     def as_dense(self) -> Work:
-        """Return the passes that a dense run would have made: those that were left out are done."""
+        """Return the passes that a dense run would have made: those that were left out are done, no others."""
         images, batches = round(self.train_images + self.left_images), round(self.train_batches + self.left_batches)
         updates = round(self.updates * batches / max(self.train_batches, 1))  # as many batches a step
-        return replace(self, train_images=images, train_batches=batches, updates=updates, left_images=0, left_batches=0)
+        return replace(
+            self, train_images=images, train_batches=batches, updates=updates, left_images=0, left_batches=0,
+            forward_images=round(self.forward_images + self.left_forward_images), left_forward_images=0,
+            forward_batches=round(self.forward_batches + self.left_forward_batches), left_forward_batches=0,
+        )  # fmt: skip
 
 
 class Route(NamedTuple):
@@ -299,6 +307,7 @@ class Ledger:
         self._uncounted = ""  # why there is no count
         self._shrunk = False
         self._resized = False  # training images are smaller than they came
+        self._dense_over = False  # a dense run would have ended by now
         self._altered = False  # layers compute otherwise than a dense run's, or not on all samples
         self._warm_up = (0.0, 0, 0)  # seconds, steps and training samples of the first steps of the loop
         self._evaluation_begin = (0.0, 0)  # seconds and samples of 'evaluate' when the clock came there
@@ -439,12 +448,24 @@ class Ledger:
             training: Forward and backward, or forward only.
             inputs: Some of them, where their size decides the price; by default it is that of the batch before.
         """
-        kind = "train" if training else "forward"
         for ledger in self._watching():
             if inputs is not None and ledger._model is not None:
                 ledger._price_for(ledger._model, inputs)
-            for name, amount in ((f"{kind}_images", images), (f"{kind}_batches", batches)):
-                setattr(ledger._pending, name, getattr(ledger._pending, name) + amount * ledger._world_size)
+            ledger._add_passes(images * ledger._world_size, batches * ledger._world_size, training=training)
+
+    def _add_passes(self, images: int, batches: int, *, training: bool) -> None:
+        """Count samples of all processes; what comes after the end of a dense run was none of it."""
+        pending, over = self._pending, self._dense_over
+        if training:
+            pending.train_images += images
+            pending.train_batches += batches
+            pending.left_images -= images if over else 0
+            pending.left_batches -= batches if over else 0
+        else:
+            pending.forward_images += images
+            pending.forward_batches += batches
+            pending.left_forward_images -= images if over else 0
+            pending.left_forward_batches -= batches if over else 0
 
     def passes_of(self, cost: ModelCost, images: int, *, batches: int = 1, training: bool = False) -> None:
         """Charge passes of another model, such as a teacher, at its own price.
@@ -493,10 +514,14 @@ class Ledger:
 
     def leave_out(self, images: float, batches: float = 1) -> None:
         """Count samples, of this process, that dense training would have seen and this run never touches."""
-        if self._since is None:
+        if self._since is None or self._dense_over:
             return
         self._pending.left_images += images * self._world_size
         self._pending.left_batches += batches * self._world_size
+
+    def end_dense(self) -> None:
+        """Say that a dense run would be over by now: it makes none of the passes that follow, evaluations included."""
+        self._dense_over = True
 
     def reread_arithmetic(self) -> None:
         """Let all ledgers ask the layers of the watched model how they compute now; before, they keep their price."""
@@ -562,7 +587,7 @@ class Ledger:
         self._costs.clear()
         if self._model is not None and self._sample is not None and self.cost is not None:
             self._count(self._model, self._sample)
-            self.dense_cost = count(dense, self._dense_sample)
+            self.dense_cost = _as_dense(count(dense, self._dense_sample))
 
     def price_as(self, cost: ModelCost) -> None:
         """Charge what follows at ``cost`` a sample, until the next count; what came before keeps its price.
@@ -586,8 +611,7 @@ class Ledger:
         if self._size is not None:
             self._costs[self._size] = self.cost
         if self.dense_cost is None and not self._shrunk:
-            # dense training computes in the run's floating point, with all weights, whatever its layers say by now
-            self.dense_cost = replace(self.cost, arithmetics={}, densities={}, gradient_densities={})
+            self.dense_cost = _as_dense(self.cost)
             self._dense_sample = self._sample
 
     def _on_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -602,12 +626,8 @@ class Ledger:
         elif not training and self._current in _LOOP_PHASES:
             self._switch("evaluate")
         if training and torch.is_grad_enabled():
-            self._pending.train_images += samples
-            self._pending.train_batches += self._world_size
             self._open = self._current
-        else:
-            self._pending.forward_images += samples
-            self._pending.forward_batches += self._world_size
+        self._add_passes(samples, self._world_size, training=training and torch.is_grad_enabled())
 
     def _price_for(self, model: nn.Module, inputs: Any) -> None:
         """Let `cost` be that of the size of ``inputs``; what came before keeps its price."""
@@ -731,6 +751,7 @@ class Ledger:
             "cost": None if self.cost is None else self.cost.to_json(),
             "dense_cost": None if self.dense_cost is None else self.dense_cost.to_json(),
             "differs": [self._shrunk, self._resized, self._altered],
+            "dense_over": self._dense_over,
             "warm_up": list(self._warm_up),
             "dense_search": None if self._dense_search is None else self._dense_search.to_json(),
             "dense_evaluation": self._dense_evaluation,
@@ -751,6 +772,7 @@ class Ledger:
         if state["dense_cost"] is not None:
             self.dense_cost = ModelCost.from_json(state["dense_cost"])
         self._shrunk, self._resized, self._altered = state["differs"]
+        self._dense_over = bool(state.get("dense_over"))  # checkpoints of before lack it
         seconds, steps, images = state["warm_up"]
         self._warm_up = (seconds, steps, images)
         self._dense_search = None if state["dense_search"] is None else PhaseRecord.from_json(state["dense_search"])
@@ -861,9 +883,15 @@ class Ledger:
         if record is None:
             return None
         # without an evaluation before the draw, take the shrunk model's time, which favours dense
-        pace = self._dense_evaluation
-        seconds = record.seconds if pace is None else pace * record.images
-        return PhaseRecord(seconds, record.steps, record.work, record.peak_bytes)
+        pace, dense = self._dense_evaluation, record.as_dense()
+        if pace is None:
+            pace = record.seconds / max(record.images, 1)
+        return PhaseRecord(pace * dense.images, record.steps, dense.work, record.peak_bytes)
+
+
+def _as_dense(cost: ModelCost) -> ModelCost:
+    """Return a cost in the run's floating point and with all weights, whatever the layers say by now."""
+    return replace(cost, arithmetics={}, densities={}, gradient_densities={})
 
 
 def ledgers_on(model: nn.Module, own: Ledger) -> list[Ledger]:

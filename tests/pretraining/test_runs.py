@@ -20,6 +20,7 @@ from earlybird.pretraining.moco import MoCo, MomentumContrast
 from earlybird.pretraining.probe import knn_accuracy
 from earlybird.pretraining.simclr import Contrasting, SimClr
 from earlybird.sparse.masks import Masks, prunable, ticket_of
+from earlybird.tickets.at_init import AtInit
 from earlybird.tickets.ticket import Ticket
 from earlybird.train.recipe import Recipe
 from earlybird.train.run import train
@@ -235,3 +236,12 @@ def test_on_a_few_hundred_images_the_features_become_better_than_random_ones(tmp
         for _ in range(40):
             random.train()(shown[0])  # batch norms that know the data
     assert accuracy(load_network(tmp_path)) > max(untouched, accuracy(random)) + 0.02
+
+
+def test_dense_in_the_bill_has_all_weights_though_they_were_masked_before_the_head_was_frozen() -> None:
+    model, optimizer = network()
+    AtInit(init_score="random", init_units="weight", init_keep=0.2).attach(model, optimizer)
+    running = SimClr().attach(model, optimizer, example_inputs=images(2))
+    step(model, optimizer, running)
+    dense = running.bill().dense.total
+    assert dense.bit_macs.value == dense.macs.value

@@ -170,3 +170,12 @@ def test_the_page_is_written_with_the_figures_in_their_places(tmp_path):
     ids = set(re.findall(r'class="chart" id="([^"]+)"', html))
     drawn = json.loads(re.search(r'id="charts">(.*?)</script>', html, re.DOTALL)[1])
     assert {"tradeoff-density-0", "tradeoff-seconds-0", "tradeoff-modelled-joules-0"} <= ids == set(drawn)
+
+
+def test_masked_weights_are_not_the_fastest_by_chance():
+    rows = [row("dense"), row("rigl-0.5", density=0.5, seconds=90)]
+    found = {tile.name: tile for tile in tiles(points_of(rows, "dense"))}
+    assert found["Fastest"].value == "the same"
+    channels = row("early_bird-0.5", density=0.5, seconds=95, share_of="channels")
+    found = {tile.name: tile for tile in tiles(points_of([*rows, channels], "dense"))}
+    assert found["Fastest"].note.startswith("early_bird-0.5")

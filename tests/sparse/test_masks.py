@@ -186,3 +186,11 @@ def test_a_ticket_over_weights_survives_its_file_at_a_bit_a_weight(tmp_path_fact
     from earlybird.files import read_tensors
 
     assert read_tensors(path)[0]["layer"].numel() == -(-mask.numel() // 8)
+
+
+def test_the_share_of_a_layer_is_counted_in_half_precision_too():
+    model = nn.Sequential(nn.Linear(1000, 10), nn.Linear(10, 2)).to(torch.bfloat16)
+    mask = torch.zeros(10, 1000, dtype=torch.bool)
+    mask.view(-1)[:1001] = True
+    Masks(model, torch.optim.SGD(model.parameters(), lr=0.1), ticket_of({"0": mask}))
+    assert model[0].weight_density == 0.1001

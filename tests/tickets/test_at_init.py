@@ -15,7 +15,7 @@ import earlybird as eb
 from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.models import MODELS, build
-from earlybird.tickets.at_init import collapsed, grasp, pick_samples, random, snip, synflow
+from earlybird.tickets.at_init import AtInit, collapsed, grasp, pick_samples, random, snip, synflow
 from earlybird.tickets.coupling import find_groups
 from earlybird.tickets.draw import keep_for_macs
 from tests.tickets.topologies import TOPOLOGIES, images, make
@@ -264,3 +264,16 @@ def test_what_synflow_has_removed_stays_removed_where_groups_are_balanced() -> N
     assert rounds.max() == 11
     smaller = synflow(model, images(1), keep=0.3, rounds=10, coupled="group")
     assert smaller.keys() == scores.keys()
+
+
+@pytest.mark.parametrize("units", ["weight", "channel"])
+def test_random_tickets_do_not_follow_the_numbers_that_the_weights_were_drawn_from(units: str) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 5))
+    first = model[0].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = AtInit(init_score="random", init_units=units, init_keep=0.2, init_round_to=1)
+    ticket = method.attach(model, optimizer, example_inputs=torch.zeros(2, 300), seed=3).ticket
+    assert ticket is not None
+    kept = first[ticket.masks["0"]]
+    assert abs(float(kept.mean())) < 5 * float(first.std()) / kept.numel() ** 0.5

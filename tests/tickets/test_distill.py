@@ -289,3 +289,18 @@ def test_soft_labels_of_a_good_teacher_help_a_small_student(teacher: Path, tmp_p
     taught = run(tmp_path / "taught", teacher, epochs=6)
     alone = run(tmp_path / "alone", None, epochs=6, soft_share=0.0)
     assert taught.loss < alone.loss
+
+
+def test_a_share_of_the_schedule_is_that_of_all_of_it_where_the_run_begins_inside(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught: list[bool] = []
+    loss = Distilling.loss
+
+    def spied(self: Distilling, *args: Any) -> Tensor:
+        taught.append(self.teaches)
+        return loss(self, *args)
+
+    monkeypatch.setattr(Distilling, "loss", spied)
+    run(tmp_path / "run", teacher, width=0.5, epochs=4, start=str(teacher), start_at="2ep", kd_until="75%")
+    assert taught == [True] * 10 + [False] * 10

@@ -246,3 +246,43 @@ def test_stopped_and_resumed_in_any_round_the_files_are_the_same(tmp_path, stop_
 def test_on_paper_all_rounds_are_paid_for():
     text = str(forecast(Recipe.from_values({**RECIPE, "rewind_to": "0it", "keep_weights": 0.125})))
     assert "x4.00 MORE" in text  # MACs: four trainings
+
+
+def test_dense_in_the_bill_is_one_training_whatever_batches_are_left_out_of_the_rounds(tmp_path):
+    short = {**RECIPE, "epochs": 2, "rewind_to": "0it", "keep_weights": 0.25}
+    dense = train(Recipe.from_values({**short, "dense": True}), tmp_path / "dense", quiet=True).bill
+    rounds = Recipe.from_values({**short, "method": "iterative,batch_dropping"})
+    bill = train(rounds, tmp_path / "rounds", quiet=True).bill
+    # evaluations of the later rounds are not those of a dense run either
+    for phases in ("train", "evaluate"):
+        assert bill.dense.phases[phases].images.value == dense.phases[phases].images.value
+        assert bill.dense.phases[phases].macs.value == dense.phases[phases].macs.value
+
+
+def test_all_rounds_are_evaluated_by_the_same_views(tmp_path):
+    recipe = {**RECIPE, "epochs": 2, "keep_weights": 0.5, "test_time": "mirror"}
+    train(Recipe.from_values(recipe), tmp_path / "run", quiet=True)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["test_time"] for row in rows if row["round_ends"]] == ["mirror", "mirror"]
+    assert [row["test_time"] for row in rows if not row["round_ends"]] == ["none"]
+
+
+def test_the_heads_share_is_not_that_of_the_last_layer_that_is_pruned():
+    model = make("plain")
+    names = list(prunable(model))
+    optimizer = sgd(model)
+    method = Iterative(keep_weights=0.5, prune_share=0.5, prune_scope="layer", head_share=0.1, leave_dense=("last",))
+    running = method.attach(model, optimizer, total_steps=4)
+    steps(model, optimizer, 0, 3)
+    assert list(running.ticket.widths) == names[:-1]
+    for kept, total in running.ticket.widths.values():
+        assert kept == pytest.approx(total / 2, abs=1)
+
+
+def test_methods_that_go_by_the_steps_of_the_run_are_refused_beside_rounds():
+    beside = {**RECIPE, "method": "iterative,progressive_resizing"}
+    with pytest.raises(InputError, match="progressive_resizing changes with the steps of the run, and iterative"):
+        Recipe.from_values(beside)
+    Recipe.from_values({**beside, "keep_weights": 1.0})  # one training
+    Recipe.from_values({**beside, "dense": True})
+    Recipe.from_values({**RECIPE, "method": "iterative,batch_dropping"})

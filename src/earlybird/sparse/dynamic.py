@@ -48,7 +48,7 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for
 from earlybird.settings import check_choice, check_number, check_share, option
 from earlybird.sparse.budget import counts_for
-from earlybird.sparse.masks import Masks, left_dense, prunable, ticket_of
+from earlybird.sparse.masks import Masks, left_dense, mask_generator, prunable, ticket_of
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch
 from earlybird.tickets.claim import claim
@@ -56,9 +56,6 @@ from earlybird.tickets.ticket import Ticket, packed, unpacked
 from earlybird.traces import Trace
 
 __all__ = ["DynamicSparse", "Regrowing", "drop_and_grow", "drop_fraction", "random_masks", "worth"]
-
-_MASKS = 0x5E7
-"""Added to a run's seed for the masks, which must not follow the numbers that the weights were drawn from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +301,7 @@ class Regrowing:
         weights = prunable(model)
         counts = {} if settings.density == 1 else settings.counts(weights)
         ranks.check_alike([("seed", f"= {seed}")], "attach with the same seed on all ranks")
-        self._generator = torch.Generator().manual_seed((seed * 1_000_003 + _MASKS) % 2**63)
+        self._generator = mask_generator(seed)
         self._steps = 0
         self._due = False  # the step that comes exchanges weights
         self._free = claim(model, "dynamic_sparse")

@@ -29,7 +29,10 @@ from earlybird.sharded import is_sharded
 from earlybird.tickets.layers import Conv
 from earlybird.tickets.ticket import Ticket
 
-__all__ = ["Masks", "left_dense", "non_zeros", "prunable", "ticket_of", "with_zeros"]
+__all__ = ["Masks", "left_dense", "mask_generator", "non_zeros", "prunable", "ticket_of", "with_zeros"]
+
+_MASKS = 0x5E7
+"""Added to a run's seed for masks."""
 
 
 def prunable(model: nn.Module, *, first: bool = True, last: bool = True) -> dict[str, nn.Parameter]:
@@ -102,6 +105,14 @@ def with_zeros(model: nn.Module, density: float, leave: Iterable[str] = ()) -> n
     for name in weights.keys() - left_dense(weights, leave):
         model.get_submodule(name).weight_density = density  # type: ignore[assignment]
     return model
+
+
+def mask_generator(seed: int) -> torch.Generator:
+    """Return where random masks come from in a run of this seed: other numbers than its weights were drawn from.
+
+    Of the very same numbers, a random mask would keep the weights that began largest.
+    """
+    return torch.Generator().manual_seed((seed * 1_000_003 + _MASKS) % 2**63)
 
 
 def ticket_of(masks: Mapping[str, Tensor], **provenance: Any) -> Ticket:
@@ -202,7 +213,8 @@ class Masks:
                 for value in optimizer.state.get(weight, {}).values():
                     if isinstance(value, Tensor) and value.shape == weight.shape:
                         value.mul_(factor)
-            self._model.get_submodule(name).weight_density = float(factor.mean())  # type: ignore[assignment]
+            left = int(factor.count_nonzero()) / factor.numel()  # not the mean, which half precision rounds
+            self._model.get_submodule(name).weight_density = left  # type: ignore[assignment]
         if self._ledger is not None:
             self._ledger.reread_arithmetic()
 

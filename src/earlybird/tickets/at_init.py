@@ -51,7 +51,7 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger
 from earlybird.settings import check_choice, check_count, check_share, option
 from earlybird.sparse.budget import BUDGETS, counts_for, largest, largest_by_layer
-from earlybird.sparse.masks import left_dense, prunable, ticket_of, with_zeros
+from earlybird.sparse.masks import left_dense, mask_generator, prunable, ticket_of, with_zeros
 from earlybird.stretches import Plan, Stretch
 from earlybird.tickets.coupling import Group, find_groups
 from earlybird.tickets.draw import Coupled, Scope, draw, draw_coupled, group_masks
@@ -209,7 +209,7 @@ def _draw_ticket(
         ledger.passes(settings.init_rounds, batches=settings.init_rounds, training=True)
         scores = synflow(model, inputs, keep=keep, rounds=settings.init_rounds, coupled="group")
     elif score == "random":
-        scores = random(model, torch.Generator().manual_seed(seed), units=units)
+        scores = random(model, mask_generator(seed), units=units)
     else:
         scores = magnitude(model) if units == "channel" else {n: w.detach().abs() for n, w in prunable(model).items()}
     scores = ranks.share(scores)
@@ -371,7 +371,7 @@ def random(model: nn.Module, generator: torch.Generator, *, units: Unit = "chann
 
     Args:
         model: Only its shape counts.
-        generator: On the CPU.
+        generator: On the CPU; not seeded as the one that drew the weights was, see `earlybird.sparse.masks`.
         units: As `snip`.
     """
     if units == "weight":

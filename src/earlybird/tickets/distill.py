@@ -129,7 +129,8 @@ class Distillation:
                 each image's augmentations come back; without a loader, the teacher runs on each batch.
             steps_per_epoch: Optimizer steps in an epoch; needed when ``kd_until`` is given in epochs.
             total_steps: Optimizer steps of the run.
-            training_steps: Those of one training, where the run trains more than once; default: ``total_steps``.
+            training_steps: Of the schedule that ``clock`` goes by: that of one training, where the run trains more than
+                once, and of the whole one, where it begins inside; default: ``total_steps``.
             clock: Where in one training the step after so many finished ones is; default: there.
             label_smoothing: Of the loss by the label.
             class_names: Of the data, to be compared with the teacher's.

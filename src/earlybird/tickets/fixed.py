@@ -31,7 +31,7 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger
 from earlybird.settings import check_choice, option
 from earlybird.sparse.budget import uniform
-from earlybird.sparse.masks import check_fits
+from earlybird.sparse.masks import check_fits, mask_generator
 from earlybird.start import head_of, load_start
 from earlybird.tickets.coupling import find_groups
 from earlybird.tickets.draw import shuffle
@@ -59,6 +59,8 @@ class FixedTicket:
         "none",
         "Train a control in the ticket's place: its units shuffled in each layer, at random, or what it removes.",
     )
+
+    DECIDES: ClassVar[bool] = True  # which units stay, without a share that could be chosen
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "published": {}, "fast": {}}
 
     def __post_init__(self) -> None:
@@ -138,7 +140,7 @@ def control_of(ticket: Ticket, model: nn.Module, control: str, seed: int = 0, ex
     others = set(ticket.kinds.values()) - {"channel", "weight"}
     if others:
         raise InputError(f"no control of units of kind '{min(others)}'", needed="a ticket over channels or weights")
-    generator = torch.Generator().manual_seed(seed)
+    generator = mask_generator(seed)
     masks: Mapping[str, Tensor] = ticket.masks
     about = {**ticket.provenance, "control": control, "control_seed": seed}
     if control == "reversed":

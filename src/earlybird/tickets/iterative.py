@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from earlybird.blocks import patterns_from
-from earlybird.calls import Hook, batch_size, given_optimizers, unwrapped
+from earlybird.calls import Hook, given_optimizers, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.settings import check_choice, check_count, check_number, check_share, option
@@ -236,6 +236,7 @@ class Rounds:
         weights = prunable(model)
         dense = left_dense(weights, settings.leave_dense)
         self._weights = {name: weight for name, weight in weights.items() if name not in dense}
+        self._head = list(weights)[-1]
         if not self._weights:
             raise InputError("leave_dense leaves no layer to prune", hint="name fewer layers")
         self.round = 0
@@ -243,7 +244,6 @@ class Rounds:
         self.history: list[dict[str, Any]] = []
         self.change = None
         self._steps = 0
-        self._samples, self._batches = 0, 0  # of the step that is under way
         self._start: dict[str, Tensor] | None = None  # weights and buffers to rewind to
         self._others: dict[str, Tensor] = {}  # the same of what the optimizers train beside the model
         self._free = claim(model, "iterative")
@@ -383,17 +383,14 @@ class Rounds:
             return
         if self.settings.rewind == "weights" and self._left and self._start is None and self._steps == self.rewound:
             self._remember()  # by now all other methods are attached, too
+        if self._steps >= self.training:
+            for ledger in ledgers_on(self._model, self._ledger):
+                ledger.end_dense()
         if not self.drawn and self._steps >= self._ends(self.round):
             self._next_round()
-        self._samples += batch_size(args)
-        self._batches += 1
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._steps += 1
-        if self._steps > self.training and self._batches:  # a dense run would be over
-            for ledger in ledgers_on(self._model, self._ledger):
-                ledger.leave_out(-self._samples, -self._batches)
-        self._samples = self._batches = 0
 
     def _remember(self) -> None:
         self._start = {name: value.detach().clone() for name, value in self._model.state_dict().items()}
@@ -411,10 +408,10 @@ class Rounds:
         settings = self.settings
         with self._ledger.during("draw"):
             left = self._left[self.round]
-            head = None
-            if settings.head_share is not None:
-                head = (1 - settings.head_share) ** (self.round + 1)
             weights = self._learning()
+            head = None
+            if settings.head_share is not None and list(weights)[-1] == self._head:
+                head = (1 - settings.head_share) ** (self.round + 1)
             before = self._masks.masks or {
                 name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()
             }

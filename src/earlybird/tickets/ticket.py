@@ -190,4 +190,4 @@ def unpacked(packed: Tensor, shape: Sequence[int]) -> Tensor:
     units = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.numel() != -(-units // 8):
         raise ValueError(f"{packed.numel()} bytes for a mask of shape {tuple(shape)}")
-    return torch.from_numpy(np.unpackbits(packed.numpy(), count=units).astype(bool)).reshape(shape)
+    return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=units).astype(bool)).reshape(shape)

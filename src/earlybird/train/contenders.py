@@ -209,6 +209,13 @@ def methods_at_shares(recipe: Recipe, methods: Sequence[str], keeps: Sequence[fl
     if shares[0] == 1:
         raise InputError("keep = 1 is dense, which takes part anyway", needed="shares below 1")
     along = tuple(name for name in recipe.method if not keep_key(name))
+    decides = next((name for name in along if getattr(method_class(name), "DECIDES", False)), None)
+    if decides:
+        raise InputError(
+            f"{decides} decides already which units stay, so no other method can",
+            needed="a recipe of what the methods have in common",
+            hint=f"leave {decides} out of its methods",
+        )
     found = [Contender(BASELINE, CONTENDERS[BASELINE], lambda seed, done: own_seed(recipe.replace(dense=True), seed))]
     seen: dict[str, str] = {}
     for typed in methods:

@@ -172,8 +172,9 @@ class _Saver:
 def evaluate(run: Run) -> tuple[float, float]:
     """Return loss and accuracy (0 to 1) on the test images, with the averaged weights where there are any.
 
-    The last evaluation of a run averages over the recipe's views of an image; those before see the image alone. A
-    network whose classifier is not trained is judged by the method that trains it; there is no loss then (NaN).
+    The evaluation at the end of a training averages over the recipe's views of an image; those before see the image
+    alone. A network whose classifier is not trained is judged by the method that trains it; there is no loss then
+    (NaN).
     """
     run.share_buffers()
     sums = torch.zeros(3, dtype=torch.float64, device=run.fabric.device)  # loss, right answers, images

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import re
@@ -374,11 +375,28 @@ def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -
         if key.method in classes
     }
     try:
-        for name, cls in classes.items():
-            cls(**_own_settings(name, settings))
+        built = {name: cls(**_own_settings(name, settings)) for name, cls in classes.items()}
+        if not filled.get("dense"):
+            _check_rounds(built)
         return Recipe(**{k: v for k, v in filled.items() if not by_name[k].method}, settings=settings)
     except ValidationError as error:
         raise InputError(f"{where}: {_say(error)}") from error
+
+
+def _check_rounds(methods: Mapping[str, Any]) -> None:
+    """Refuse methods that go by the steps of the whole run beside one that trains several times in it."""
+    repeating = next((name for name, method in methods.items() if getattr(method, "rounds", 0)), None)
+    for name, method in methods.items() if repeating else ():
+        values = [getattr(method, field.name) for field in dataclasses.fields(method)]
+        steps = [step for value in values for step in _flat(value) if isinstance(step, Step) and step != Step()]
+        asks = "clock" in inspect.signature(method.attach).parameters  # where in one training it is
+        # of several that draw a ticket, the second one is refused when it is attached
+        if name != repeating and steps and not asks and not hasattr(method, "KEEP_KEY"):
+            raise InputError(
+                f"{name} changes with the steps of the run, and {repeating} trains several times in it",
+                needed="methods that do the same in each training",
+                hint=f"leave {name} out",
+            )
 
 
 def _spelled_out(given: Mapping[str, Any], method: Key, where: str) -> Mapping[str, Any]:

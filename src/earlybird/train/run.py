@@ -354,7 +354,7 @@ class Run:
             "seed": recipe.seed,
             "resumed": self._found is not None,
             "fresh_head": recipe.fresh_head,
-            "training_steps": self._training,
+            "training_steps": self._began_at + self._training,
             "clock": self.clock,
             "class_names": self.blueprint.class_names,
             "label_smoothing": recipe.label_smoothing,
@@ -503,7 +503,7 @@ class Run:
     @property
     def test_time(self) -> str:
         """Which views of an image an evaluation after this step averages over."""
-        return self.recipe.test_time if self.step == self.total else "none"
+        return self.recipe.test_time if self.step == self.total or self.training_ends else "none"
 
     def freeze_ended(self) -> None:
         """Freeze what has come to the end of its learning rate: nobody needs to compute its gradients any more."""

@@ -9,7 +9,7 @@ evaluation:
   the left, and down and to the right (what comes in is reflected), together one quarter each: six views.
 
 It costs as many forward passes as there are views, and the bill counts each. Rows of ``metrics.jsonl`` before the last
-step are evaluated plainly, as published; each says which it is (``test_time``).
+step (of a run in rounds, of each) are evaluated plainly, as published; each says which it is (``test_time``).
 """
 
 from __future__ import annotations
