@@ -140,11 +140,13 @@ def train(recipe: RecipeFile = None, quiet: Quiet = False, **keys: Any) -> None:
 
 
 def _print_result(result: Result) -> None:
+    from earlybird.objective import measure
+
     if os.environ.get("RANK", "0") != "0":
         return  # under torchrun, one process speaks for all
     print(f"\n{result.bill}\n")
     ticket = "" if result.drawn_at is None else f", ticket drawn at step {result.drawn_at:,} of {result.steps:,}"
-    print(f"{result.judged_by} accuracy {result.accuracy:.2%} after {result.epochs} epochs{ticket}".lstrip())
+    print(f"{measure(result.judged_by)} {result.accuracy:.2%} after {result.epochs} epochs{ticket}")
     print(f"run: {result.folder}   next: earlybird report {result.folder}")
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from earlybird.data.parts import base_of
 from earlybird.errors import InputError, nearest
 from earlybird.step import Step
 
@@ -36,7 +37,11 @@ class Recipe(BaseModel):
     # what is trained
     model: str = Field("small_cnn", min_length=1, description="zoo name or 'package.module:function'")
     width: float = Field(1.0, gt=0, le=64, description="factor on the channels of a zoo model")
-    data: str = Field("digits", min_length=1, description="digits, mnist, fashion-mnist, cifar10, a folder or an .npz")
+    data: str = Field(
+        "digits",
+        min_length=1,
+        description="digits, mnist, fashion-mnist, cifar10, a folder or an .npz; part: cifar10:0-4",
+    )
     train_images: int | None = Field(
         None, ge=1, description="train on a random choice of so many images, classes in their shares; default: all"
     )
@@ -358,7 +363,7 @@ def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -
             )
 
     data = typed.get("data", Recipe.model_fields["data"].default)
-    filled = {**_BY_DATA.get(data, {}), **_BY_OPTIMIZER.get(typed.get("optimizer", ""), {}), **typed}
+    filled = {**_BY_DATA.get(base_of(data), {}), **_BY_OPTIMIZER.get(typed.get("optimizer", ""), {}), **typed}
     classes = {name: method_class(name) for name in methods}
     preset = _preset(classes.values(), filled.get("preset", "default"))
     settings = {
