@@ -36,7 +36,7 @@ from earlybird.train.parts import located
 from earlybird.train.points import COSTS, points_of, ratio, row_of, statistics_of
 from earlybird.train.recipe import Recipe
 
-__all__ = ["CONTENDERS", "compare", "comparison_folder", "describe"]
+__all__ = ["CONTENDERS", "check_turns", "compare", "comparison_folder", "describe", "run_contenders"]
 
 
 def compare(
@@ -77,7 +77,7 @@ def compare(
         RuntimeError: A run died of a failure of our own; ends with the last lines that it wrote.
     """
     recipe = located(recipe)
-    _check(seeds, jobs)
+    check_turns(seeds, jobs)
     if methods:
         found, common = methods_at_shares(recipe, methods, keeps), recipe.replace(dense=True)
     else:
@@ -85,6 +85,32 @@ def compare(
     if jobs > 1 and any(contender.name == "dense-equal-time" for contender in found):
         raise InputError("dense-equal-time goes by seconds, which runs side by side disturb", hint="leave --jobs out")
     path = Path(out) if out is not None else comparison_folder(recipe, methods)
+    return run_contenders(recipe, found, path, common=common, seeds=seeds, jobs=jobs, quiet=quiet, exact=bool(methods))
+
+
+def run_contenders(
+    recipe: Recipe,
+    found: Sequence[Contender],
+    path: Path,
+    *,
+    common: Recipe,
+    seeds: Sequence[int],
+    jobs: int,
+    quiet: bool,
+    exact: bool,
+) -> dict[str, Any]:
+    """Run contenders with every seed into one folder, in turns; `compare` says what comes back and what is raised.
+
+    Args:
+        recipe: Written into the comparison.
+        found: Contenders, `BASELINE` among them.
+        path: The folder.
+        common: What a folder that is there already has to be a comparison of; its seed does not matter.
+        seeds: See `compare`.
+        jobs: See `compare`.
+        quiet: See `compare`.
+        exact: Whether runs that are there already have to be those of the contenders, setting for setting.
+    """
     with RunFolder(path) as folder, StopSignal() as stop, contextlib.ExitStack() as stack:
         _claim(folder, common)
         stack.callback(_discard_unless_begun, path)
@@ -109,7 +135,7 @@ def compare(
 
         tasks = []
         for run, (contender, seed) in whose.items():
-            if methods and (run / "recipe.toml").exists():
+            if exact and (run / "recipe.toml").exists():
                 _check_same(run, contender.recipe(seed, {}))
             if (run / "result.json").exists():
                 finish(run)
@@ -184,7 +210,8 @@ def _point_table(comparison: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _check(seeds: Sequence[int], jobs: int) -> None:
+def check_turns(seeds: Sequence[int], jobs: int) -> None:
+    """Raise an `InputError` for seeds that are missing or double, more jobs than cores, or several processes."""
     if not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"seeds are {', '.join(map(str, seeds)) or 'missing'}", needed="at least one, all different")
     children.shares_of_cores(children.cores(), jobs)

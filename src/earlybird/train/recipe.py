@@ -22,7 +22,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from earlybird.data.parts import base_of
+from earlybird.data.parts import split
 from earlybird.errors import InputError, nearest
 from earlybird.step import Step
 
@@ -363,7 +363,7 @@ def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -
             )
 
     data = typed.get("data", Recipe.model_fields["data"].default)
-    filled = {**_BY_DATA.get(base_of(data), {}), **_BY_OPTIMIZER.get(typed.get("optimizer", ""), {}), **typed}
+    filled = {**_of_data(data), **_BY_OPTIMIZER.get(typed.get("optimizer", ""), {}), **typed}
     classes = {name: method_class(name) for name in methods}
     preset = _preset(classes.values(), filled.get("preset", "default"))
     settings = {
@@ -378,6 +378,12 @@ def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -
         return Recipe(**{k: v for k, v in filled.items() if not by_name[k].method}, settings=settings)
     except ValidationError as error:
         raise InputError(f"{where}: {_say(error)}") from error
+
+
+def _of_data(data: str) -> dict[str, Any]:
+    """Return what differs from the general defaults; things that are looked for stay where they are in an image."""
+    base, parts = split(data)
+    return {k: v for k, v in _BY_DATA.get(base, {}).items() if not (parts.boxes and k in ("crop", "flip"))}
 
 
 def _spelled_out(given: Mapping[str, Any], method: Key, where: str) -> Mapping[str, Any]:
