@@ -45,20 +45,26 @@ ABOUT = {
 }
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Run what is missing, or print the table."""
+def read(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", default=",".join(TASKS), help="of " + ", ".join(TASKS))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
-    parser.add_argument("--quick", action="store_true", help="few images and one round; shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="few images and one round; nothing is recorded")
     parser.add_argument("--table", action="store_true", help="print the table and stop")
     options = parser.parse_args(words)
+    options.tasks = [name for name in options.tasks.split(",") if name]
+    check_known(parser, "tasks", options.tasks, TASKS)
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what is missing, or print the table."""
+    options = read(words)
     if options.table:
         print(table())
-        return
-    asked = [name for name in options.tasks.split(",") if name]
-    check_known(parser, "tasks", asked, TASKS)
-    run(asked, range(options.seeds), quick=options.quick)
+    else:
+        run(options.tasks, range(options.seeds), quick=options.quick)
 
 
 def run(asked: Sequence[str], seeds: Sequence[int], *, quick: bool) -> None:
@@ -126,8 +132,10 @@ def run(asked: Sequence[str], seeds: Sequence[int], *, quick: bool) -> None:
                 }  # fmt: skip
                 if not quick:
                     append(NAME, row)
-                print(f"{row['folder']}: {result.accuracy:.2%} {result.judged_by}", flush=True)
-    # all runs are there: nothing is trained any more
+                print(f"{row['folder']}: {result.accuracy:.2%} {result.judged_by}".rstrip(), flush=True)
+    folders = [one.folder / f"{c.name}-seed{seed}" for one in plans for c in one.contenders for seed in seeds]
+    if not all((path / "result.json").is_file() for path in folders):
+        return  # rows of another machine: the table is made of rows
     print(describe(transfer([work / "supervised"], recipes, work, rounds=rounds, seeds=seeds, quiet=True)))
 
 
@@ -168,16 +176,21 @@ def table() -> str:
                 cells.append(f"**{text}**" if good else text)
             lines.append(f"| {about} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
+    if not parts:
+        return "No rows yet."
+    where = sorted({f"{row['device']}, {row['threads']} thread, torch {row['torch']}; {row['date']}" for row in found})
+    revisions = ", ".join(dict.fromkeys(row["revision"] for row in found))
     note = (
+        f"{'; '.join(where)}; revision {revisions}. The machine was shared with other work, so no time is told.\n\n"
         "Bold: matching, the mean is at least that of the full weights less one of their standard deviations. Sparsity "
         "is that of the layers that were pruned; the full weights stand in every column."
     )
-    return "\n\n".join([*parts, note]) if parts else "no rows yet"
+    return "\n\n".join([*parts, note])
 
 
 def section(images: Path) -> str:
     """Return the tables for the page of all results."""
-    return f"Question: {__doc__.partition('Question: ')[2].splitlines()[0]} (`transfer.py`)\n\n{table()}"
+    return table()
 
 
 if __name__ == "__main__":
