@@ -28,6 +28,7 @@ import roofline
 import scaling
 import speedrun_cifar10
 import step_times
+import transfer
 import vgg16_cifar10
 from common import HERE, rows
 
@@ -114,6 +115,7 @@ SECTIONS: dict[str, tuple[Any, Callable[[Path], str]]] = {
     "Other networks": (networks, networks.section),
     "Less on every step: samples, layers, bits, operations": (efficient_steps, efficient_steps.section),
     "Transformers: heads and neurons": (early_bert, early_bert_section),
+    "Tickets of pre-trained weights on other tasks": (transfer, transfer.section),
     "The figures of the Early-Bird paper": (paper_figures, paper_figures_section),
     "One step": (step_times, step_times_section),
     "Several processes": (processes, processes_section),

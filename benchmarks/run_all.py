@@ -65,6 +65,7 @@ def quick(work: Path) -> list[Job]:
         ("speedrun_cifar10", ["--tasks", "quick", "--contestants", "dense,resized-ticket"]),
         ("efficient_steps", ["--tasks", "quick"]),
         ("early_bert", ["--quick"]),
+        ("transfer", ["--quick", "--seeds", "1"]),
         ("paper_figures", ["--quick", "--work", str(work / "paper")]),
     ]
 
@@ -96,6 +97,7 @@ def full(work: Path) -> list[Job]:
         ("efficient_steps", ["--tasks", "dropping,skipping,ladder,signs,operations,search,together", *together]),
         ("early_bert", ["--tasks", "sst2,scratch,mlm"]),
         ("paper_figures", ["--work", str(work / "paper"), *together]),
+        ("transfer", []),
     ]
 
 

@@ -40,10 +40,15 @@ def test_show_prints_every_layer_and_where_the_ticket_came_from(lottery, capsys)
 def test_distance_is_that_of_the_tickets(lottery, capsys):
     first, second = (lottery / "tickets" / f"round-{number}.safetensors" for number in (1, 2))
     assert run("ticket", "distance", first, second) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.split() == ["together", f"{Ticket.load(first).distance(Ticket.load(second)):.4f}"]
+    one, two = Ticket.load(first), Ticket.load(second)
+    together, expected = capsys.readouterr().out.splitlines()[-2:]
+    # what the second round keeps, the first one kept: the share of both in either is that of what was left
+    assert together.split() == ["together", f"{one.distance(two):.4f}", f"{two.keep / one.keep:.4f}"]
+    assert f"{one.keep * two.keep / (one.keep + two.keep - one.keep * two.keep):.4f}" in expected
     assert run("ticket", "distance", lottery, second) == 0
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["together", "0.0000"]
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["together", "0.0000", "1.0000"]
+    assert run("ticket", "distance", lottery, lottery, "--round", "1") == 0
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["together", "0.0000", "1.0000"]
 
 
 @pytest.mark.parametrize("criterion", ["remain", "magnitude", "saliency"])

@@ -64,6 +64,8 @@ SETTINGS = {
     "simclr": (None, {"simclr_width": 8}),
     "moco": (None, {"moco_width": 8, "moco_queue": 24, "moco_momentum": 0.5}),
     "distillation": ({"soft_share": 0.0}, {"kd_until": "11it"}),
+    "segmentation": (None, {}),
+    "detection": (None, {}),
 }
 STEPS = 14
 # Those of networks that the others are not for; and those of the others that are asked to work on them, too.
@@ -85,9 +87,23 @@ def _a_teacher(tmp_path_factory):
     SETTINGS["distillation"][1]["teacher"] = str(write_teacher(tmp_path_factory.mktemp("teacher"))[0])
 
 
+# what a loader would hand out beside images and labels
+BESIDE = {
+    "segmentation": lambda images: (images[:, 0] > 0.5).byte(),
+    "detection": lambda images: torch.tensor([0.1, 0.2, 0.6, 0.8]).repeat(len(images), 1),
+}
+
+
 def loss_of(running):
     """The loss that one of the methods decides, or the usual one."""
-    return next((method.loss for method in running.values() if isinstance(method, Objective)), None)
+    for name, method in running.items():
+        if name in BESIDE:
+            return lambda model, inputs, labels, method=method, name=name: method.loss(
+                model, inputs, labels, BESIDE[name](inputs)
+            )
+        if isinstance(method, Objective):
+            return method.loss
+    return None
 
 
 def train(model, optimizer, steps, start=0, running=None):
@@ -239,13 +255,15 @@ ALTERNATIVES = (
     {"iterative", "shift_add"},  # a weight of zero is not nothing there
     {"fixed_ticket", "shift_add"},
     {"dynamic_sparse", "shift_add"},
-    {"simclr", "moco", "distillation"},  # one loss
-    *({first, second} for first in ("early_bird", "at_init") for second in ("simclr", "moco")),  # features that are cut
+    {"simclr", "moco", "distillation", "segmentation", "detection"},  # one loss
+    # features that are cut
+    *({one, other} for one in ("early_bird", "at_init") for other in ("simclr", "moco", "segmentation", "detection")),
 )
 COMMON = [name for name in METHODS if name not in TOPOLOGIES]
 PAIRS = list(itertools.permutations(COMMON, 2))
 # layers are replaced before other methods hang on them or on their blocks; the shipped loop sees to that
-LATE = [(first, "shift_add") for first in ("layer_skipping", "stochastic_depth", "at_init", "simclr", "moco")]
+READERS = ("layer_skipping", "stochastic_depth", "at_init", "simclr", "moco", "segmentation", "detection")
+LATE = [(first, "shift_add") for first in READERS]
 REFUSED = [pair for pair in PAIRS if pair in LATE or any(set(pair) <= those for those in ALTERNATIVES)]
 # gates draw their first weights when they are attached, as many as the network has channels then
 GATED = [(first, "at_init") for first in ("layer_skipping", "fractional_precision")]

@@ -1,8 +1,8 @@
-"""The command line: ``earlybird train | compare | verify | resume | report | export | bill | ticket | methods | data``.
+"""The command line: ``earlybird train | compare | verify | transfer | resume | report | export | bill | ...``.
 
-Every key of a recipe is also a flag of ``train``, ``compare`` and ``bill``; the flags are made from the one definition,
-`earlybird.train.recipe`. That definition needs torch, so it is loaded only when one of these is typed, and
-``earlybird --help`` answers at once.
+Every key of a recipe is also a flag of ``train``, ``compare``, ``transfer`` and ``bill``; the flags are made from the
+one definition, `earlybird.train.recipe`. That definition needs torch, so it is loaded only when one of these is typed,
+and ``earlybird --help`` answers at once.
 
 Exit codes: 0 done, 2 wrong input, 3 interrupted and resumable, 130 interrupted outside training (nothing to resume),
 1 our own failure (with a traceback).
@@ -95,10 +95,12 @@ def _application(command: str) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     application.callback()(_options)
-    commands: list[Callable[..., None]] = [train, compare, verify, resume, report, export, bill, methods, data]
+    commands: list[Callable[..., None]] = [
+        train, compare, verify, transfer, resume, report, export, bill, methods, data,
+    ]  # fmt: skip
     for function in commands:
-        if function in (train, compare, bill) and function.__name__ == command:
-            function = _with_recipe_keys(function, without={"seed", "dense"} if function is compare else set())
+        if function in _OF_A_RECIPE and function.__name__ == command:
+            function = _with_recipe_keys(function, without=_OF_A_RECIPE[function])
         application.command()(function)
     application.add_typer(tickets())
     return application
@@ -140,11 +142,13 @@ def train(recipe: RecipeFile = None, quiet: Quiet = False, **keys: Any) -> None:
 
 
 def _print_result(result: Result) -> None:
+    from earlybird.objective import measure
+
     if os.environ.get("RANK", "0") != "0":
         return  # under torchrun, one process speaks for all
     print(f"\n{result.bill}\n")
     ticket = "" if result.drawn_at is None else f", ticket drawn at step {result.drawn_at:,} of {result.steps:,}"
-    print(f"{result.judged_by} accuracy {result.accuracy:.2%} after {result.epochs} epochs{ticket}".lstrip())
+    print(f"{measure(result.judged_by)} {result.accuracy:.2%} after {result.epochs} epochs{ticket}")
     print(f"run: {result.folder}   next: earlybird report {result.folder}")
 
 
@@ -285,6 +289,86 @@ def compare(
     bill = "" if asked else f"{_bill_against_dense(out, comparison)}\n\n"
     print(f"\n{bill}{describe(comparison)}\n")
     print(f"runs: {out}   next: earlybird report {out}")
+
+
+def transfer(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Runs of iterative pruning that began from pre-trained weights.", show_default=False
+        ),
+    ],
+    tasks: Annotated[
+        str,
+        typer.Option(metavar="TASK,...", help="Data as for --data of train, or recipe files.", show_default=False),
+    ],
+    rounds: Annotated[str, typer.Option(metavar="NUMBER,...", help="Rounds to try; default: all.")] = "",
+    controls: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Of random_init, shuffled, one_shot, reversed; or none.")
+    ] = "random_init,shuffled,one_shot",
+    seeds: Annotated[int, typer.Option(help="Runs of each contender; their seeds are 0, 1, 2, ...", min=1)] = 3,
+    deviations: Annotated[
+        float, typer.Option(help="Standard deviations of the full weights that a matching ticket may lose.", min=0)
+    ] = 1.0,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Recipe (TOML) of what the tasks have in common; flags win over it.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
+    quiet: Quiet = False,
+    **keys: Any,
+) -> None:
+    """Try tickets of pre-trained weights on other tasks: which sparsity still matches the full weights?
+
+    Network and weights are those of the runs; every task has a fresh head. Data with masks or boxes get the head that
+    finds them. Type the same command again to go on after a stop.
+
+    \b
+    Examples:
+      earlybird train --model resnet20 --data cifar10:0-4 --dense --out runs/pretrained
+      earlybird train --model resnet20 --data cifar10:0-4 --start runs/pretrained --method iterative --keep-weights 0.05
+          --leave-dense first,last --epochs 1 --lr 0.01 --out runs/lottery
+      earlybird transfer runs/lottery --tasks cifar10:5-9,fashion-mnist:rgb --rounds 4,8,12 --epochs 5
+      earlybird transfer runs/lottery --tasks ./my_cracks,mnist:boxes+rgb --seeds 5 --controls shuffled,reversed
+    """
+    from earlybird.train.transfer import describe
+    from earlybird.train.transfer import transfer as transfer_runs
+
+    def of(task: str) -> Recipe:
+        if task.endswith(".toml"):
+            return _recipe(Path(task), keys)
+        return _recipe(recipe, {**keys, "data": task})
+
+    names = _names(tasks)
+    out = Path(keys.get("out") or f"runs/transfer-{sources[0].name}")
+    found = transfer_runs(
+        sources,
+        {Path(name).stem if name.endswith(".toml") else name: of(name) for name in names},
+        out,
+        rounds=_whole_numbers("--rounds", rounds),
+        controls=() if controls == "none" else _names(controls),
+        seeds=range(seeds),
+        deviations=deviations,
+        jobs=jobs,
+        quiet=quiet,
+    )
+    print(f"\n{describe(found)}\n")
+    print(f"runs: {out}   next: earlybird report {out / found['tasks'][0]['folder']}")
+
+
+_OF_A_RECIPE: dict[Callable[..., None], set[str]] = {
+    train: set(),
+    compare: {"seed", "dense"},
+    transfer: {"seed", "dense", "data", "model", "width", "start", "fresh_head", "ticket", "control", "fixed_weights"},
+    bill: set(),
+}
+"""Commands with the keys of a recipe as flags, and those that they have not."""
+
+
+def _whole_numbers(flag: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, _names(text)))
+    except ValueError as error:
+        raise InputError(f"{flag} {text}", needed="whole numbers, such as 4,8,12") from error
 
 
 def _names(text: str) -> list[str]:

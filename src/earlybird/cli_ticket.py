@@ -99,21 +99,35 @@ def _print_provenance(provenance: Any, indent: str = "") -> None:
             print(f"{indent}{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
 
 
-def distance(first: TicketFile, second: TicketFile) -> None:
-    """Print on which share of the units two tickets differ, layer by layer and together.
+def distance(
+    first: TicketFile,
+    second: TicketFile,
+    number: Annotated[int | None, typer.Option("--round", help="Of both runs; default: the last.", min=1)] = None,
+) -> None:
+    """Print how far apart two tickets are, layer by layer and together.
+
+    Differ: the share of the units on which they do. Jaccard: what both keep, over what either keeps.
 
     \b
     Examples:
       earlybird ticket distance runs/seed0 runs/seed1
+      earlybird ticket distance runs/supervised runs/simclr --round 8
       earlybird ticket distance runs/lottery/tickets/round-1.safetensors runs/lottery/tickets/round-2.safetensors
     """
-    one, other = _load(first), _load(second)
+    from earlybird.tickets.transfer import expected_jaccard, jaccard
+
+    one, other = _load(first, number), _load(second, number)
     together = one.distance(other)
+    overall, layers = jaccard(one, other)
     masks = other.masks
-    widest = max(len(name) for name in one.masks)
+    widest = max(len(name) for name in (*one.masks, "together"))
+    print(f"{'layer':<{widest}}  differ  Jaccard")
     for name, mask in one.masks.items():
-        print(f"{name:<{widest}}  {float((mask ^ masks[name]).float().mean()):.4f}")
-    print(f"{'together':<{widest}}  {together:.4f}")
+        print(f"{name:<{widest}}  {float((mask ^ masks[name]).float().mean()):.4f}  {layers[name]:.4f}")
+    print(f"{'together':<{widest}}  {together:.4f}  {overall:.4f}")
+    print(
+        f"of random tickets of these sizes, a Jaccard index of {expected_jaccard(one.keep, other.keep):.4f} is expected"
+    )
 
 
 def refill(

@@ -209,5 +209,23 @@ METHODS: dict[str, MethodInfo] = {
             saves="nothing by itself: at the same accuracy a ticket may be smaller, which shows in its own columns",
             limits="teachers no better than the student; their passes cost, once an image and view or on each batch",
         ),
+        MethodInfo(
+            name="segmentation",
+            path="earlybird.tasks.segmentation:Segmentation",
+            citation="Long, Shelhamer, Darrell: Fully Convolutional Networks for Semantic Segmentation, CVPR 2015",
+            link="https://arxiv.org/abs/1411.4038",
+            saves="nothing by itself: it is a task, to try pre-trained weights and their tickets on",
+            limits="thin structures, where the network halves the resolution at once",
+            exported="The head that marks pixels is not in the file; the run's head.safetensors has it.",
+        ),
+        MethodInfo(
+            name="detection",
+            path="earlybird.tasks.detection:Detection",
+            citation="Zhou, Wang, Kraehenbuehl: Objects as Points, 2019",
+            link="https://arxiv.org/abs/1904.07850",
+            saves="nothing by itself: it is a task, to try pre-trained weights and their tickets on",
+            limits="images of several objects, or none",
+            exported="The head that finds the object is not in the file; the run's head.safetensors has it.",
+        ),
     )
 }

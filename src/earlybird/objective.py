@@ -51,6 +51,16 @@ class Judging(Protocol):
         ...
 
 
+def measure(judged_by: str) -> str:
+    """Return what a run's accuracy is called: that of a probe on features is one, other measures have their names."""
+    return f"{judged_by} accuracy".lstrip() if is_probe(judged_by) or not judged_by else judged_by
+
+
+def is_probe(judged_by: str) -> bool:
+    """Whether neighbours judge an encoder (`earlybird.pretraining.encoder.Probe`)."""
+    return judged_by.endswith("-NN")
+
+
 class _Claim:
     """What a model carries while a method decides its loss."""
 

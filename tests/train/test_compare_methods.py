@@ -173,7 +173,12 @@ def test_settings_go_to_those_that_have_them_and_other_methods_go_along(small: M
         ({}, ["imp", "iterative"], [0.5], "imp and iterative are the same contender"),
         ({}, ["imp", "imp"], [0.5], "the same contender"),
         ({"method": ("early_bird", "fixed_ticket")}, ["imp"], [0.5], "fixed_ticket decides already which units stay"),
-        ({"method": ("early_bird", "progressive_resizing")}, ["imp"], [0.5], r"imp cannot keep 0\.5: progressive_resizing changes"),
+        (
+            {"method": ("early_bird", "progressive_resizing")},
+            ["imp"],
+            [0.5],
+            r"0\.5: progressive_resizing changes",
+        ),
         ({"stages": (0.6,)}, ["early_bird"], [0.5, 0.7], r"early_bird cannot keep 0\.7: stages"),
     ],
 )

@@ -18,6 +18,7 @@ from earlybird.sparse.masks import prunable, ticket_of
 from earlybird.tickets.ticket import Ticket
 from earlybird.train.recipe import Recipe
 from earlybird.train.run import resume, train
+from tests.tasks.folders import write_masks
 from tests.tickets.teachers import write_teacher
 
 # what a run of a few seconds needs to see the method act
@@ -40,8 +41,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "simclr": {"simclr_neighbours": 20},
     "moco": {"moco_neighbours": 20, "moco_queue": 256},
     "distillation": {"teacher_views": 0},
+    "segmentation": {"image_size": 16},
+    "detection": {"data": "digits:boxes", "image_size": 16},
 }
-OF_THEIR_OWN = ("simclr", "moco", "distillation")  # what is learnt is not what a dense run learns
+OF_THEIR_OWN = (
+    "simclr",
+    "moco",
+    "distillation",
+    "segmentation",
+    "detection",
+)  # what is learnt is not what a dense run learns
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,6 +64,11 @@ def _a_ticket(tmp_path_factory: pytest.TempPathFactory) -> None:
     model = build("resnet20", classes=10, in_channels=1, image_size=8, width=0.25)
     masks = {name: weight.abs() > weight.abs().median() for name, weight in prunable(model).items()}
     SETTINGS["fixed_ticket"]["ticket"] = str(ticket_of(masks).save(tmp_path_factory.mktemp("ticket") / "half"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _masks(tmp_path_factory: pytest.TempPathFactory) -> None:
+    SETTINGS["segmentation"]["data"] = str(write_masks(tmp_path_factory.mktemp("lines"), count=250))
 
 
 def recipe(*methods: str, **more: Any) -> Recipe:
@@ -107,7 +121,8 @@ def test_the_trained_network_is_taken_out_of_the_run(name: str, tmp_path: Path) 
     network = export.load(tmp_path / "run")
     export.export_weights(tmp_path / "run", tmp_path / "out.safetensors")
     again = export.load(tmp_path / "out.safetensors", model=SETTINGS[name].get("model"))
-    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    channels = 3 if name == "segmentation" else 1
+    images = torch.rand(4, channels, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(network(images), again(images))
     assert all(sentence.endswith(".") for sentence in export.caveats(tmp_path / "run"))

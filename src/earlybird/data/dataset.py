@@ -27,6 +27,9 @@ class DataSet:
         classes: Names of the classes, in the order of the labels.
         mean: Of the training pixels a channel, 0-1 scale.
         std: Standard deviation of the same.
+        train_targets: What is to be found in the training images, beside a class; or None. Masks uint8 (N, H, W) of 0
+            and 1, or boxes float32 (N, 4): left, top, right, bottom, as shares of the side.
+        test_targets: The same of the test images.
 
     Raises:
         DataError: A part is empty, or type, shape or labels do not fit; names the part.
@@ -40,6 +43,8 @@ class DataSet:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    train_targets: Tensor | None = None
+    test_targets: Tensor | None = None
 
     def __post_init__(self) -> None:
         for part, images, labels in (
@@ -57,6 +62,9 @@ class DataSet:
                 f"{self.name}: training images are {_shape(self.train_images)}, test images {_shape(self.test_images)}",
                 needed="one shape (channels x height x width) for both",
             )
+        for images, targets in ((self.train_images, self.train_targets), (self.test_images, self.test_targets)):
+            if targets is not None and len(targets) != len(images):
+                raise DataError(f"{self.name}: {len(images)} images, but {len(targets)} targets", needed="as many")
         if not len(self.mean) == len(self.std) == self.train_images.shape[1]:
             raise DataError(
                 f"{self.name}: {len(self.mean)} means and {len(self.std)} standard deviations",
@@ -83,7 +91,20 @@ class DataSet:
             own = labels == label
             place[own] = (torch.arange(int(own.sum()), dtype=torch.float64) + 0.5) / own.sum()
         chosen = order[place.argsort(stable=True)[:number]].sort().values
-        return replace(self, train_images=self.train_images[chosen], train_labels=self.train_labels[chosen])
+        targets = None if self.train_targets is None else self.train_targets[chosen]
+        return replace(
+            self,
+            train_images=self.train_images[chosen],
+            train_labels=self.train_labels[chosen],
+            train_targets=targets,
+        )
+
+    @property
+    def looked_for(self) -> str:
+        """What is to be found in an image: its ``'class'``, a ``'mask'`` or a ``'box'``."""
+        if self.train_targets is None:
+            return "class"
+        return "box" if self.train_targets.dim() == 2 else "mask"
 
 
 def check_images(images: Tensor, labels: Tensor, what: str) -> None:

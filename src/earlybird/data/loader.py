@@ -89,6 +89,8 @@ class Loader:
         cycle: After how many epochs an image's augmentation comes back; 0: it is always a new one.
         beside: What is handed out beside the labels, or None: a tensor (V, N, ...) with a row for each image and view,
             that of the ``epoch % V``-th view of the N images. It stays where it is; rows are moved with the batch.
+        targets: What is to be found in the images (`earlybird.data.dataset.DataSet`), or None; only kept, for a method
+            that hands it out.
 
     Raises:
         InputError: An argument does not fit the images or is out of range.
@@ -152,6 +154,7 @@ class Loader:
         self.views: Views | None = None
         self.cycle = 0
         self.beside: Tensor | None = None
+        self.targets: Tensor | None = None
         self._cycled: tuple[int, Choices] | None = None
         self._next_epoch = 0
 

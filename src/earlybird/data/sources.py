@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import torch
 
 from earlybird.data.catalogue import CATALOGUE, CONTENT_SHA256, Found, cache_folder, data_folder, find, missing
 from earlybird.data.dataset import DataSet, channel_statistics, resize, stratified_split
+from earlybird.data.parts import select_classes, split, with_three_channels
 from earlybird.errors import DataError, InputError, nearest
 
 if TYPE_CHECKING:
@@ -29,10 +31,13 @@ def load(
 
     Args:
         spec: A name of the catalogue (``'digits'``, ``'mnist'``, ``'fashion-mnist'``, ``'cifar10'``), a folder of
-            images with one folder a class, or a ``.npz`` file. A folder called like a data set is written ``./mnist``.
+            images with one folder a class, a folder with ``images`` and ``masks``, or a ``.npz`` file. A folder called
+            like a data set is written ``./mnist``. Behind a colon, what of it is meant (`earlybird.data.parts`):
+            ``'cifar10:0-4'``.
         root: Data folder to look in first for a name; by default ``$EARLYBIRD_DATA``.
         image_size: Height and width in pixels to scale to. By default data sets keep their size; for a folder it is
-            the median of the shorter sides, but at most 224.
+            the median of the shorter sides, but at most 224. Of a folder with masks, the side of the patches; with
+            ``:boxes``, that of the canvases.
         download: Fetch what is found neither there nor in the user's cache.
         seed: For the split of a folder or file that has no test part (20 % of each class are kept for the test).
         progress: Called with (what is being done, how much of it is done, how much there is).
@@ -43,10 +48,25 @@ def load(
     """
     if image_size is not None and image_size < 1:
         raise InputError(f"image size {image_size}", needed="at least 1 pixel")
+    base, parts = split(spec)
+    if base != spec:
+        size = None if parts.boxes else image_size
+        data = load(base, root=root, image_size=size, download=download, seed=seed, progress=progress)
+        if parts.classes:
+            data = select_classes(data, parts.classes)
+        if parts.boxes:
+            from earlybird.data.boxes import on_canvases
+
+            data = on_canvases(data, image_size)
+        return replace(with_three_channels(data) if parts.rgb else data, name=spec)
     if spec in CATALOGUE:
         return _load_named(spec, root, image_size, download, progress)
     path = Path(spec).expanduser()
     if path.is_dir():
+        from earlybird.data.masks import has_masks, load_masks
+
+        if has_masks(path):
+            return load_masks(path, image_size, seed)
         return _load_folder(path, image_size, seed, progress)
     if path.suffix == ".npz":
         return _load_npz(path, image_size, seed)

@@ -8,6 +8,7 @@ from statistics import stdev
 from earlybird.cost import units
 from earlybird.cost.bill import Ratio
 from earlybird.cost.verdict import Verdict, judge, judge_accuracy
+from earlybird.objective import is_probe
 from earlybird.report.against import (
     accuracy_change,
     compared,
@@ -49,7 +50,8 @@ def headline(contenders: Sequence[Contender]) -> tuple[str, bool, list[str]]:
         accuracy = mean_accuracy(ticket)
         reached = "was trained" if accuracy is None else f"reached {percent(accuracy)}"
         if judge := ticket.runs[0].judged_by:
-            reached = f"trained an encoder; a {judge} probe on its features {reached}"
+            whose = f"trained an encoder; a {judge} probe on its features" if is_probe(judge) else f"({judge})"
+            reached = f"{whose} {reached}"
         if not ratios:
             return f"{name} {reached}; there is nothing to compare it with", False, []
         if side_by_side(contenders) > 1:
@@ -111,7 +113,8 @@ def tiles(contenders: Sequence[Contender]) -> list[Tile]:
     if accuracy is not None:
         change = accuracy_change(dense, ticket) if ticket is not None else None
         dense_accuracy = mean_accuracy(dense) if dense is not None else None
-        note = f"test set, {judge} probe" if (judge := subject.runs[0].judged_by) else "test set"
+        judge = subject.runs[0].judged_by
+        note = "test set" + (f", {judge}{' probe' if is_probe(judge) else ''}" if judge else "")
         if change is not None and dense_accuracy is not None:
             note = f"dense {percent(dense_accuracy)}, {units.points(change)}"
         tiles.append(

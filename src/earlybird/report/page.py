@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from earlybird.cost import units
+from earlybird.objective import is_probe
 from earlybird.report import charts, tradeoff, verification
 from earlybird.report.against import billed, is_estimated, percent
 from earlybird.report.costs import bill_section, contender_table
@@ -86,11 +87,13 @@ def _accuracy_section(
     if not curves:
         return None
     figures["accuracy-curves"] = charts.accuracy_curves(curves)
+    judges = sorted({run.judged_by for contender in contenders for run in contender.runs} - {""})
     return {
         "id": "accuracy-curves",
         "legend": list({methods.get(label, label): colour for label, colour, *_ in curves}.items()),
         "table": Table("Last evaluations", ["run", "seconds of the run", "accuracy"], rows),
-        "judges": sorted({run.judged_by for contender in contenders for run in contender.runs} - {""}),
+        "judges": [judge for judge in judges if is_probe(judge)],
+        "measures": [judge for judge in judges if not is_probe(judge)],
     }
 
 

@@ -28,7 +28,7 @@ from earlybird.train.points import COSTS, points_of, ratio, statistics_of
 from earlybird.train.recipe import Recipe
 from earlybird.train.turns import check_turns, claimed, run_contenders
 
-__all__ = ["CONTENDERS", "compare", "comparison_folder", "describe"]
+__all__ = ["CONTENDERS", "compare", "compare_contenders", "comparison_folder", "describe"]
 
 
 def compare(
@@ -77,9 +77,37 @@ def compare(
     if jobs > 1 and any(contender.name == "dense-equal-time" for contender in found):
         raise InputError("dense-equal-time goes by seconds, which runs side by side disturb", hint="leave --jobs out")
     path = Path(out) if out is not None else comparison_folder(recipe, methods)
+    return compare_contenders(
+        recipe, found, path, common=common, seeds=seeds, jobs=jobs, quiet=quiet, same=bool(methods)
+    )
+
+
+def compare_contenders(
+    recipe: Recipe,
+    found: Sequence[Contender],
+    path: Path,
+    *,
+    common: Recipe,
+    seeds: Sequence[int],
+    jobs: int,
+    quiet: bool,
+    same: bool,
+) -> dict[str, Any]:
+    """Run contenders with every seed into one folder, in turns; `compare` says what comes back and what is raised.
+
+    Args:
+        recipe: Written into the comparison.
+        found: Contenders, `BASELINE` among them.
+        path: The folder.
+        common: What a folder that is there already has to be a comparison of; its seed does not matter.
+        seeds: See `compare`.
+        jobs: See `compare`.
+        quiet: See `compare`.
+        same: See `earlybird.train.turns.run_contenders`.
+    """
     with claimed(path, common) as stop:
         done = run_contenders(
-            path, found, seeds, stop, same=bool(methods), jobs=jobs, quiet=quiet,
+            path, found, seeds, stop, same=same, jobs=jobs, quiet=quiet,
             tell=lambda done: write_json(path / "comparison.json", _conclude(recipe, found, seeds, done)),
         )  # fmt: skip
         comparison = _conclude(recipe, found, seeds, done)

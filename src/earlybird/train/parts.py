@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from earlybird.data import CATALOGUE, Augment, DataSet, Loader, load
+from earlybird.data.parts import base_of
 from earlybird.errors import InputError
 from earlybird.optimizers.muon import Muon, by_role
 from earlybird.train.recipe import Recipe
@@ -38,8 +39,11 @@ def free_folder(recipe: Recipe) -> Path:
 def located(recipe: Recipe) -> Recipe:
     """Return the recipe with absolute paths, of data and of files, which hold in whatever folder the run goes on."""
     recipe = recipe.with_absolute_paths()
-    path = Path(recipe.data).expanduser()
-    return recipe if recipe.data in CATALOGUE or not path.exists() else recipe.replace(data=str(path.absolute()))
+    base = base_of(recipe.data)
+    path = Path(base).expanduser()
+    if base in CATALOGUE or not path.exists():
+        return recipe
+    return recipe.replace(data=f"{path.absolute()}{recipe.data[len(base) :]}")
 
 
 def read_data(recipe: Recipe, progress: Progress | None = None) -> DataSet:
@@ -98,6 +102,7 @@ def make_loaders(recipe: Recipe, data: DataSet, fabric: Fabric) -> tuple[Loader,
         drop_last=False,
         **shared,
     )
+    training.targets, test.targets = data.train_targets, data.test_targets
     return training, test
 
 

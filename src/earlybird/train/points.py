@@ -6,6 +6,7 @@ its parameters that are not zero over all of the dense network's. So a shrunk ne
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,8 @@ def row_of(path: Path, contender: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "folder": path.name,
         "accuracy": result.accuracy,
-        "loss": result.loss,
+        "judged_by": result.judged_by,
+        "loss": result.loss if math.isfinite(result.loss) else None,
         "epochs": result.epochs,
         "seconds": None if total.seconds is None else total.seconds.value,
         "phase_seconds": result.to_json()["phase_seconds"],

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from earlybird.objective import measure
+
 _EVERY_S = 0.2
 
 
@@ -86,7 +88,7 @@ class Display:
 
     def row(self, row: Mapping[str, Any], status: Mapping[str, float | str]) -> None:
         """Show a row of ``metrics.jsonl``."""
-        self._accuracy = f"{row.get('judged_by', '')} accuracy {row['accuracy']:.2%}".lstrip()
+        self._accuracy = f"{measure(row.get('judged_by', ''))} {row['accuracy']:.2%}"
         if not self._quiet and self._bar is None:
             extra = "".join(f"  {_field(name, value)}" for name, value in status.items())
             self._console.print(

@@ -23,6 +23,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from earlybird.data.parts import split
 from earlybird.errors import InputError, nearest
 from earlybird.step import Step
 
@@ -37,7 +38,11 @@ class Recipe(BaseModel):
     # what is trained
     model: str = Field("small_cnn", min_length=1, description="zoo name or 'package.module:function'")
     width: float = Field(1.0, gt=0, le=64, description="factor on the channels of a zoo model")
-    data: str = Field("digits", min_length=1, description="digits, mnist, fashion-mnist, cifar10, a folder or an .npz")
+    data: str = Field(
+        "digits",
+        min_length=1,
+        description="digits, mnist, fashion-mnist, cifar10, a folder or an .npz; part: cifar10:0-4",
+    )
     train_images: int | None = Field(
         None, ge=1, description="train on a random choice of so many images, classes in their shares; default: all"
     )
@@ -365,7 +370,7 @@ def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -
             )
 
     data = typed.get("data", Recipe.model_fields["data"].default)
-    filled = {**_BY_DATA.get(data, {}), **_BY_OPTIMIZER.get(typed.get("optimizer", ""), {}), **typed}
+    filled = {**_of_data(data), **_BY_OPTIMIZER.get(typed.get("optimizer", ""), {}), **typed}
     classes = {name: method_class(name) for name in methods}
     preset = _preset(classes.values(), filled.get("preset", "default"))
     settings = {
@@ -397,6 +402,12 @@ def _check_rounds(methods: Mapping[str, Any]) -> None:
                 needed="methods that do the same in each training",
                 hint=f"leave {name} out",
             )
+
+
+def _of_data(data: str) -> dict[str, Any]:
+    """Return what differs from the general defaults; things that are looked for stay where they are in an image."""
+    base, parts = split(data)
+    return {k: v for k, v in _BY_DATA.get(base, {}).items() if not (parts.boxes and k in ("crop", "flip"))}
 
 
 def _spelled_out(given: Mapping[str, Any], method: Key, where: str) -> Mapping[str, Any]:

@@ -349,6 +349,7 @@ class Run:
             "calibration": self.calibration,
             "fresh": lambda: self._begun(self.blueprint.build(recipe.seed + _OTHER_WEIGHTS)),
             "loader": self.loader,
+            "test": self.test,
             "samples": lambda count: self.loader.of_each_class(count, recipe.seed),
             "ledger": ledger,
             "seed": recipe.seed,
