@@ -183,7 +183,8 @@ def table() -> str:
     revisions = ", ".join(dict.fromkeys(row["revision"] for row in found))
     note = (
         f"{'; '.join(where)}; revision {revisions}. The machine was shared with other work, so no time is told.\n\n"
-        "Bold: matching, the mean is at least that of the full weights less one of their standard deviations, of two seeds at least. Sparsity "
+        "Bold: matching, the mean is at least that of the full weights less one of their standard deviations, of two "
+        "seeds at least. Sparsity "
         "is that of the layers that were pruned; the full weights stand in every column."
     )
     return "\n\n".join([*parts, note])
