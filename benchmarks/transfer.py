@@ -113,6 +113,7 @@ def run(asked: Sequence[str], seeds: Sequence[int], *, quick: bool) -> None:
     rounds = QUICK_ROUNDS if quick else ROUNDS
     plans = plan([work / "supervised"], recipes, work, rounds=rounds)
     known = {row["folder"] for row in rows(NAME)}
+    revision = machine(1)["revision"]  # of the code that this process has loaded
     for seed in seeds:
         for one in plans:
             for contender in one.contenders:
@@ -120,7 +121,7 @@ def run(asked: Sequence[str], seeds: Sequence[int], *, quick: bool) -> None:
                 if f"{path.parent.name}/{path.name}" in known:
                     continue
                 recipe = contender.recipe(seed, {})
-                head = machine(1)
+                head = {**machine(1), "revision": revision}
                 result = finished(recipe, path)
                 row = {
                     **head, "folder": f"{path.parent.name}/{path.name}", "task": one.task, "source": one.source.name,
@@ -161,7 +162,7 @@ def table() -> str:
         measure = own[0]["judged_by"] or "accuracy"
         sparsities = sorted({row["sparsity"] for row in own if row["sparsity"] is not None})
         full = [row["accuracy"] for row in own if row["kind"] == "dense"]
-        least = bound(full) if full else float("inf")
+        least = bound(full) if len(full) > 1 else float("inf")  # one seed has no spread to lose
         lines = [
             f"### {task}: {measure} in %\n",
             "| contender | " + " | ".join(f"{s:.1%} sparse" for s in sparsities) + " |",
@@ -182,7 +183,8 @@ def table() -> str:
     revisions = ", ".join(dict.fromkeys(row["revision"] for row in found))
     note = (
         f"{'; '.join(where)}; revision {revisions}. The machine was shared with other work, so no time is told.\n\n"
-        "Bold: matching, the mean is at least that of the full weights less one of their standard deviations. Sparsity "
+        "Bold: matching, the mean is at least that of the full weights less one of their standard deviations, of two "
+        "seeds at least. Sparsity "
         "is that of the layers that were pruned; the full weights stand in every column."
     )
     return "\n\n".join([*parts, note])
