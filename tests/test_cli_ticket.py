@@ -1,3 +1,5 @@
+import shlex
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from earlybird.models.blueprint import Blueprint
 from earlybird.sparse.blocks import find_blocks
 from earlybird.sparse.masks import Masks
 from earlybird.tickets.ticket import Ticket
+from earlybird.train.recipe import Recipe
 from tests.test_cli import complaint, run
 
 
@@ -15,7 +18,18 @@ def lottery(tmp_path_factory):
     """A finished run of iterative pruning, made through the command line."""
     folder = tmp_path_factory.mktemp("runs") / "lottery"
     words = ["--data", "digits", "--model", "resnet14", "--width", "0.5", "--epochs", "1", "--exact", "--quiet"]
-    words += ["--method", "iterative", "--keep-weights", "0.5", "--prune-share", "0.3", "--rewind-to", "5it"]
+    words += [
+        "--train-images",
+        "640",
+        "--method",
+        "iterative",
+        "--keep-weights",
+        "0.5",
+        "--prune-share",
+        "0.3",
+        "--rewind-to",
+        "5it",
+    ]
     assert run("train", *words, "--out", folder) == 0
     return folder
 
@@ -85,9 +99,7 @@ def test_regroup_writes_blocks(lottery, tmp_path, capsys):
 def test_stretch_writes_what_the_other_depth_starts_from(lottery, tmp_path, capsys):
     out = tmp_path / "elastic"
     assert run("ticket", "stretch", lottery, "--to", "resnet26", "--out", out, "--stretch", "append") == 0
-    assert f"--model resnet26 --data digits --width 0.5 --epochs 1 --method fixed_ticket --ticket {out}/ticket" in (
-        capsys.readouterr().out
-    )
+    assert "--model resnet26 --method fixed_ticket" in capsys.readouterr().out
     ticket, (weights, _) = Ticket.load(out / "ticket.safetensors"), read_tensors(out / "rewind.safetensors")
     start = read_tensors(lottery / "rewind.safetensors")[0]
     assert torch.equal(weights["blocks.3.conv1.weight"], start["blocks.1.conv1.weight"])
@@ -103,18 +115,27 @@ def test_stretch_writes_what_the_other_depth_starts_from(lottery, tmp_path, caps
 @pytest.mark.parametrize(
     "words",
     [
-        ["refill", "{run}", "--out", "{new}/t", "--fill-back", "0.2"],
-        ["regroup", "{run}", "--out", "{new}/t", "--least-rows", "4"],
+        ["refill", "{run}", "--out", "{new}/a t", "--fill-back", "0.2"],
+        ["regroup", "{run}", "--out", "{new}/a t", "--least-rows", "4"],
         ["stretch", "{run}", "--to", "resnet20", "--out", "{new}/elastic"],
     ],
     ids=lambda words: words[0],
 )
 def test_the_command_that_is_printed_trains_the_ticket(lottery, tmp_path, capsys, words):
     assert run("ticket", *(word.format(run=lottery, new=tmp_path) for word in words)) == 0
-    command = capsys.readouterr().out.rsplit("next: earlybird ", 1)[1].split()
-    assert run(*command, "--exact", "--quiet", "--out", tmp_path / "run") == 0
-    made = tmp_path / ("elastic/ticket.safetensors" if words[0] == "stretch" else "t")
+    command = shlex.split(capsys.readouterr().out.rsplit("next: earlybird ", 1)[1])
+    assert run(*command, "--quiet", "--out", tmp_path / "run") == 0
+    made = tmp_path / ("elastic/ticket.safetensors" if words[0] == "stretch" else "a t")
     assert Ticket.load(tmp_path / "run" / "ticket.safetensors") == Ticket.load(made)
+    recipe, source = (Recipe.from_toml(folder / "recipe.toml") for folder in (tmp_path / "run", lottery))
+    assert (recipe.lr, recipe.train_images, recipe.exact) == (source.lr, 640, True)
+    assert str(recipe.start_at) == "5it"  # the run's rounds, too, go on from there
+
+
+def test_channels_are_not_refilled(tmp_path, capsys):
+    eb.Ticket({"conv": torch.tensor([True, False])}, {"conv": "channel"}).save(tmp_path / "ticket.safetensors")
+    assert run("ticket", "refill", tmp_path, "--out", tmp_path / "new") == 2
+    assert "over whole channels already" in complaint(capsys)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -149,7 +150,7 @@ def _print_result(result: Result) -> None:
     print(f"\n{result.bill}\n")
     ticket = "" if result.drawn_at is None else f", ticket drawn at step {result.drawn_at:,} of {result.steps:,}"
     print(f"{measure(result.judged_by)} {result.accuracy:.2%} after {result.epochs} epochs{ticket}")
-    print(f"run: {result.folder}   next: earlybird report {result.folder}")
+    print(f"run: {result.folder}   next: earlybird report {shlex.quote(str(result.folder))}")
 
 
 def bill(recipe: RecipeFile = None, **keys: Any) -> None:
@@ -247,13 +248,13 @@ def compare(
         ),
     ] = _CONTENDERS,
     methods: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME,...",
             help="Instead of contenders: methods to compare, each at every share of --keep. imp, lr_rewinding, "
             "fine_tuning, snip, grasp, synflow, random, set, rigl, early_bird, ...",
         ),
-    ] = "",
+    ] = None,
     jobs: Annotated[
         int, typer.Option(help="Runs at a time. More than one disturb each other: then no time is judged.", min=1)
     ] = 1,
@@ -276,7 +277,9 @@ def compare(
     from earlybird.train.compare import compare as compare_runs
     from earlybird.train.compare import comparison_folder, describe
 
-    asked = _names(methods)
+    asked = _names(methods or "")
+    if methods is not None and not asked:
+        raise InputError("--methods names no method", needed="names such as imp,early_bird")
     if asked and contenders != _CONTENDERS:
         raise InputError("both --contenders and --methods", needed="one of them: checks on a ticket, or methods")
     shares = _shares(keys.pop("keep", None)) if asked else ()
@@ -288,7 +291,7 @@ def compare(
     )  # fmt: skip
     bill = "" if asked else f"{_bill_against_dense(out, comparison)}\n\n"
     print(f"\n{bill}{describe(comparison)}\n")
-    print(f"runs: {out}   next: earlybird report {out}")
+    print(f"runs: {out}   next: earlybird report {shlex.quote(str(out))}")
 
 
 def transfer(
@@ -352,7 +355,7 @@ def transfer(
         quiet=quiet,
     )
     print(f"\n{describe(found)}\n")
-    print(f"runs: {out}   next: earlybird report {out / found['tasks'][0]['folder']}")
+    print(f"runs: {out}   next: earlybird report {shlex.quote(str(out / found['tasks'][0]['folder']))}")
 
 
 _OF_A_RECIPE: dict[Callable[..., None], set[str]] = {

@@ -5,6 +5,7 @@ Torch is loaded when one of them runs, so that ``earlybird --help`` answers at o
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -158,6 +159,8 @@ def refill(
     from earlybird.tickets import structure
 
     ticket = _load(run, number)
+    if any(kind != "weight" for kind in ticket.kinds.values()):
+        raise InputError(f"{run} has a ticket over whole channels already", needed="one over single weights")
     _check_out(out)
     if criterion is not Criterion.remain and ticket != _load(run):
         raise InputError(
@@ -184,7 +187,7 @@ def refill(
     kept, total = (sum(counts) for counts in zip(*refilled.widths.values()))
     print(f"{kept:,} of {total:,} channels in {len(refilled.masks)} layers, {len(about['whole'])} layers left whole")
     print(f"weights: {about['source_keep']:.2%} before, {about['weights_kept']:.2%} now")
-    print(f"ticket: {out}   next: {_train(run, blueprint.model, out, run / 'rewind.safetensors')}")
+    print(f"ticket: {out}   next: {_train(run, refilled, out, run / 'rewind.safetensors')}")
 
 
 def regroup(
@@ -224,8 +227,7 @@ def regroup(
     none = [name for name, blocks in found.items() if not blocks]
     print(f"{sum(found.values())} blocks in {len(found) - len(none)} layers; in {len(none)} none was found")
     print(f"weights: {about['source_keep']:.2%} before, {about['weights_kept']:.2%} now")
-    model = _trained(run)[0].model if (run / "model.safetensors").is_file() else "MODEL"
-    print(f"ticket: {out}   next: {_train(run, model, out, run / 'rewind.safetensors')}")
+    print(f"ticket: {out}   next: {_train(run, regrouped, out, run / 'rewind.safetensors')}")
 
 
 def stretch(
@@ -276,10 +278,11 @@ def stretch(
         fitting = _members(blueprint)
         hint = f"{blueprint.model} becomes {', '.join(fitting)}" if fitting else error.hint
         raise InputError(error.found, needed=error.needed, hint=hint) from error
-    new.save(out / "ticket.safetensors")
-    write_tensors(out / "rewind.safetensors", weights, {})
+    files = out / "ticket.safetensors", out / "rewind.safetensors"
+    new.save(files[0])
+    write_tensors(files[1], weights, {})
     print(f"{blueprint.model} to {to}: {new.provenance['source_keep']:.2%} of the weights before, {new.keep:.2%} now")
-    print(f"ticket: {out}   next: {_train(run, to, out / 'ticket.safetensors', out / 'rewind.safetensors')}")
+    print(f"ticket: {out}   next: {_train(run, new, *files, model=to)}")
 
 
 def _members(blueprint: Blueprint) -> list[str]:
@@ -365,14 +368,23 @@ def _check_out(path: Path) -> None:
             raise InputError(f"{path} exists and is no ticket", hint="choose another name") from error
 
 
-def _train(run: Path, model: str, ticket: Path, start: Path) -> str:
-    """Return the command that trains a ticket."""
-    import tomllib
+def _train(run: Path, made: Ticket, ticket: Path, start: Path, model: str | None = None) -> str:
+    """Return the command that trains ticket ``made`` as the run trained, from the same step of the schedule on.
 
+    Args:
+        run: Its folder.
+        made: What was made of the run's ticket.
+        ticket: Its file.
+        start: The weights to begin from, if there is such a file.
+        model: Where it is another one than the run's.
+    """
     recipe = run / "recipe.toml"
-    values = tomllib.loads(recipe.read_text("utf-8")) if recipe.is_file() else {}
-    shared = [f"--{key} {values[key]}" for key in ("data", "width", "epochs") if key in values]
-    words = [f"--model {model}", *shared, f"--method fixed_ticket --ticket {ticket}"]
+    words = [str(recipe)] if recipe.is_file() else ["--model", "MODEL"]
+    if model is not None:
+        words += ["--model", model]
+    words += ["--method", "fixed_ticket", "--ticket", str(ticket)]
     if start.is_file():
-        words.append(f"--start {start}")
-    return "earlybird train " + " ".join(words)
+        words += ["--start", str(start)]
+        if step := made.provenance["source"].get("rewind_to"):
+            words += ["--start-at", f"{step}it"]
+    return shlex.join(["earlybird", "train", *words])

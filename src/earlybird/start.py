@@ -67,7 +67,7 @@ def load_start(model: nn.Module, weights: Mapping[str, Tensor], *, fresh_head: b
         else:
             shapes = tuple(weights[name].shape), tuple(own[name].shape)
             found = f"'{name}' of the start has shape {shapes[0]}, of the model {shapes[1]}"
-        more = f" (and {len(wrong) - 1} more of {len(own)} entries)" if len(wrong) > 1 else ""
+        more = f" (and {len(wrong) - 1} more of {len(own.keys() | weights.keys())} entries)" if len(wrong) > 1 else ""
         hint = f"fresh_head = true keeps the model's own '{head}'" if name.rpartition(".")[0] == head else ""
         raise InputError(found + more, needed="weights of this model: same architecture, width and channels", hint=hint)
     for name in mine:

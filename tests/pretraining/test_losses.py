@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from earlybird.errors import InputError
 from earlybird.pretraining.moco import info_nce, momentum_update
 from earlybird.pretraining.probe import knn_accuracy, knn_votes
 from earlybird.pretraining.simclr import nt_xent
@@ -27,9 +28,10 @@ def test_nt_xent_by_hand():
     assert float(nt_xent(z1, z2, t)) == pytest.approx(total / 8, rel=1e-5)
 
 
-def test_nt_xent_of_one_image_is_nothing_and_of_equal_images_the_logarithm_of_their_number():
+def test_nt_xent_of_one_image_is_refused_and_of_equal_images_the_logarithm_of_their_number():
     z = randn(1, 5)
-    assert float(nt_xent(z, randn(1, 5, seed=1), 0.5)) == pytest.approx(0)
+    with pytest.raises(InputError, match="no others to be told from"):
+        nt_xent(z, randn(1, 5, seed=1), 0.5)
     assert float(nt_xent(z.expand(4, 5), z.expand(4, 5), 0.5)) == pytest.approx(math.log(7))
 
 

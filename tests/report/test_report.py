@@ -3,9 +3,11 @@ import re
 
 import pytest
 
+from earlybird.cost.bill import Ratio
 from earlybird.cost.verdict import judge
 from earlybird.errors import InputError
 from earlybird.report import write
+from earlybird.report.against import times_less
 from earlybird.report.page import compose
 from earlybird.report.read import read
 from tests.report.folders import write_run
@@ -337,3 +339,11 @@ def test_own_kernels_show_as_a_candidate_and_layer_by_layer(tmp_path):
     assert layers["table"].rows[0].cells == ["16", "3", "300 ms", "100 ms", "200 ms"]
     write([run], tmp_path / "report.html")
     assert "all passes as products" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.4, 0.5, "2.50\N{MULTIPLICATION SIGN} MORE"), (2.0, 2.5, "2.00\N{MULTIPLICATION SIGN} less")],
+)
+def test_of_a_range_the_worse_end_is_told(low: float, high: float, said: str) -> None:
+    assert times_less(Ratio(low, high, "modelled")) == said

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from earlybird.data import Augment, Loader
 from earlybird.errors import InputError
+from earlybird.files import write_json
 from earlybird.models import build
 from earlybird.tickets.distill import Distillation, Distilling, Teacher, soft_loss
 from earlybird.tickets.ticket import Ticket
@@ -193,6 +194,14 @@ def test_a_teacher_of_something_else_is_refused(changes: dict[str, Any], found: 
         Distillation(teacher=str(folder)).attach(
             model, optimizer, example_inputs=randn(2, 3, 8, 8), class_names=("a", "b", "c", "d", "e")
         )
+
+
+def test_an_encoder_whose_head_is_not_trained_teaches_nothing(tmp_path: Path) -> None:
+    folder, _ = write_teacher(tmp_path / "encoder")
+    write_json(folder / "result.json", {"judged_by": "200-NN"})
+    for path in (folder, folder / "model.safetensors"):
+        with pytest.raises(InputError, match="200-NN probe"):
+            attach(path)
 
 
 def test_no_teacher_and_no_such_teacher_are_refused(tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def test_side_by_side_is_written_down_and_time_is_not_judged(
     assert [row["side_by_side"] for row in found["runs"]] == [2, 2]
     assert found["against_dense"]["early_bird-0.5"]["seconds_ratio"] is None
     assert found["against_dense"]["early_bird-0.5"]["macs_ratio"]["n"] == 1
-    assert "time is not judged" in found["verdict"]
+    assert "time is not judged (fewer than three seeds: chance is not told apart)" in found["verdict"]
     assert "Up to 2 runs went side by side" in describe(found)
     # what is finished keeps what it was, when the rest runs alone
     found = compare(recipe, tmp_path, seeds=(0, 1), methods=("early_bird",), keeps=(0.5,), quiet=True)

@@ -33,6 +33,7 @@ from torch.nn import functional
 from earlybird import ranks
 from earlybird.data.contrast import StrongAugment
 from earlybird.data.loader import Loader
+from earlybird.errors import InputError
 from earlybird.ledger import Ledger
 from earlybird.objective import Forward
 from earlybird.pretraining.encoder import fp32, projector
@@ -110,11 +111,18 @@ def nt_xent(z1: Tensor, z2: Tensor, t: float) -> Tensor:
         z1: (B, d), the first view of each image, of any length.
         z2: (B, d), the second one.
         t: Temperature.
+
+    Raises:
+        InputError: There is but one image, and no other to tell it from: the loss would be 0, whatever the model says.
     """
     context, z1, z2 = fp32(z1, z2)
     with context:
         own = functional.normalize(torch.cat((z1, z2)), dim=1)  # (2B, d)
         others, first = ranks.all_rows(own)
+        if len(others) < 4:
+            raise InputError(
+                "a batch of one image has no others to be told from", needed="at least two", hint="raise batch_size"
+            )
         cosine = own @ others.T / t
         place = torch.arange(len(own), device=own.device)
         cosine = cosine.index_put((place, first + place), cosine.new_tensor(-torch.inf))  # not with itself

@@ -92,11 +92,12 @@ def accuracy_change(dense: Contender | None, ticket: Contender) -> float | None:
 
 
 def times_less(ratio: Ratio) -> str:
-    """Say a ratio dense / ticket in words: ``2.40x less``, ``1.20x MORE``, ``the same``."""
+    """Say a ratio dense / ticket in words: ``2.40x less``, ``1.20x MORE``, ``the same``; of a range, its worse end."""
+    worse = min(ratio.low, ratio.high)
     if ratio.gain:
-        return f"{min(ratio.low, ratio.high):.2f}{units.TIMES} less"
+        return f"{worse:.2f}{units.TIMES} less"
     if ratio.loss:
-        return f"{1 / max(ratio.low, ratio.high):.2f}{units.TIMES} MORE"
+        return f"{1 / worse:.2f}{units.TIMES} MORE"
     return "the same"
 
 

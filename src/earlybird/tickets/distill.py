@@ -54,7 +54,7 @@ from earlybird.cost.count import count
 from earlybird.data.loader import Loader
 from earlybird.errors import InputError
 from earlybird.export import rebuild
-from earlybird.files import read_tensors, write_tensors
+from earlybird.files import read_json, read_tensors, write_tensors
 from earlybird.ledger import Ledger, ledger_for
 from earlybird.objective import Forward, claim_loss
 from earlybird.settings import check_choice, check_number, option
@@ -382,6 +382,7 @@ def _fitting_teacher(
         logits = model(*call.args, **call.kwargs)
     image = call.args[0]
     shown = {} if loader is None else {"mean": loader.mean, "std": loader.std}
+    _check_its_head(Path(path))
     teacher = Teacher(path, image.device, **shown)
     known = teacher.blueprint
     wanted, found = tuple(image.shape[1:]), (known.in_channels, known.image_size, known.image_size)
@@ -396,6 +397,19 @@ def _fitting_teacher(
         raise InputError(f"the teacher {path} has the class '{theirs}' in the place of '{ours}'",
                          needed="a teacher of the same data")  # fmt: skip
     return teacher
+
+
+def _check_its_head(path: Path) -> None:
+    """Refuse a pre-trained encoder: its last layer is as it was drawn, and says nothing of classes."""
+    done = (path if path.is_dir() else path.parent) / "result.json"
+    if (path.is_dir() or path.name == "model.safetensors") and done.is_file():
+        result = read_json(done)
+        if probe := isinstance(result, dict) and result.get("judged_by"):
+            raise InputError(
+                f"the teacher {path} was pre-trained without labels, and is judged by a {probe} probe",
+                needed="a network whose own classifier is trained",
+                hint=f"train it with start = '{path}', and take that run",
+            )
 
 
 def _digest(tensor: Tensor) -> str:

@@ -139,18 +139,17 @@ class Ticket:
         try:
             about = json.loads(metadata["ticket"]) if "ticket" in metadata else _first_version(metadata)
             version = str(about.get("format", ""))
-            if version not in (FORMAT, _BYTE_A_UNIT):
-                what = (
-                    "is a ticket of another version" if version.startswith("earlybird-ticket-") else "is not a ticket"
-                )
-                raise InputError(f"{path} {what} (format {version!r})", needed=f"a file of format {FORMAT}")
             if version == _BYTE_A_UNIT:
-                masks = {name: tensors[name].to(torch.bool) for name in about["order"]}
-            else:
+                return cls(
+                    {name: tensors[name].to(torch.bool) for name in about["order"]}, about["kinds"], about["provenance"]
+                )
+            if version == FORMAT:
                 masks = {name: unpacked(tensors[name], shape) for name, shape in about["shapes"].items()}
-            return cls(masks, about["kinds"], about["provenance"])
+                return cls(masks, about["kinds"], about["provenance"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is a damaged ticket ({type(error).__name__}: {error})") from error
+        what = "is a ticket of another version" if version.startswith("earlybird-ticket-") else "is not a ticket"
+        raise InputError(f"{path} {what} (format {version!r})", needed=f"a file of format {FORMAT}")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Ticket):

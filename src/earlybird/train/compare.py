@@ -221,7 +221,9 @@ def _verdict(name: str, summary: Mapping[str, Any], against: Mapping[str, Any], 
     reached = f"reached {accuracy:.2%} against {dense:.2%} ({points['mean']:+.2f} points"
     reached += f", standard deviation {points['std']:.2f})" if runs > 1 else ")"
     if time_ratio is None:
-        return f"{name} {reached}: {_ACCURACY[judge_accuracy(points['mean'])]}; time is not judged."
+        remark = judge(1.0, points["mean"], std=points["std"], runs=runs).remark
+        text = f"{name} {reached}: {_ACCURACY[judge_accuracy(points['mean'])]}; time is not judged"
+        return f"{text} ({remark})." if remark else f"{text}."
     mean = max(time_ratio["mean"], 1.0) if masked else time_ratio["mean"]
     verdict = judge(mean, points["mean"], std=points["std"], runs=runs)
     took = f"took {_TOOK[verdict.time].format(less=1 / mean, more=mean)} dense"

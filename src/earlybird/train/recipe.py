@@ -340,7 +340,8 @@ def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -
     if "method" not in typed and typed.get("preset") in PRESET_METHODS:
         typed["method"] = PRESET_METHODS[typed["preset"]]
     methods: tuple[str, ...] = typed.get("method", by_name["method"].default)
-    if len(set(methods)) < len(methods):
+    classes = {name: method_class(name) for name in methods}
+    if len(classes) < len(methods):
         raise InputError(f"{where}: method = {', '.join(methods)} names one twice")
     told = [name for name in flags if by_name[name].method or name == "method"]
     if told and typed.get("dense") and "dense" not in flags:  # the file's, which a flag would not get past
@@ -371,7 +372,7 @@ def _build(values: Mapping[str, Any], flags: Mapping[str, Any], *, where: str) -
 
     data = typed.get("data", Recipe.model_fields["data"].default)
     filled = {**_of_data(data), **_BY_OPTIMIZER.get(typed.get("optimizer", ""), {}), **typed}
-    classes = {name: method_class(name) for name in methods}
+    classes = {name: classes[name] for name in methods}
     preset = _preset(classes.values(), filled.get("preset", "default"))
     settings = {
         # Presets come in under whatever was said explicitly.
