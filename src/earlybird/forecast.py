@@ -232,7 +232,7 @@ def forecast(recipe: Recipe) -> Forecast:
         if isinstance(method, Forecasting):
             stretches = method.forecast(stretches, plan)
         else:
-            notes.append(f"{name} is left out: what it saves cannot be told before the run.")
+            notes.append(f"{name} is left out: what it saves or costs cannot be told before the run.")
     return Forecast(
         name=recipe.name,
         stretches=tuple(stretches),

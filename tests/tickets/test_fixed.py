@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 import earlybird as eb
 from earlybird.errors import InputError
 from earlybird.files import read_rows, read_tensors
+from earlybird.forecast import forecast
+from earlybird.models import build
 from earlybird.sparse.masks import prunable, ticket_of
 from earlybird.start import load_start, read_start
 from earlybird.tickets.fixed import FixedTicket, control_of
@@ -222,3 +224,23 @@ def test_weights_of_a_step_go_on_from_that_step_of_the_schedule(tmp_path):
         train(Recipe.from_values({**rest, "start_at": "3ep"}), tmp_path / "late", quiet=True)
     with pytest.raises(InputError, match="name them with start"):
         Recipe.from_values({"start_at": "1ep"})
+
+
+def test_on_paper_a_ticket_costs_what_its_network_costs(tmp_path):
+    own = {**DIGITS, "model": "small_cnn"}
+    model = build("small_cnn", classes=10, in_channels=1, image_size=8)
+    given = {**own, "method": "fixed_ticket"}
+    dense = forecast(Recipe.from_values({**own, "dense": True})).bill.total
+    weights = weights_ticket(model).save(tmp_path / "weights")
+    masked = forecast(Recipe.from_values({**given, "ticket": str(weights)})).bill.total
+    assert masked.macs.value == dense.macs.value
+    assert masked.bit_macs.value < 0.5 * dense.bit_macs.value
+    inputs = torch.zeros(2, 1, 8, 8)
+    channels = eb.draw(model, 0.5, score="magnitude", example_inputs=inputs, coupled="group").save(
+        tmp_path / "channels"
+    )
+    cut = forecast(Recipe.from_values({**given, "ticket": str(channels)})).bill.total
+    assert cut.macs.value < 0.6 * dense.macs.value
+    other = weights_ticket(make("plain")).save(tmp_path / "other")
+    with pytest.raises(InputError, match="the ticket"):
+        forecast(Recipe.from_values({**given, "ticket": str(other)}))

@@ -290,3 +290,15 @@ def test_methods_that_go_by_the_steps_of_the_run_are_refused_beside_rounds():
     Recipe.from_values({**beside, "keep_weights": 1.0})  # one training
     Recipe.from_values({**beside, "dense": True})
     Recipe.from_values({**RECIPE, "method": "iterative,batch_dropping"})
+
+
+def test_a_layer_that_has_all_but_gone_is_named_once():
+    model = make("plain")
+    last = list(prunable(model))[-1]
+    with torch.no_grad():
+        prunable(model)[last].mul_(1e-6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    Iterative(keep_weights=0.25, prune_share=0.5).attach(model, optimizer, total_steps=6)
+    with pytest.warns(UserWarning, match=f"round 1 leaves 1 of .* weights of layer '{last}'") as told:
+        steps(model, optimizer, 0, 6)
+    assert sum("leaves" in str(one.message) for one in told) == 1

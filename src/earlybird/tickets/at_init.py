@@ -228,7 +228,7 @@ def _draw_ticket(
 def _ranked_weights(model: nn.Module, leave: Iterable[str]) -> dict[str, nn.Parameter]:
     weights = prunable(model)
     dense = left_dense(weights, leave)
-    return {name: weight for name, weight in weights.items() if name not in dense}
+    return {name: weight for name, weight in weights.items() if name not in dense and weight.requires_grad}
 
 
 def _best_weights(scores: Mapping[str, Tensor], keep: float, budget: str) -> dict[str, Tensor]:

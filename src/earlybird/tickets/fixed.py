@@ -19,8 +19,9 @@ Deviations: a control over channels keeps channels that are written together tog
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -33,9 +34,11 @@ from earlybird.settings import check_choice, option
 from earlybird.sparse.budget import uniform
 from earlybird.sparse.masks import check_fits, mask_generator
 from earlybird.start import head_of, load_start
+from earlybird.stretches import Plan, Stretch
 from earlybird.tickets.coupling import find_groups
 from earlybird.tickets.draw import shuffle
 from earlybird.tickets.held import HeldTicket
+from earlybird.tickets.shrink import shrink
 from earlybird.tickets.ticket import Ticket
 
 __all__ = ["CONTROLS", "FixedTicket", "control_of"]
@@ -67,6 +70,27 @@ class FixedTicket:
         check_choice("fixed_weights", self.fixed_weights, ("start", "reinitialise"))
         check_choice("control", self.control, CONTROLS)
         object.__setattr__(self, "ticket", None if self.ticket in (None, "none") else str(self.ticket))
+
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
+        """Return the stretches of a run of the ticket's network, for `earlybird.forecast`.
+
+        Raises:
+            InputError: The ticket is not one of the model.
+        """
+        if self.ticket is None:
+            return stretches
+        ticket = Ticket.load(_ticket_file(Path(self.ticket)))
+        small: dict[int, nn.Module] = {}
+        for model in (stretch.model for stretch in stretches):
+            if id(model) not in small:
+                _check_layers(ticket, model)
+                small[id(model)] = copied = copy.deepcopy(model)
+                if "weight" in ticket.kinds.values():
+                    for name, (kept, total) in ticket.widths.items():
+                        copied.get_submodule(name).weight_density = kept / total  # type: ignore[assignment]
+                else:
+                    shrink(copied, ticket, plan.images())
+        return [replace(stretch, model=small[id(stretch.model)]) for stretch in stretches]
 
     def attach(
         self,

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -423,6 +424,7 @@ class Rounds:
             self.history.append(
                 {"step": self._steps, "epoch": epoch, "keep": left, "distances": distances, "kept": kept}
             )
+            self._warn_of_thin_layers(ticket)
             self.tickets.append(ticket)
             self.round += 1
             if self._start is not None:
@@ -434,6 +436,18 @@ class Rounds:
                 optimizer.state.clear()
             self._masks.set(ticket)
         self._ledger.enter("train" if self.drawn else "search")
+
+    def _warn_of_thin_layers(self, ticket: Ticket) -> None:
+        """Name layers that have fewer weights than outputs from this round on: some of these say nothing any more."""
+        before = {} if self.ticket is None else self.ticket.widths
+        for name, (kept, total) in ticket.widths.items():
+            outputs = len(ticket.masks[name])
+            if kept < outputs <= before.get(name, (total, total))[0]:
+                warnings.warn(
+                    f"round {len(self.tickets) + 1} leaves {kept} of {total} weights of layer '{name}', fewer than its "
+                    f"{outputs} outputs; to prevent that, set prune_scope = 'layer' or leave_dense = '{name}'",
+                    stacklevel=2,
+                )
 
     def _ticket(self, masks: Mapping[str, Tensor], number: int) -> Ticket:
         settings = self.settings
