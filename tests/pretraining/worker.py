@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from earlybird import ranks
 from earlybird.pretraining.moco import MoCo
 from earlybird.pretraining.simclr import SimClr, nt_xent
+from tests.processes import leave_group
 
 
 def gradients(weight: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,7 +20,24 @@ def gradients(weight: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), weight.grad
 
 
-def main(folder: Path) -> int:
+def train(method: SimClr | MoCo, z1: Tensor, z2: Tensor, rank: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    running = method.attach(model, optimizer, example_inputs=torch.randn(2, 6))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for _ in range(3):
+        running.loss(wrapped, torch.cat((z1[rank::2], z2[rank::2]))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    told = [*model.parameters(), *running.encoder.projector.parameters(), getattr(running, "queue", torch.zeros(1))]
+    flat = torch.cat([tensor.detach().flatten() for tensor in told])
+    other = [torch.empty_like(flat) for _ in range(2)]
+    torch.distributed.all_gather(other, flat)
+    assert torch.equal(*other)
+
+
+def main(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     z1, z2, weight = (torch.randn(*shape, generator=generator) for shape in ((8, 6), (8, 6), (6, 4)))
     alone = gradients(weight, z1, z2)
@@ -28,26 +46,11 @@ def main(folder: Path) -> int:
     own = gradients(weight, z1[rank::2], z2[rank::2])
     for one, other in zip(own, alone):
         assert torch.allclose(ranks.mean(one), other, atol=1e-6)
-
     for method in (SimClr(simclr_width=4), MoCo(moco_width=4, moco_queue=12)):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        running = method.attach(model, optimizer, example_inputs=torch.randn(2, 6))
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        for _ in range(3):
-            running.loss(wrapped, torch.cat((z1[rank::2], z2[rank::2]))).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        told = [*model.parameters(), *running.encoder.projector.parameters(), getattr(running, "queue", torch.zeros(1))]
-        flat = torch.cat([tensor.detach().flatten() for tensor in told])
-        other = [torch.empty_like(flat) for _ in range(2)]
-        torch.distributed.all_gather(other, flat)
-        assert torch.equal(*other)
+        train(method, z1, z2, rank)
     (folder / f"rank{rank}").write_text("fine")
-    torch.distributed.destroy_process_group()
-    return 0
+    leave_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))

@@ -10,6 +10,7 @@ from earlybird.errors import InputError
 from earlybird.precision.fractional import FractionalPrecision
 from earlybird.skipping.layers import LayerSkipping
 from earlybird.skipping.stochastic_depth import StochasticDepth
+from tests.processes import leave_group
 from tests.tickets.test_early_bird import batch, sgd
 from tests.tickets.topologies import images, make
 
@@ -43,7 +44,7 @@ def work(rank, rendezvous):
     model = make("residual")
     with pytest.raises(InputError, match="rank 0 has seed = 0, rank 1 has seed = 1"):
         StochasticDepth().attach(model, sgd(model), example_inputs=images(2), seed=rank)
-    distributed.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch has no torch.distributed")

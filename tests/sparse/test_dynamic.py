@@ -22,6 +22,7 @@ from earlybird.sparse.masks import prunable
 from earlybird.tickets.ticket import Ticket
 from earlybird.train.recipe import Recipe
 from earlybird.train.run import resume, train
+from tests.processes import leave_group
 from tests.tickets.topologies import images, make
 
 OPTIMIZERS = {
@@ -454,44 +455,48 @@ def test_presets_are_as_published():
 # ---- several processes ----
 
 
+def grow(rank, kind):
+    model = make("residual")
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    running = DynamicSparse(**{**QUICK, **kind}).attach(model, optimizer, total_steps=12)
+    wrapped = DistributedDataParallel(model)
+    twin, before = None, {}
+    for step in range(10):
+        if step == 3:
+            twin, before = copy.deepcopy(model), running.ticket.masks
+        loss_of(wrapped, 2 * step + rank).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 3 and running.settings.regrow == "rigl":
+            # where the mean of both ranks' gradients is largest
+            for other in range(2):
+                (loss_of(twin, 2 * step + other) / 2).backward()
+            same = total = 0
+            for name, weight in prunable(twin).items():
+                count = round(drop_fraction(4, 9, 0.5) * int(before[name].sum()))
+                expected = drop_and_grow(weight, before[name], weight.grad, count)
+                same += int((expected == running.ticket.masks[name]).sum())
+                total += expected.numel()
+            assert same / total > 0.999  # a sum in another order
+    masks = torch.cat([mask.flatten() for mask in running.ticket.masks.values()]).to(torch.uint8)
+    ours = torch.cat([*(p.detach().flatten() for p in model.parameters()), masks])
+    both = [torch.empty_like(ours) for _ in range(2)]
+    distributed.all_gather(both, ours)
+    assert torch.equal(*both), kind
+
+
 def work(rank, rendezvous):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     for kind in KINDS:
-        model = make("residual")
-        optimizer = OPTIMIZERS["sgd"](model.parameters())
-        running = DynamicSparse(**{**QUICK, **kind}).attach(model, optimizer, total_steps=12)
-        wrapped = DistributedDataParallel(model)
-        twin, before = None, {}
-        for step in range(10):
-            if step == 3:
-                twin, before = copy.deepcopy(model), running.ticket.masks
-            loss_of(wrapped, 2 * step + rank).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if step == 3 and running.settings.regrow == "rigl":
-                # where the mean of both ranks' gradients is largest
-                for other in range(2):
-                    (loss_of(twin, 2 * step + other) / 2).backward()
-                same = total = 0
-                for name, weight in prunable(twin).items():
-                    count = round(drop_fraction(4, 9, 0.5) * int(before[name].sum()))
-                    expected = drop_and_grow(weight, before[name], weight.grad, count)
-                    same += int((expected == running.ticket.masks[name]).sum())
-                    total += expected.numel()
-                assert same / total > 0.999  # a sum in another order
-        masks = torch.cat([mask.flatten() for mask in running.ticket.masks.values()]).to(torch.uint8)
-        ours = torch.cat([*(p.detach().flatten() for p in model.parameters()), masks])
-        both = [torch.empty_like(ours) for _ in range(2)]
-        distributed.all_gather(both, ours)
-        assert torch.equal(*both), kind
+        grow(rank, kind)
     own = {"a": torch.tensor([[True, False], [False, rank == 1]]), "b": torch.tensor([rank == 0])}
     first = ranks.of_the_first(own)
     assert (first["a"].tolist(), first["b"].tolist()) == ([[True, False], [False, False]], [True])
     model = make("residual")
     with pytest.raises(InputError, match="rank 0 has seed = 0, rank 1 has seed = 1"):
         DynamicSparse(**QUICK).attach(model, OPTIMIZERS["sgd"](model.parameters()), total_steps=12, seed=rank)
-    distributed.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch has no torch.distributed")
