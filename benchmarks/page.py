@@ -28,6 +28,7 @@ import roofline
 import scaling
 import speedrun_cifar10
 import step_times
+import tickets
 import transfer
 import vgg16_cifar10
 from common import HERE, rows
@@ -114,6 +115,7 @@ SECTIONS: dict[str, tuple[Any, Callable[[Path], str]]] = {
     "Few images, many epochs": (few_images, few_images.section),
     "Other networks": (networks, networks.section),
     "Less on every step: samples, layers, bits, operations": (efficient_steps, efficient_steps.section),
+    "Tickets over single weights": (tickets, tickets.section),
     "Transformers: heads and neurons": (early_bert, early_bert_section),
     "Tickets of pre-trained weights on other tasks": (transfer, transfer.section),
     "The figures of the Early-Bird paper": (paper_figures, paper_figures_section),

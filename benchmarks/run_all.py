@@ -34,6 +34,7 @@ BUDGETED = (
     "few_images",
     "networks",
     "efficient_steps",
+    "tickets",
     "early_bert",
     "paper_figures",
 )
@@ -64,6 +65,7 @@ def quick(work: Path) -> list[Job]:
         ("networks", ["--tasks", "quick", "--contestants", "dense,ticket"]),
         ("speedrun_cifar10", ["--tasks", "quick", "--contestants", "dense,resized-ticket"]),
         ("efficient_steps", ["--tasks", "quick"]),
+        ("tickets", ["--tasks", "quick", "--seeds", "1"]),
         ("early_bert", ["--quick"]),
         ("transfer", ["--quick", "--seeds", "1"]),
         ("paper_figures", ["--quick", "--work", str(work / "paper")]),
@@ -95,6 +97,7 @@ def full(work: Path) -> list[Job]:
         ("few_images", ["--tasks", "half,full", *together]),
         ("networks", ["--tasks", "resnet20,resnet18,preact_resnet29,mobilenet_v2", *together]),
         ("efficient_steps", ["--tasks", "dropping,skipping,ladder,signs,operations,search,together", *together]),
+        ("tickets", []),
         ("early_bert", ["--tasks", "sst2,scratch,mlm"]),
         ("paper_figures", ["--work", str(work / "paper"), *together]),
         ("transfer", []),
