@@ -390,7 +390,8 @@ def record(name: str, task: Task, who: str, seed: int, folder: Path, at: At, sid
     append(NAME, {**head, "density": density, "accuracy": result.accuracy, **cost, **more})
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def read(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(name for name in TASKS if name != "quick"))
     parser.add_argument("--seeds", type=int, default=None, help="how many; default: the task's")
@@ -399,11 +400,17 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=None, metavar="MINUTES", help="begin no run after it")
     parser.add_argument("--table", action="store_true", help="print the tables of the rows and stop")
     options = parser.parse_args(words)
+    options.names = options.tasks.split(",")
+    check_known(parser, "tasks", options.names, TASKS)
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    options = read(words)
     if options.table:
         print(table())
         return
-    names = options.tasks.split(",")
-    check_known(parser, "tasks", names, TASKS)
+    names = options.names
     deadline = None if options.budget is None else time.monotonic() + 60 * options.budget
     seeds = {name: options.seeds or TASKS[name].seeds for name in names}
     for seed in range(options.first_seed, options.first_seed + max(seeds.values())):  # a seed of every task first
