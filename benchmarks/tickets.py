@@ -522,7 +522,7 @@ def _table(name: str) -> str:
     shown = _densities(labels) if len({d for points in labels.values() for d in points}) > 8 else None
     lines = [f"**{task.title}** (test accuracy in %, mean ± standard deviation, number of seeds)\n"]
     if shown is not None:
-        lines.append("| share of weights | " + " | ".join(f"{100 * d:.2g} %" for d in shown) + " |")
+        lines.append("| share of weights | " + " | ".join(f"{100 * d:.3g} %" for d in shown) + " |")
         lines.append("| --- " * (len(shown) + 1) + "|")
         for label in (label for label in order if label in labels):
             cells = [_cell(labels[label].get(density)) for density in shown]
