@@ -173,7 +173,7 @@ def convolutions(options: argparse.Namespace) -> None:
 
 def random_ticket(model: nn.Module, sparsity: float, generator: torch.Generator) -> Ticket:
     """Return a ticket of random blocks in all layers but the first one and the head."""
-    weights = prunable(model, first=False, last=False)
+    weights = prunable(model, leave=("first", "last"))
     return ticket_of({name: random_mask(weight.shape, sparsity, generator) for name, weight in weights.items()})
 
 

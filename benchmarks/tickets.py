@@ -303,7 +303,7 @@ def _inference(folder: Path, at: At) -> dict[str, Any]:
     networks: dict[str, Any] = {"dense": dense, "own": own}
     ticket = folder / "ticket.safetensors"
     found: dict[str, Any] = {}
-    if ticket.exists() and "weight" in (kept := Ticket.load(ticket)).kinds.values():
+    if ticket.exists() and (kept := Ticket.load(ticket)).over_weights:
         recipe = Recipe.from_toml(folder / "recipe.toml")
         plain = build(recipe.model, classes=10, in_channels=3, image_size=32, width=recipe.width)
         plain.load_state_dict(read_start(folder / "model.safetensors"))

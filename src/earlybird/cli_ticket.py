@@ -307,17 +307,17 @@ def _members(blueprint: Blueprint) -> list[str]:
 
 def _load(path: Path, number: int | None = None) -> Ticket:
     """Return the ticket of a file, or of a run: the last one, or that of a round."""
-    from earlybird.tickets.ticket import Ticket
+    from earlybird.tickets.ticket import Ticket, round_files
 
     if path.is_file() and number is not None:
         raise InputError(f"{path} is one ticket", needed="the folder of a run, to choose a round of it")
     if path.is_dir():
-        rounds = sorted((path / "tickets").glob("round-*.safetensors"), key=lambda file: int(file.stem[6:]))
+        rounds = round_files(path)
         file = path / ("ticket.safetensors" if number is None else f"tickets/round-{number}.safetensors")
         if not file.is_file():
             raise InputError(
                 f"no {file.relative_to(path)} in {path}",
-                needed=f"a round from 1 to {len(rounds)}" if rounds and number else "a finished run with a ticket",
+                needed=f"a round from 1 to {max(rounds)}" if rounds and number else "a finished run with a ticket",
             )
         return Ticket.load(file)
     return Ticket.load(path)

@@ -249,7 +249,7 @@ def _from_folder(run: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]
         raise InputError(f"{run / 'model.safetensors'} does not say what it was built from", needed="one of a run")
     path = run / "ticket.safetensors"
     ticket = Ticket.load(path) if path.is_file() else None
-    if ticket is not None and "weight" in ticket.kinds.values():
+    if ticket is not None and ticket.over_weights:
         ticket = None  # cuts nothing: what it removes is zero in the weights
     return Blueprint.from_json(metadata["blueprint"]), ticket, weights
 

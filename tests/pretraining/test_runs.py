@@ -122,7 +122,7 @@ def test_the_queue_goes_round_and_takes_the_newest_of_a_batch_that_is_larger() -
 def test_under_a_mask_the_keys_removed_weights_are_zero_too() -> None:
     model, optimizer, running = moco()
     step(model, optimizer, running)
-    weights = prunable(model, last=False)
+    weights = prunable(model, leave=("last",))
     ticket = ticket_of({name: torch.rand_like(weight) > 0.6 for name, weight in weights.items()})
     Masks(model, optimizer, ticket)
     for seed in range(3):

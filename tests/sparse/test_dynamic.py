@@ -17,8 +17,8 @@ from earlybird.errors import InputError
 from earlybird.files import read_tensors
 from earlybird.forecast import forecast
 from earlybird.sparse.budget import erk, uniform
-from earlybird.sparse.dynamic import DynamicSparse, drop_and_grow, drop_fraction, random_masks, worth
-from earlybird.sparse.masks import prunable
+from earlybird.sparse.dynamic import DynamicSparse, drop_and_grow, drop_fraction, worth
+from earlybird.sparse.masks import prunable, random_mask
 from earlybird.tickets.ticket import Ticket
 from earlybird.train.recipe import Recipe
 from earlybird.train.run import resume, train
@@ -104,7 +104,7 @@ def test_as_many_are_active_after_an_exchange_and_no_more_than_asked_for_are_oth
     generator = torch.Generator().manual_seed(seed)
     shape = torch.Size((3, 4, 2, 3))
     active = round(density * 72)
-    mask = random_masks({"": shape}, {"": active}, generator)[""]
+    mask = random_mask(shape, active, generator)
     assert mask.sum() == active
     weight = torch.randn(shape, generator=generator).round(decimals=1) * mask  # with ties
     count = round(share * active)

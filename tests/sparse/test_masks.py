@@ -41,8 +41,8 @@ OPTIMIZERS = {
 def test_prunable_are_convolutions_and_linear_layers_but_no_norms_and_no_biases():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 5), nn.Linear(5, 2))
     assert list(prunable(model)) == ["0", "3", "4"]
-    assert list(prunable(model, first=False)) == ["3", "4"]
-    assert list(prunable(model, first=False, last=False)) == ["3"]
+    assert list(prunable(model, leave=("first",))) == ["3", "4"]
+    assert list(prunable(model, leave=("first", "last"))) == ["3"]
     assert prunable(model)["3"] is model[3].weight
 
 

@@ -28,7 +28,7 @@ def numbered(model):
 
 def random_ticket(model, keep=0.3, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    weights = prunable(model, last=False)
+    weights = prunable(model, leave=("last",))
     return ticket_of({n: torch.rand(w.shape, generator=generator) < keep for n, w in weights.items()}, method="test")
 
 
@@ -107,7 +107,7 @@ def test_masks_and_state_go_along_together(one, other):
     weights = {name: int(tensor.flatten()[0]) for name, tensor in weights.items()}
     place = dict(enumerate(source.state_dict()))
     before = random_ticket(source).masks
-    assert set(ticket.masks) == set(prunable(target, last=False))
+    assert set(ticket.masks) == set(prunable(target, leave=("last",)))
     for name, mask in ticket.masks.items():
         came_from = place[weights[f"{name}.weight"]].removesuffix(".weight")
         assert torch.equal(mask, before[came_from])

@@ -35,7 +35,7 @@ def rows_of(text):
 
 def random_masks(model, keep=0.4, seed=0):
     draws = generator(seed)
-    weights = prunable(model, last=False)
+    weights = prunable(model, leave=("last",))
     return {name: torch.rand(weight.shape, generator=draws) < keep for name, weight in weights.items()}
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from earlybird.errors import InputError
 
-__all__ = ["BUDGETS", "counts_for", "erk", "largest", "largest_by_layer", "uniform"]
+__all__ = ["BUDGETS", "best", "counts_for", "erk", "largest", "largest_by_layer", "uniform"]
 
 BUDGETS = ("network", "erk", "uniform")
 
@@ -85,14 +85,20 @@ def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     flat = _flat(scores)
     if count > int(torch.isfinite(flat).sum()):
         raise InputError(f"{count} weights are to stay, but only {int(torch.isfinite(flat).sum())} may")
-    chosen = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
-    chosen[torch.argsort(flat, descending=True, stable=True)[:count]] = True
+    chosen = best(flat, count)
     masks = {}
     for (name, score), part in zip(scores.items(), chosen.split([score.numel() for score in scores.values()])):
         if not part.any():
             part[score.flatten().argmax()] = True
         masks[name] = part.reshape(score.shape).to(score.device)
     return masks
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Return a mask of the ``count`` largest of ``scores``, shaped as they are; ties go to the first position."""
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    chosen[scores.flatten().argsort(descending=True, stable=True)[:count]] = True
+    return chosen.reshape(scores.shape)
 
 
 def largest_by_layer(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:

@@ -31,7 +31,6 @@ Last checked 2026-12 on a CPU, torch 2.13.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -47,15 +46,23 @@ from earlybird.calls import Hook, after_gradients, given_optimizers, unwrapped
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for
 from earlybird.settings import check_choice, check_number, check_share, option
-from earlybird.sparse.budget import counts_for
-from earlybird.sparse.masks import Masks, left_dense, mask_generator, prunable, ticket_of
+from earlybird.sparse.budget import best, counts_for
+from earlybird.sparse.masks import (
+    Masks,
+    left_dense,
+    mask_generator,
+    prunable,
+    random_mask,
+    ticket_of,
+    with_zeros,
+)
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch
 from earlybird.tickets.claim import claim
 from earlybird.tickets.ticket import Ticket, packed, unpacked
 from earlybird.traces import Trace
 
-__all__ = ["DynamicSparse", "Regrowing", "drop_and_grow", "drop_fraction", "random_masks", "worth"]
+__all__ = ["DynamicSparse", "Regrowing", "drop_and_grow", "drop_fraction", "worth"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +163,9 @@ class DynamicSparse:
             last = min(begin + stretch.steps, until - 1)
             whole = max(int(last // every) - int(begin // every), 0) if self.regrow == "rigl" else 0
             begin += stretch.steps
-            found.append(replace(stretch, steps=stretch.steps - whole, model=_on_paper(stretch.model, shares)))
+            found.append(replace(stretch, steps=stretch.steps - whole, model=with_zeros(stretch.model, shares)))
             if whole:
-                growing = _on_paper(stretch.model, shares, gradients=1.0)
+                growing = with_zeros(stretch.model, shares, gradients=1.0)
                 found.append(replace(stretch, steps=float(whole), model=growing))
         return found
 
@@ -210,18 +217,6 @@ def drop_fraction(step: int, until: int, alpha: float, *, decay: str = "cosine")
     return alpha if decay == "none" else alpha / 2 * (1 + math.cos(math.pi * step / until))
 
 
-def random_masks(
-    shapes: Mapping[str, torch.Size], counts: Mapping[str, int], generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Return masks of ``counts[name]`` random positions in tensors of these shapes, on the CPU."""
-    masks = {}
-    for name, count in counts.items():
-        mask = torch.zeros(shapes[name].numel(), dtype=torch.bool)
-        mask[torch.randperm(mask.numel(), generator=generator)[:count]] = True
-        masks[name] = mask.reshape(shapes[name])
-    return masks
-
-
 def worth(weight: Tensor, mask: Tensor, by: str = "magnitude") -> Tensor:
     """Return by what active weights are ranked, the first to be dropped lowest; shaped as ``weight``.
 
@@ -261,16 +256,8 @@ def drop_and_grow(weight: Tensor, mask: Tensor, growth: Tensor, count: int, *, b
     active = int(mask.sum())
     if not 0 <= count <= active:
         raise InputError(f"{count} weights to drop", needed=f"0 to {active}, which is how many are active")
-    kept = _best(worth(weight, mask, by), mask, active - count)
-    return kept | _best(growth.detach().abs(), ~kept, count)
-
-
-def _best(scores: Tensor, among: Tensor, count: int) -> Tensor:
-    """Return a mask of the ``count`` largest scores of those that ``among`` allows."""
-    order = scores.masked_fill(~among, -math.inf).flatten().argsort(descending=True, stable=True)
-    chosen = torch.zeros(among.numel(), dtype=torch.bool, device=among.device)
-    chosen[order[:count]] = True
-    return chosen.reshape(among.shape)
+    kept = best(worth(weight, mask, by).masked_fill(~mask, -math.inf), active - count)
+    return kept | best(growth.detach().abs().masked_fill(kept, -math.inf), count)
 
 
 class Regrowing:
@@ -312,7 +299,7 @@ class Regrowing:
         self._handles: list[Any] = []
         if not counts:
             return
-        masks = random_masks({name: weights[name].shape for name in counts}, counts, self._generator)
+        masks = {name: random_mask(weights[name].shape, count, self._generator) for name, count in counts.items()}
         self._masks.set(ticket_of(masks))
         self._ever = self._masks.masks
         if settings.rescale_init:
@@ -478,14 +465,3 @@ class Regrowing:
                 "explored": self.explored,
             }
         )
-
-
-def _on_paper(model: nn.Module, densities: Mapping[str, float], *, gradients: float | None = None) -> nn.Module:
-    """Return a copy whose layers say what share of their weights is not zero, and of which gradients are wanted."""
-    model = copy.deepcopy(model)
-    for name, density in densities.items():
-        layer = model.get_submodule(name)
-        layer.weight_density = density  # type: ignore[assignment]
-        if gradients is not None:
-            layer.gradient_density = gradients  # type: ignore[assignment]
-    return model

@@ -14,7 +14,9 @@ spend. Where real time is wanted, whole channels have to go (`earlybird.tickets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,13 +31,16 @@ from earlybird.sharded import is_sharded
 from earlybird.tickets.layers import Conv
 from earlybird.tickets.ticket import Ticket
 
-__all__ = ["Masks", "left_dense", "mask_generator", "non_zeros", "prunable", "ticket_of", "with_zeros"]
+__all__ = [
+    "Masks", "check_fits", "left_dense", "mask_generator", "non_zeros", "prunable", "random_mask", "ticket_of",
+    "with_zeros",
+]  # fmt: skip
 
 _MASKS = 0x5E7
 """Added to a run's seed for masks."""
 
 
-def prunable(model: nn.Module, *, first: bool = True, last: bool = True) -> dict[str, nn.Parameter]:
+def prunable(model: nn.Module, *, leave: Iterable[str] = ()) -> dict[str, nn.Parameter]:
     """Return the weights that a ticket may be over: those of convolutions and linear layers, by layer name.
 
     Biases and norms are never among them (Frankle and Carbin, arXiv 1803.03635). A weight that several layers share is
@@ -43,11 +48,11 @@ def prunable(model: nn.Module, *, first: bool = True, last: bool = True) -> dict
 
     Args:
         model: Any module.
-        first: Whether the first of these layers is among them.
-        last: Whether the last of these layers, the head, is among them.
+        leave: Layers that are not among them, see `left_dense`.
 
     Raises:
-        InputError: There is none, or a layer computes with zeros otherwise than by leaving them out.
+        InputError: There is none, a layer computes with zeros otherwise than by leaving them out, or ``leave`` names no
+            layer.
     """
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
@@ -69,8 +74,7 @@ def prunable(model: nn.Module, *, first: bool = True, last: bool = True) -> dict
         if id(weight) not in seen:
             seen.add(id(weight))
             found[name] = weight
-    names = list(found)
-    for name in {*(() if first else names[:1]), *(() if last else names[-1:])}:
+    for name in left_dense(found, leave) if found else ():
         del found[name]
     if not found:
         raise InputError(
@@ -99,11 +103,20 @@ def left_dense(weights: Mapping[str, Tensor], leave: Iterable[str]) -> set[str]:
     return found
 
 
-def with_zeros(model: nn.Module, density: float, leave: Iterable[str] = ()) -> nn.Module:
-    """Let the layers of ``model`` say that a share of their weights is not zero, for a run on paper; return it."""
-    weights = prunable(model)
-    for name in weights.keys() - left_dense(weights, leave):
-        model.get_submodule(name).weight_density = density  # type: ignore[assignment]
+def with_zeros(model: nn.Module, densities: Mapping[str, float], *, gradients: float | None = None) -> nn.Module:
+    """Return a copy of ``model`` whose layers say that some weights are zero, for a run on paper.
+
+    Args:
+        model: Any module.
+        densities: Share of the weights that are not zero, by layer name.
+        gradients: Share of these layers' weights whose gradients are wanted; default: of those that are not zero.
+    """
+    model = copy.deepcopy(model)
+    for name, density in densities.items():
+        layer = model.get_submodule(name)
+        layer.weight_density = density  # type: ignore[assignment]
+        if gradients is not None:
+            layer.gradient_density = gradients  # type: ignore[assignment]
     return model
 
 
@@ -113,6 +126,13 @@ def mask_generator(seed: int) -> torch.Generator:
     Of the very same numbers, a random mask would keep the weights that began largest.
     """
     return torch.Generator().manual_seed((seed * 1_000_003 + _MASKS) % 2**63)
+
+
+def random_mask(shape: Sequence[int], count: int, generator: torch.Generator) -> Tensor:
+    """Return a mask of ``shape`` with ``count`` random positions, on the CPU."""
+    mask = torch.zeros(math.prod(shape), dtype=torch.bool)
+    mask[torch.randperm(mask.numel(), generator=generator)[:count]] = True
+    return mask.reshape(tuple(shape))
 
 
 def ticket_of(masks: Mapping[str, Tensor], **provenance: Any) -> Ticket:
@@ -261,10 +281,8 @@ class Masks:
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        names = [name for name, weight in self._weights.items() if id(weight) in held]
-        if names:
-            torch._foreach_mul_([self._weights[name] for name in names], [self._factors[name] for name in names])
+        if self._weights:
+            torch._foreach_mul_(list(self._weights.values()), list(self._factors.values()))
 
 
 def check_fits(ticket: Ticket, model: nn.Module) -> dict[str, nn.Parameter]:

@@ -51,7 +51,7 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger
 from earlybird.settings import check_choice, check_count, check_share, option
 from earlybird.sparse.budget import BUDGETS, counts_for, largest, largest_by_layer
-from earlybird.sparse.masks import left_dense, mask_generator, prunable, ticket_of, with_zeros
+from earlybird.sparse.masks import mask_generator, prunable, ticket_of, with_zeros
 from earlybird.stretches import Plan, Stretch
 from earlybird.tickets.coupling import Group, find_groups
 from earlybird.tickets.draw import Coupled, Scope, draw, draw_coupled, group_masks
@@ -127,10 +127,11 @@ class AtInit:
         small: dict[int, nn.Module] = {}
         for model in (stretch.model for stretch in stretches if self.init_keep < 1):
             if id(model) not in small:
-                small[id(model)] = copy.deepcopy(model)
                 if self.init_units == "weight":
-                    with_zeros(small[id(model)], self.init_keep, self.init_leave)
+                    names = prunable(model, leave=self.init_leave)
+                    small[id(model)] = with_zeros(model, dict.fromkeys(names, self.init_keep))
                 else:
+                    small[id(model)] = copy.deepcopy(model)
                     ticket = draw(
                         model, self.init_keep, score="magnitude", example_inputs=plan.images(), coupled="group",
                         scope="layer", macs_share=self.init_macs_share,
@@ -226,9 +227,8 @@ def _draw_ticket(
 
 
 def _ranked_weights(model: nn.Module, leave: Iterable[str]) -> dict[str, nn.Parameter]:
-    weights = prunable(model)
-    dense = left_dense(weights, leave)
-    return {name: weight for name, weight in weights.items() if name not in dense and weight.requires_grad}
+    """Return the weights that a ticket is drawn over; what is frozen stays as it is."""
+    return {name: weight for name, weight in prunable(model, leave=leave).items() if weight.requires_grad}
 
 
 def _best_weights(scores: Mapping[str, Tensor], keep: float, budget: str) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger
 from earlybird.settings import check_choice, option
 from earlybird.sparse.budget import uniform
-from earlybird.sparse.masks import check_fits, mask_generator
+from earlybird.sparse.masks import check_fits, mask_generator, random_mask, with_zeros
 from earlybird.start import head_of, load_start
 from earlybird.stretches import Plan, Stretch
 from earlybird.tickets.coupling import find_groups
@@ -84,12 +84,12 @@ class FixedTicket:
         for model in (stretch.model for stretch in stretches):
             if id(model) not in small:
                 _check_layers(ticket, model)
-                small[id(model)] = copied = copy.deepcopy(model)
-                if "weight" in ticket.kinds.values():
-                    for name, (kept, total) in ticket.widths.items():
-                        copied.get_submodule(name).weight_density = kept / total  # type: ignore[assignment]
+                if ticket.over_weights:
+                    shares = {name: kept / total for name, (kept, total) in ticket.widths.items()}
+                    small[id(model)] = with_zeros(model, shares)
                 else:
-                    shrink(copied, ticket, plan.images())
+                    small[id(model)] = copy.deepcopy(model)
+                    shrink(small[id(model)], ticket, plan.images())
         return [replace(stretch, model=small[id(stretch.model)]) for stretch in stretches]
 
     def attach(
@@ -127,7 +127,7 @@ class FixedTicket:
             ticket = None if self.ticket is None else Ticket.load(_ticket_file(Path(self.ticket)))
             if ticket is not None:
                 if fresh_head:
-                    ticket = _without(ticket, head_of(model))
+                    ticket = ticket.without(head_of(model))
                 _check_layers(ticket, model)
                 ticket = control_of(ticket, model, self.control, seed, example_inputs)
             if self.fixed_weights == "reinitialise":
@@ -175,11 +175,11 @@ def control_of(ticket: Ticket, model: nn.Module, control: str, seed: int = 0, ex
                 f"the ticket keeps all of layer '{empty[0]}', so that its reverse would keep nothing",
                 hint="take a ticket that removes a part of every layer, or another control",
             )
-    elif "weight" in ticket.kinds.values():
+    elif ticket.over_weights:
         kept = {name: found for name, (found, _) in ticket.widths.items()}
         if control == "random":
             kept = uniform({name: mask.shape for name, mask in masks.items()}, ticket.keep)
-        masks = {name: _random_mask(mask.shape, kept[name], generator) for name, mask in masks.items()}
+        masks = {name: random_mask(mask.shape, kept[name], generator) for name, mask in masks.items()}
     elif control == "random":
         raise InputError(
             "control 'random' is for single weights: channels at random in each layer are control 'shuffled'",
@@ -190,19 +190,8 @@ def control_of(ticket: Ticket, model: nn.Module, control: str, seed: int = 0, ex
     return Ticket(masks, ticket.kinds, about)
 
 
-def _random_mask(shape: torch.Size, count: int, generator: torch.Generator) -> Tensor:
-    mask = torch.zeros(shape.numel(), dtype=torch.bool)
-    mask[torch.randperm(shape.numel(), generator=generator)[:count]] = True
-    return mask.reshape(shape)
-
-
-def _without(ticket: Ticket, layer: str) -> Ticket:
-    masks = {name: mask for name, mask in ticket.masks.items() if name != layer}
-    return Ticket(masks, {name: ticket.kinds[name] for name in masks}, ticket.provenance)
-
-
 def _check_layers(ticket: Ticket, model: nn.Module) -> None:
-    if "weight" in ticket.kinds.values():
+    if ticket.over_weights:
         check_fits(ticket, model)
     empty = [name for name, (kept, _) in ticket.widths.items() if not kept]
     if empty:

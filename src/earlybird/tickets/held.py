@@ -164,7 +164,7 @@ class HeldTicket:
             self._ledger.stop()
 
     def _hold(self, ticket: Ticket, round_to: int | None) -> None:
-        if "weight" in ticket.kinds.values():
+        if ticket.over_weights:
             self._masks = Masks(self._model, self._optimizers, ticket, ledger=self._ledger)
             self.ticket = ticket
             return

@@ -24,7 +24,6 @@ its largest one.
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Iterable, Mapping
@@ -41,7 +40,8 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.settings import check_choice, check_count, check_number, check_share, option
 from earlybird.sparse.budget import largest, largest_by_layer
-from earlybird.sparse.masks import Masks, left_dense, prunable, ticket_of, with_zeros
+from earlybird.sparse.masks import Masks, prunable, ticket_of, with_zeros
+from earlybird.start import head_of
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch
 from earlybird.tickets.claim import claim
@@ -123,7 +123,9 @@ class Iterative:
         ]
         found = list(stretches)
         for left in shares(self.keep_weights, self.prune_share):
-            found += [replace(one, model=with_zeros(copy.deepcopy(one.model), left, self.leave_dense)) for one in again]
+            for one in again:
+                names = prunable(one.model, leave=self.leave_dense)
+                found.append(replace(one, model=with_zeros(one.model, dict.fromkeys(names, left))))
         return found
 
     def attach(
@@ -234,12 +236,7 @@ class Rounds:
         self.training = _training_of(settings, total, steps_per_epoch)
         self.rewound = settings.rewound_to(self.training, steps_per_epoch)
         self._left = shares(settings.keep_weights, settings.prune_share)
-        weights = prunable(model)
-        dense = left_dense(weights, settings.leave_dense)
-        self._weights = {name: weight for name, weight in weights.items() if name not in dense}
-        self._head = list(weights)[-1]
-        if not self._weights:
-            raise InputError("leave_dense leaves no layer to prune", hint="name fewer layers")
+        self._weights, self._head = prunable(model, leave=settings.leave_dense), head_of(model)
         self.round = 0
         self.tickets: list[Ticket] = []
         self.history: list[dict[str, Any]] = []

@@ -87,6 +87,11 @@ class Ticket:
         return self._kinds
 
     @property
+    def over_weights(self) -> bool:
+        """Whether the units, or some of them, are single weights: these can be masked, and not cut."""
+        return "weight" in self._kinds.values()
+
+    @property
     def provenance(self) -> Mapping[str, Any]:
         """Where the ticket came from."""
         return self._provenance
@@ -101,6 +106,11 @@ class Ticket:
         """Share of all units that stays, 0 to 1."""
         kept, total = map(sum, zip(*self.widths.values()))
         return kept / total
+
+    def without(self, layer: str) -> Ticket:
+        """Return the ticket without the mask of one layer, if it has one."""
+        masks = {name: mask for name, mask in self._masks.items() if name != layer}
+        return Ticket(masks, {name: self._kinds[name] for name in masks}, self._provenance)
 
     def distance(self, other: Ticket) -> float:
         """Return the normalised Hamming distance: the share of units on which the two tickets differ, 0 to 1.
@@ -169,6 +179,16 @@ class Ticket:
     def __repr__(self) -> str:
         kept, total = map(sum, zip(*self.widths.values()))
         return f"Ticket({kept} of {total} units in {len(self._masks)} layers, keep={self.keep:.3f})"
+
+
+def round_files(run: Path) -> dict[int, Path]:
+    """Return the ticket file of each round that a run's folder holds, by its number, in their order."""
+    found = {}
+    for path in (run / "tickets").glob("round-*.safetensors"):
+        number = path.stem.removeprefix("round-")
+        if number.isdigit():
+            found[int(number)] = path
+    return dict(sorted(found.items()))
 
 
 def _first_version(metadata: Mapping[str, str]) -> dict[str, Any]:

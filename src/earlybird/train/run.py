@@ -33,6 +33,7 @@ from earlybird.ledger import Ledger
 from earlybird.models.blueprint import Blueprint
 from earlybird.objective import Judging, Objective
 from earlybird.settings import accepted
+from earlybird.sparse.masks import non_zeros
 from earlybird.start import load_start, read_start
 from earlybird.tickets.refit import estimate_batch_norms
 from earlybird.tickets.ticket import Ticket
@@ -589,7 +590,7 @@ class Run:
             "images_per_s": images / elapsed if elapsed > 0 else 0.0,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             **({} if self._clocked is None else self._clocked.row()),
-            "nonzero": _nonzero(self.model),
+            "nonzero": non_zeros(self.model)[0],
             **_so_far(self.ledger.total),
         }
         self.folder.append_row(row)
@@ -768,7 +769,7 @@ class Run:
                 # one key only: safetensors writes several in random order, and equal runs should give equal files
                 metadata = {"blueprint": self.blueprint.to_json()}
                 write_tensors(self.folder.path / "model.safetensors", self.model.state_dict(), metadata)
-            nonzero = _nonzero(self.model)
+            nonzero = non_zeros(self.model)[0]
         if self.search is not None:
             self._write_history()
             if not self.search.drawn:
@@ -876,10 +877,6 @@ def begun(model: nn.Module, loader: Loader, seed: int, device: torch.device) -> 
             torch.manual_seed(seed)
             model.initialise_from_images(images)  # type: ignore[operator]
     return model
-
-
-def _nonzero(model: nn.Module) -> int:
-    return sum(int(torch.count_nonzero(parameter.detach())) for parameter in model.parameters())
 
 
 def _so_far(spent: Spending) -> dict[str, Any]:

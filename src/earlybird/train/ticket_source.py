@@ -19,7 +19,7 @@ from earlybird.sparse.masks import check_fits
 from earlybird.start import load_start, read_start
 from earlybird.step import Step
 from earlybird.tickets.shrink import shrink
-from earlybird.tickets.ticket import Ticket
+from earlybird.tickets.ticket import Ticket, round_files
 from earlybird.train.contenders import keep_key
 from earlybird.train.parts import located
 from earlybird.train.recipe import Recipe
@@ -125,10 +125,7 @@ def _read_run(path: Path, rounds: int | str) -> tuple[Recipe, dict[int | None, T
     if not (path / "ticket.safetensors").is_file():
         raise InputError(f"the run in {path} drew no ticket", needed="one of a method that decides what stays")
     last = Ticket.load(path / "ticket.safetensors")
-    there = {
-        int(file.stem.removeprefix("round-")): file for file in (path / "tickets").glob("round-*.safetensors")
-        if file.stem.removeprefix("round-").isdigit()
-    }  # fmt: skip
+    there = round_files(path)
     if not there:
         if rounds != "last":
             raise InputError(f"the run in {path} has no rounds", hint="leave --round and --rounds out")
@@ -175,7 +172,7 @@ def _check_ticket(ticket: Ticket, model: nn.Module, blueprint: Blueprint) -> Non
         raise InputError(f"no checks of units of kind '{min(others)}'", needed="a ticket over channels or weights")
     if ticket.keep == 1:
         raise InputError("the ticket keeps the whole network", needed="a ticket that removes something")
-    if "weight" in ticket.kinds.values():
+    if ticket.over_weights:
         check_fits(ticket, model)
     else:
         device = next(model.parameters()).device

@@ -25,7 +25,7 @@ from earlybird.models.blueprint import Blueprint
 from earlybird.settings import accepted
 from earlybird.sparse.masks import check_fits
 from earlybird.start import head_of, load_start, read_start
-from earlybird.tickets.ticket import Ticket
+from earlybird.tickets.ticket import Ticket, round_files
 from earlybird.tickets.transfer import (
     CONTROLS,
     bound,
@@ -92,7 +92,7 @@ def read_source(folder: str | Path, rounds: Sequence[int] = ()) -> Source:
             f"{folder} has no rewind.safetensors, the weights that its rounds begin from",
             needed="a finished run of --method iterative with --rewind weights",
         )
-    files = {int(path.stem[6:]): path for path in (folder / "tickets").glob("round-*.safetensors")}
+    files = round_files(folder)
     wanted = sorted(rounds) or sorted(files)
     if missing := [number for number in wanted if number not in files]:
         raise InputError(f"{folder} has no round {missing[0]}", needed=f"of {', '.join(map(str, sorted(files)))}")
@@ -293,8 +293,7 @@ def _check_task(source: Source, task: str, recipe: Recipe, data: DataSet) -> Non
     load_start(model, read_start(source.start), fresh_head=True)
     head = head_of(model)
     for ticket in source.tickets.values():
-        masks = {name: mask for name, mask in ticket.masks.items() if name != head}
-        check_fits(Ticket(masks, {name: ticket.kinds[name] for name in masks}), model)
+        check_fits(ticket.without(head), model)
     shared: dict[str, Any] = {"batch_size": 2, "mean": data.mean, "std": data.std, "shuffle": False}
     loader = Loader(data.train_images[:2], data.train_labels[:2], **shared)
     loader.targets = None if data.train_targets is None else data.train_targets[:2]

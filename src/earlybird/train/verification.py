@@ -268,7 +268,7 @@ def _checks(
                     "lr": rate,
                     "round": number,
                     "keep": ticket.keep,
-                    "share_of": "weights" if "weight" in ticket.kinds.values() else "channels",
+                    "share_of": "weights" if ticket.over_weights else "channels",
                     "accuracy": accuracy,
                     **verdict.to_json(),
                     "sentence": _sentence(rate, number, ticket, verdict),
