@@ -25,13 +25,13 @@ from earlybird.calls import (
 )
 from earlybird.cost.count import ModelCost, count
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger
+from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.objective import claim_loss
 from earlybird.tickets.early_bert import UnitSearch
 from earlybird.tickets.held import HeldTicket
 from earlybird.tickets.search import Search
 
-__all__ = ["Encoder", "find_head", "fp32", "projector"]
+__all__ = ["Encoder", "EncoderRun", "find_head", "fp32", "projector"]
 
 
 class Encoder:
@@ -173,6 +173,57 @@ class Encoder:
         gradients = {n: p.grad for n, p in self.projector.named_parameters() if p.grad is not None}
         for name, shared in ranks.share(gradients).items():
             gradients[name].copy_(shared)
+
+
+class EncoderRun:
+    """What running methods share that train a model by something on its features; they add the loss.
+
+    Args:
+        encoder: Of the model; already attached.
+        optimizers: Over its parameters.
+        example_inputs: A batch that the model runs on.
+        ledger: Where to record; None: an own one.
+
+    Attributes:
+        encoder: The model, its features and what is trained on them.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        optimizers: list[torch.optim.Optimizer],
+        example_inputs: Any,
+        ledger: Ledger | None,
+    ) -> None:
+        self.encoder, self._optimizers = encoder, optimizers
+        self._own_ledger = ledger is None
+        self._ledger = ledger_for(encoder.model, optimizers, ledger, example_inputs)
+        for one in ledgers_on(encoder.model, self._ledger):
+            one.reprice(encoder.model)  # the last layer is frozen
+
+    def bill(self) -> Any:
+        """Return what was spent so far, as a `Bill`."""
+        return self._ledger.bill()
+
+    def status(self) -> dict[str, float | str]:
+        """Return nothing: the loss says it all."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is trained on the features, its optimizer state, and what the own ledger holds."""
+        return {**self.encoder.state_dict(), "ledger": self._ledger.state_dict() if self._own_ledger else {}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.encoder.load_state_dict(state)
+        if state["ledger"] and self._own_ledger:
+            self._ledger.load_state_dict(state["ledger"])
+
+    def detach(self) -> None:
+        """Take hooks, and what is trained on the features, away; the last layer learns again."""
+        self.encoder.detach()
+        if self._own_ledger:
+            self._ledger.stop()
 
 
 def find_head(model: nn.Module, example_inputs: Any) -> nn.Linear:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from earlybird.calls import given_optimizers
 from earlybird.data.contrast import StrongAugment
 from earlybird.data.loader import Loader
-from earlybird.ledger import Ledger, ledger_for, ledgers_on
-from earlybird.pretraining.encoder import Encoder
+from earlybird.ledger import Ledger
+from earlybird.pretraining.encoder import Encoder, EncoderRun
 from earlybird.pretraining.probe import Probe
 
 __all__ = ["Pretraining"]
 
 
-class Pretraining:
+class Pretraining(EncoderRun):
     """What running methods share that train an encoder by two views of each image; they add the loss.
 
     Args:
@@ -52,14 +52,11 @@ class Pretraining:
         ledger: Ledger | None,
         seed: int,
     ) -> None:
-        self._optimizers = given_optimizers(optimizer)
-        self.encoder = Encoder(model, self._optimizers, example_inputs, projector, seed, method)
-        self._probe = Probe(self.encoder, loader, *probe, seed)
+        optimizers = given_optimizers(optimizer)
+        encoder = Encoder(model, optimizers, example_inputs, projector, seed, method)
+        self._probe = Probe(encoder, loader, *probe, seed)
         self.judged_by = self._probe.name
-        self._own_ledger = ledger is None
-        self._ledger = ledger_for(self.encoder.model, self._optimizers, ledger, example_inputs)
-        for one in ledgers_on(self.encoder.model, self._ledger):
-            one.reprice(self.encoder.model)  # the last layer is frozen
+        super().__init__(encoder, optimizers, example_inputs, ledger)
         self._loader = loader
         if loader is not None:
             loader.views = views
@@ -68,28 +65,8 @@ class Pretraining:
         """Return how many test images the probe recognises, and how many there are; the model is in eval mode."""
         return self._probe(test)
 
-    def bill(self) -> Any:
-        """Return what was spent so far, as a `Bill`."""
-        return self._ledger.bill()
-
-    def status(self) -> dict[str, float | str]:
-        """Return nothing: the loss says it all."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the projector, its optimizer state, and what the own ledger holds."""
-        return {**self.encoder.state_dict(), "ledger": self._ledger.state_dict() if self._own_ledger else {}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
-        self.encoder.load_state_dict(state)
-        if state["ledger"] and self._own_ledger:
-            self._ledger.load_state_dict(state["ledger"])
-
     def detach(self) -> None:
         """Take hooks and projector away; the last layer learns again, and the loader shows one view."""
-        self.encoder.detach()
+        super().detach()
         if self._loader is not None:
             self._loader.views = None
-        if self._own_ledger:
-            self._ledger.stop()

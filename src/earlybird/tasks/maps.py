@@ -18,8 +18,8 @@ from earlybird.calls import Call, Hook, as_call, given_optimizers, undisturbed, 
 from earlybird.cost.count import ModelCost, count
 from earlybird.data.loader import Loader
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_for, ledgers_on
-from earlybird.pretraining.encoder import Encoder
+from earlybird.ledger import Ledger
+from earlybird.pretraining.encoder import Encoder, EncoderRun
 
 __all__ = ["Backbone", "HeadTask", "find_maps"]
 
@@ -116,7 +116,7 @@ class Backbone(Encoder):
             self._maps[name] = output
 
 
-class HeadTask:
+class HeadTask(EncoderRun):
     """What running methods share that train a backbone by a head on its maps; they add loss and measure.
 
     Args:
@@ -160,17 +160,14 @@ class HeadTask:
         self._loaders = [one for one in (loader, test) if one is not None]
         for one in self._loaders:
             _check_targets(one, method, looked_for)
-        self._optimizers = given_optimizers(optimizer)
+        optimizers = given_optimizers(optimizer)
         maps = find_maps(unwrapped(model), example_inputs)
         if coarsest:
             maps = dict(list(maps.items())[-1:])
         self._check_maps(maps)
-        self.encoder = Backbone(model, self._optimizers, example_inputs, head, seed, method, maps)
+        self._backbone = Backbone(model, optimizers, example_inputs, head, seed, method, maps)
         self.judged_by = judged_by
-        self._own_ledger = ledger is None
-        self._ledger = ledger_for(self.encoder.model, self._optimizers, ledger, example_inputs)
-        for watching in ledgers_on(self.encoder.model, self._ledger):
-            watching.reprice(self.encoder.model)  # the last layer is frozen
+        super().__init__(self._backbone, optimizers, example_inputs, ledger)
         for one in self._loaders:
             assert one.targets is not None
             one.beside = one.targets[None]  # one view
@@ -180,38 +177,18 @@ class HeadTask:
 
     def outputs(self, forward: Callable[[Tensor], Any], images: Tensor) -> Any:
         """Return what the head makes of images (N, C, H, W), in float32."""
-        output = self.encoder.run(forward, images, self._ledger)
+        output = self._backbone.run(forward, images, self._ledger)
         return output.float()
 
     def files(self) -> dict[str, Any]:
         """Return the head's weights, by file name."""
         return {"head.safetensors": dict(self.encoder.projector.state_dict())}
 
-    def bill(self) -> Any:
-        """Return what was spent so far, as a `Bill`."""
-        return self._ledger.bill()
-
-    def status(self) -> dict[str, float | str]:
-        """Return nothing: the loss says it all."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the head, its optimizer state, and what the own ledger holds."""
-        return {**self.encoder.state_dict(), "ledger": self._ledger.state_dict() if self._own_ledger else {}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
-        self.encoder.load_state_dict(state)
-        if state["ledger"] and self._own_ledger:
-            self._ledger.load_state_dict(state["ledger"])
-
     def detach(self) -> None:
         """Take hooks and head away; the last layer learns again, and the loaders hand out no targets."""
-        self.encoder.detach()
+        super().detach()
         for one in self._loaders:
             one.beside = None
-        if self._own_ledger:
-            self._ledger.stop()
 
 
 def _check_targets(loader: Loader, method: str, looked_for: str) -> None:
