@@ -33,16 +33,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import interleaved, machine, read_rounds, rows
-from records import by_machine, newest, record
+from common import interleaved, machine, read_rounds
+from records import record, time_or_show
 from roofline import BATCH, LEAST_S, SHAPE
 from step_times import stepper
-from tables import origin
+from tables import session_tables
 from torch import Tensor
 from torch.nn import functional
 
 import earlybird as eb
-from earlybird.allocator import keep_freed
 from earlybird.kernels import convolution
 from earlybird.kernels.install import Kernels, choose, install
 from earlybird.kernels.window import Window
@@ -213,14 +212,7 @@ def line(row: dict[str, Any]) -> str:
 
 def tables(found: Sequence[dict[str, Any]]) -> str:
     """Return the newest session of each machine as Markdown: convolutions, then whole steps."""
-    parts = []
-    for _, own in by_machine(found):
-        mine = newest(own)
-        parts.append(origin(mine))
-        for key, head in HEADS.items():
-            lines = [line(row) for row in mine if key in row]
-            parts += ["\n".join([head, *lines])] if lines else []
-    return "\n\n".join(parts)
+    return session_tables(found, HEADS, line)
 
 
 def read(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -229,13 +221,7 @@ def read(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    options = read()
-    if options.table:
-        print(tables(rows(NAME)))
-        return
-    keep_freed()  # as `earlybird train` does
-    convolutions(options)
-    steps(options)
+    time_or_show(read(), NAME, tables, convolutions, steps)
 
 
 if __name__ == "__main__":

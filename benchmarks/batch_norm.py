@@ -24,13 +24,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import interleaved, machine, read_rounds, rows
-from records import by_machine, newest, record
-from tables import origin
+from common import interleaved, machine, read_rounds
+from records import record, time_or_show
+from tables import session_tables
 from torch import Tensor
 from torch.nn import functional
 
-from earlybird.allocator import keep_freed
 from earlybird.kernels.batch_norm import batch_norm, supports
 
 NAME = "batch_norm"
@@ -117,11 +116,7 @@ def line(row: dict[str, Any]) -> str:
 
 def tables(found: Sequence[dict[str, Any]]) -> str:
     """Return the newest session of each machine and number of threads as Markdown."""
-    parts = []
-    for _, own in by_machine(found):
-        mine = newest(own)
-        parts += [origin(mine), "\n".join([HEAD, *map(line, mine)])]
-    return "\n\n".join(parts)
+    return session_tables(found, {"side": HEAD}, line)
 
 
 def read(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -129,12 +124,7 @@ def read(words: Sequence[str] | None = None) -> argparse.Namespace:
     return read_rounds(__doc__, words)
 
 
-def main() -> None:
-    options = read()
-    if options.table:
-        print(tables(rows(NAME)))
-        return
-    keep_freed()  # as `earlybird train` does
+def shapes(options: argparse.Namespace) -> None:
     for threads in range(1, min(2, os.cpu_count() or 1) + 1):
         torch.set_num_threads(threads)
         print(f"\n{threads} threads\n\n{HEAD}")
@@ -142,6 +132,10 @@ def main() -> None:
             row = measure(side, channels, options.rounds)
             print(line(row), flush=True)
             record(NAME, row, quick=options.quick)
+
+
+def main() -> None:
+    time_or_show(read(), NAME, tables, shapes)
 
 
 if __name__ == "__main__":

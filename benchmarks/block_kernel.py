@@ -29,12 +29,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import DISTURBED, interleaved, machine, read_rounds, rows
-from records import by_machine, newest, record
-from tables import origin
+from common import DISTURBED, interleaved, machine, read_rounds
+from records import record, time_or_show
+from tables import session_tables
 from torch import Tensor, nn
 
-from earlybird.allocator import keep_freed
 from earlybird.kernels.convolution import unfolded
 from earlybird.kernels.window import Window
 from earlybird.models import build
@@ -246,16 +245,12 @@ def _ratio(value: float | None) -> str:
 
 def tables(found: Sequence[dict[str, Any]]) -> str:
     """Return the newest session of each machine as Markdown: layers, then networks."""
-    parts = []
-    for _, own in by_machine(found):
-        mine = newest(own)
-        busy = max(row.get("others", 0.0) for row in mine)
-        others = f" Other processes took up to {busy:.0%} of the processors." if busy > DISTURBED else ""
-        parts.append(origin(mine) + others)
-        for title, key in ((head(), "side"), (NETWORK_HEAD, "network")):
-            lines = [line(row) for row in mine if key in row]
-            parts += ["\n".join([title, *lines])] if lines else []
-    return "\n\n".join(parts)
+    return session_tables(found, {"side": head(), "network": NETWORK_HEAD}, line, _disturbed)
+
+
+def _disturbed(mine: Sequence[dict[str, Any]]) -> str:
+    busy = max(row.get("others", 0.0) for row in mine)
+    return f" Other processes took up to {busy:.0%} of the processors." if busy > DISTURBED else ""
 
 
 def read(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -264,14 +259,7 @@ def read(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    options = read()
-    if options.table:
-        print(tables(rows(NAME)))
-        return
-    keep_freed()  # as `earlybird train` does
-    with torch.no_grad():
-        convolutions(options)
-        networks(options)
+    time_or_show(read(), NAME, tables, torch.no_grad()(convolutions), torch.no_grad()(networks))
 
 
 if __name__ == "__main__":

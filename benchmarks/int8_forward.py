@@ -30,14 +30,13 @@ from typing import Any, NamedTuple
 
 import torch
 from alternatives import WINDOW, forward
-from common import interleaved, machine, read_rounds, rows
-from records import by_machine, newest, record
+from common import interleaved, machine, read_rounds
+from records import record, time_or_show
 from roofline import BATCH, LEAST_S
 from step_times import stepper
-from tables import origin
+from tables import session_tables
 from torch import Tensor, nn
 
-from earlybird.allocator import keep_freed
 from earlybird.kernels.convolution import unfolded
 from earlybird.models import build
 from earlybird.precision.int8 import convolve
@@ -193,14 +192,7 @@ def line(row: dict[str, Any]) -> str:
 
 def tables(found: Sequence[dict[str, Any]]) -> str:
     """Return the newest session of each machine as Markdown: convolutions, then whole steps."""
-    parts = []
-    for _, own in by_machine(found):
-        mine = newest(own)
-        parts.append(origin(mine))
-        for title, key in ((head(), "side"), (NETWORK_HEAD, "network")):
-            lines = [line(row) for row in mine if key in row]
-            parts += ["\n".join([title, *lines])] if lines else []
-    return "\n\n".join(parts)
+    return session_tables(found, {"side": head(), "network": NETWORK_HEAD}, line)
 
 
 def read(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -209,13 +201,7 @@ def read(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    options = read()
-    if options.table:
-        print(tables(rows(NAME)))
-        return
-    keep_freed()  # as `earlybird train` does
-    convolutions(options)
-    steps_of_networks(options)
+    time_or_show(read(), NAME, tables, convolutions, steps_of_networks)
 
 
 if __name__ == "__main__":

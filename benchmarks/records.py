@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import common
+
+from earlybird.allocator import keep_freed
 
 Row = dict[str, Any]
 
@@ -18,6 +21,21 @@ def record(name: str, row: Row, *, quick: bool) -> None:
     """Append a row with its session; that of a quick look only where results are not the committed ones."""
     if not quick or common.RESULTS != common.HERE / "results":
         common.append(name, {**row, "session": SESSION})
+
+
+def time_or_show(
+    options: argparse.Namespace,
+    name: str,
+    tables: Callable[[Sequence[Row]], str],
+    *parts: Callable[[argparse.Namespace], None],
+) -> None:
+    """Do what `common.read_rounds` was told: print the tables of the rows that are there, or measure all parts."""
+    if options.table:
+        print(tables(common.rows(name)))
+        return
+    keep_freed()  # as `earlybird train` does
+    for part in parts:
+        part(options)
 
 
 def by_machine(found: Sequence[Row]) -> list[tuple[str, list[Row]]]:

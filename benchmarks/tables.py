@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from common import comparable, rows, spread
 from contest import Contestant, Task, definition
 from figures import COLOURS, Axis, Series, chart
 from records import by_machine
+from records import newest as newest_session
 
 Row = dict[str, Any]
 
@@ -191,6 +192,30 @@ def origin(block: Sequence[Row]) -> str:
             )
         texts.append(text)
     return ". ".join(texts) + "."
+
+
+def session_tables(
+    found: Sequence[Row],
+    heads: Mapping[str, str],
+    line: Callable[[Row], str],
+    remark: Callable[[Sequence[Row]], str] = lambda rows: "",
+) -> str:
+    """Return the newest session of each machine as Markdown.
+
+    Args:
+        found: Rows of several kinds.
+        heads: Key that a kind of row has to the head of its table.
+        line: A row as a line of its table.
+        remark: Said after the origin of a session's rows.
+    """
+    parts = []
+    for _, own in by_machine(found):
+        mine = newest_session(own)
+        parts.append(origin(mine) + remark(mine))
+        for key, head in heads.items():
+            lines = [line(row) for row in mine if key in row]
+            parts += ["\n".join([head, *lines])] if lines else []
+    return "\n\n".join(parts)
 
 
 def contest_section(name: str, tasks: Mapping[str, Task], contestants: Mapping[str, Contestant], images: Path) -> str:
