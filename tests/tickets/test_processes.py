@@ -1,6 +1,7 @@
 """Two and four real processes with gloo, started once: each scenario runs on all ranks of a group of its own."""
 
 import copy
+import gc
 import os
 import traceback
 import warnings
@@ -483,6 +484,7 @@ def work(rank, folder):
         except BaseException:
             told = traceback.format_exc()
         (folder / f"{name}-{rank}.txt").write_text(told)
+        gc.collect()  # what is in a cycle holds the group, and with it its threads
         distributed.destroy_process_group()
 
 

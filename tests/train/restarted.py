@@ -5,6 +5,7 @@ one by a SIGKILL to rank 1, at which torchrun starts all processes again. The se
 """
 
 import contextlib
+import gc
 import importlib.util
 import os
 import signal
@@ -75,6 +76,7 @@ def main(folder: Path) -> None:
     else:
         bare_loop(folder / "bare-stopped")
     shipped(folder / "shipped-stopped")
+    gc.collect()  # what is in a cycle holds the group, and with it its threads
     distributed.destroy_process_group()
 
 

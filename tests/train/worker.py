@@ -1,5 +1,7 @@
 """What torchrun starts: one whole run, and one that is stopped after the draw and resumed; each rank bears witness."""
 
+import atexit
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +34,13 @@ def stop(kind: str, fields: Mapping[str, Any]) -> None:
         raise Stop
 
 
+def list_threads(folder: Path) -> None:
+    names = sorted((task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir())
+    (folder / f"threads-rank{os.environ['RANK']}.txt").write_text("\n".join(names))
+
+
 def main(folder: Path) -> int:
+    atexit.register(list_threads, folder)  # before any other: the last to be called
     run.Run = Witness  # type: ignore[misc]
     recipe = Recipe.from_toml(folder / "recipe.toml")
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
+import gc
 import importlib.metadata
 import logging
 import os
@@ -56,7 +58,21 @@ def launch(recipe: Recipe) -> Fabric:
     fabric.launch()
     if not cuda:
         allocator.keep_freed()
+        if world > 1:
+            atexit.unregister(_leave_group)  # once, however many runs this process makes
+            atexit.register(_leave_group)  # for CUDA, Fabric does it
     return fabric
+
+
+def _leave_group() -> None:
+    """End gloo's threads while the interpreter is whole.
+
+    They release the tensors of the last collectives, for which they need the interpreter's lock. One that asks for it
+    while the interpreter is being torn down aborts the process, after all its work.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()  # a model in DDP holds the group, and with it its threads
+        torch.distributed.destroy_process_group()
 
 
 def precision(choice: Choice, device: torch.device) -> Any:
