@@ -7,7 +7,8 @@ Each task is one claim of the lottery-ticket family. Its runs start from each ot
 - ``kd``: one mask, trained from the beginning, rewound, on the soft labels of the dense network, and both;
 - ``elastic``: a ticket stretched from ResNet-14 to ResNet-26, against the one that pruning finds there;
 - ``structure``: tickets filled up to whole channels or grouped to dense blocks, with the time of inference;
-- ``sanity``: learning rate, epochs and the gap between a ticket and its mask with new weights.
+- ``sanity``, ``sanity-plain``: learning rate, epochs, shortcuts, and the gap between a ticket and its mask with new
+  weights.
 
 Accuracy is that of complete runs. Seconds are of runs on one thread beside other work, and are no claim; those of
 inference in ``structure`` are measured in turns.
@@ -128,7 +129,7 @@ def imp_task(data: str, rounds: Sequence[int], last: int, **recipe: Any) -> Task
 # ---- distillation ----
 
 _CIFAR = {
-    "data": "cifar10", "train_images": 5000, "batch_size": 64, "label_smoothing": 0.0,
+    "data": "cifar10", "train_images": 5000, "batch_size": 32, "label_smoothing": 0.0, "evaluate_every": "100ep",
     "exact": False, "tune": False, "precision": "bf16", "channels_last": True, "compile": False, "kernels": False,
 }  # fmt: skip
 
@@ -163,8 +164,8 @@ def kd_task(keeps: Sequence[float], **recipe: Any) -> Task:
         runs[f"new-kd-{name}"] = Run(
             "new weights, soft labels", lambda at, soft=soft: {**soft(at), "fixed_weights": "reinitialise"}, both
         )
-    base = {"model": "resnet20", "width": 0.5, **_CIFAR, "epochs": 10, **recipe}
-    return Task("KD tickets: ResNet-20, half width, 5,000 images of CIFAR-10, 10 epochs, one-shot masks", base, runs)
+    base = {"model": "resnet20", "width": 0.5, **_CIFAR, "epochs": 15, **recipe}
+    return Task("KD tickets: ResNet-20, half width, 5,000 images of CIFAR-10, 15 epochs, one-shot masks", base, runs)
 
 
 def _soft(at: At, method: str) -> Changes:
@@ -178,9 +179,9 @@ def elastic_task(source: str, target: str, keep: float, **recipe: Any) -> Task:
     """Return the ways to a ticket of a deeper network."""
     prune = {"method": "iterative", "keep_weights": keep, "prune_share": 0.36, "rewind_to": "10%"}
 
-    def stretched(order: str, **more: Any) -> Callable[[At], Changes]:
+    def stretched(**more: Any) -> Callable[[At], Changes]:
         def changes(at: At) -> Changes:
-            folder = stretch_to(at("source"), target, order, at)
+            folder = stretch_to(target, at)
             own = {"method": "fixed_ticket", "ticket": str(folder / "ticket.safetensors")}
             if more.get("fixed_weights") != "reinitialise":
                 own |= {"start": str(folder / "rewind.safetensors"), "start_at": "10%"}
@@ -193,47 +194,44 @@ def elastic_task(source: str, target: str, keep: float, **recipe: Any) -> Task:
             "method": "at_init", "init_units": "weight", "init_score": score, "init_keep": _stretched_keep(at, target)
         }  # fmt: skip
 
-    base = {"model": target, "width": 0.5, **_CIFAR, "epochs": 8, **recipe}
+    base = {"model": target, "width": 0.5, **_CIFAR, "epochs": 12, **recipe}
     return Task(
-        f"Elastic tickets: {source} to {target}, half width, 5,000 images of CIFAR-10, 8 epochs a round", base,
+        f"Elastic tickets: {source} to {target}, half width, 5,000 images of CIFAR-10, 12 epochs a round", base,
         {
             "dense": Run("dense", same(dense=True)),
             "source": Run(f"pruning of {source}, the source", same(model=source, **prune)),
             "own": Run("**its own pruning**", same(**prune)),
-            "stretched": Run("**stretched** (interpolated)", stretched("interpolate"), ("source",)),
-            "appended": Run("**stretched** (appended)", stretched("append"), ("source",)),
-            "shuffled": Run("stretched, shuffled by layer", stretched("interpolate", control="shuffled"), ("source",)),
-            "new": Run("stretched, new weights", stretched("interpolate", fixed_weights="reinitialise"), ("source",)),
+            "stretched": Run("**stretched**", stretched(), ("source",)),
+            "shuffled": Run("stretched, shuffled by layer", stretched(control="shuffled"), ("source",)),
+            "new": Run("stretched, new weights", stretched(fixed_weights="reinitialise"), ("source",)),
             "snip": Run("SNIP", before("snip"), ("source",)),
             "grasp": Run("GraSP", before("grasp"), ("source",)),
             "rigl": Run(
                 "RigL",
-                lambda at: {"method": "dynamic_sparse", "density": _stretched_keep(at, target), "regrow_every": "40it"},
+                lambda at: {"method": "dynamic_sparse", "density": _stretched_keep(at, target), "regrow_every": "80it"},
                 ("source",),
             ),
         },
     )  # fmt: skip
 
 
-def stretch_to(source: Path, target: str, order: str, at: At) -> Path:
-    """Stretch the ticket of a run to another network of its family; return the folder of ticket and weights."""
+def stretch_to(target: str, at: At) -> Path:
+    """Stretch the ticket of the run 'source' to another network of its family; return the folder of both files."""
     from earlybird.models import build
     from earlybird.tickets.elastic import elastic
 
-    folder = at(f"made-{order}")
+    source, folder = at("source"), at("made")
     if not (folder / "rewind.safetensors").exists():
         recipe = Recipe.from_toml(source / "recipe.toml")
         model = build(target, classes=10, in_channels=3, image_size=32, width=recipe.width, seed=recipe.seed)
-        ticket, weights = elastic(
-            Ticket.load(source / "ticket.safetensors"), read_start(source), model.state_dict(), stretch=order
-        )
+        ticket, weights = elastic(Ticket.load(source / "ticket.safetensors"), read_start(source), model.state_dict())
         ticket.save(folder / "ticket.safetensors")
         write_tensors(folder / "rewind.safetensors", weights, {})
     return folder
 
 
 def _stretched_keep(at: At, target: str) -> float:
-    return Ticket.load(stretch_to(at("source"), target, "interpolate", at) / "ticket.safetensors").keep
+    return Ticket.load(stretch_to(target, at) / "ticket.safetensors").keep
 
 
 # ---- structural tickets ----
@@ -261,8 +259,8 @@ def structure_task(model: str, keeps_after: Sequence[int], last: int, **recipe: 
             lambda at, number=number: {**_structured(at, "refill", number), "control": "shuffled"},
             ("imp", "dense"), _inference,
         )  # fmt: skip
-    base = {"model": model, "width": 0.5, **_CIFAR, "epochs": 6, **recipe}
-    return Task(f"Structural tickets: {model}, half width, 5,000 images of CIFAR-10, 6 epochs a round", base, runs)
+    base = {"model": model, "width": 0.5, **_CIFAR, "epochs": 8, **recipe}
+    return Task(f"Structural tickets: {model}, half width, 5,000 images of CIFAR-10, 8 epochs a round", base, runs)
 
 
 def _structured(at: At, kind: str, number: int) -> Changes:
@@ -327,7 +325,7 @@ def _inference(folder: Path, at: At) -> dict[str, Any]:
 # ---- sanity checks ----
 
 
-def sanity_task(keeps: Sequence[float], **recipe: Any) -> Task:
+def sanity_task(model: str, width: float, keeps: Sequence[float], **recipe: Any) -> Task:
     """Return one-shot tickets and their masks with new weights, at two learning rates and lengths."""
     runs: dict[str, Run] = {}
     for lr in (0.01, 0.1):
@@ -346,17 +344,18 @@ def sanity_task(keeps: Sequence[float], **recipe: Any) -> Task:
                     },
                     (name,),
                 )  # fmt: skip
-    base = {"model": "resnet14", "width": 0.5, **_CIFAR, **recipe}
-    return Task("Sanity checks: ResNet-14, half width, 5,000 images of CIFAR-10, one-shot masks", base, runs)
+    base = {"model": model, "width": width, **_CIFAR, **recipe}
+    return Task(f"Sanity checks: {model}, width {width:g}, 5,000 images of CIFAR-10, one-shot masks", base, runs)
 
 
 TASKS = {
     "imp-mnist": imp_task("mnist", (5, 11, 15), 15),
     "imp-fashion": imp_task("fashion-mnist", (5, 11, 15), 15),
-    "kd": kd_task((0.1, 0.05)),
+    "kd": kd_task((0.1,)),
     "elastic": elastic_task("resnet14", "resnet26", 0.8**6),
     "structure": structure_task("vgg11", (3, 5), 5),
-    "sanity": sanity_task((0.2,)),
+    "sanity": sanity_task("resnet14", 0.5, (0.2,)),
+    "sanity-plain": sanity_task("vgg11", 0.25, (0.2,)),
     "quick": imp_task("digits", (3,), 3, batch_size=64, epochs=6),
 }
 
