@@ -1,4 +1,5 @@
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -132,6 +133,27 @@ def test_the_command_that_is_printed_trains_the_ticket(lottery, tmp_path, capsys
     assert str(recipe.start_at) == "5it"  # the run's rounds, too, go on from there
 
 
+def test_the_printed_command_adds_the_rewinding_to_where_the_run_itself_began(lottery, tmp_path, capsys):
+    begun = tmp_path / "begun"
+    shutil.copytree(lottery, begun)
+    recipe = Recipe.from_toml(begun / "recipe.toml").replace(start=str(lottery / "model.safetensors"), start_at="0.2ep")
+    (begun / "recipe.toml").write_text(recipe.to_toml())
+    assert run("ticket", "refill", begun, "--out", tmp_path / "refilled") == 0
+    assert "--start-at 0.2ep5it" in capsys.readouterr().out
+
+
+def test_a_finished_run_without_its_weights_says_how_to_get_them_again(lottery, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(lottery, bare)
+    (bare / "model.safetensors").unlink()
+    assert run("ticket", "refill", bare, "--out", tmp_path / "x") == 2
+    assert "delete result.json" in complaint(capsys)
+    (bare / "result.json").unlink()
+    assert run("resume", bare, "--quiet") == 0
+    assert Ticket.load(bare / "ticket.safetensors") == Ticket.load(lottery / "ticket.safetensors")
+    assert (bare / "model.safetensors").read_bytes() == (lottery / "model.safetensors").read_bytes()
+
+
 def test_channels_are_not_refilled(tmp_path, capsys):
     eb.Ticket({"conv": torch.tensor([True, False])}, {"conv": "channel"}).save(tmp_path / "ticket.safetensors")
     assert run("ticket", "refill", tmp_path, "--out", tmp_path / "new") == 2
@@ -151,6 +173,7 @@ def test_channels_are_not_refilled(tmp_path, capsys):
         (["refill", "{run}", "--out", "{run}/model.safetensors"], "exists and is no ticket"),
         (["refill", "{run}", "--out", "{run}/x", "--criterion", "luck"], "luck"),
         (["regroup", "{run}", "--out", "{run}/x", "--t1", "0"], "t1 is 0"),
+        (["regroup", "{run}", "--out", "{run}/x", "--least-rows", "999"], "lower --parts or --least-rows"),
         (["stretch", "{run}", "--to", "resnet27", "--out", "{run}/x"], "unknown model 'resnet27'"),
         (["stretch", "{run}", "--to", "vgg11", "--out", "{run}/x"], "resnet14 becomes resnet20, resnet26"),
         (["stretch", "nowhere", "--to", "vgg11", "--out", "{run}/x"], "no file nowhere"),

@@ -156,6 +156,7 @@ def refill(
     """
     import torch
 
+    from earlybird.start import read_trained
     from earlybird.tickets import structure
 
     ticket = _load(run, number)
@@ -167,7 +168,7 @@ def refill(
             f"round {number} is not the last one, and its trained weights were not kept",
             hint="rank by --criterion remain, which needs none, or leave --round out",
         )
-    blueprint, weights = _trained(run)
+    blueprint, weights = read_trained(run)
     model = blueprint.build()
     model.load_state_dict(weights)
     inputs, labels = blueprint.example(2), None
@@ -221,10 +222,15 @@ def regroup(
         least_rows=least_rows,
         generator=torch.Generator().manual_seed(seed),
     )
-    regrouped.save(out)
     about = regrouped.provenance
     found = about["blocks"]
     none = [name for name, blocks in found.items() if not blocks]
+    if len(none) == len(found):
+        raise InputError(
+            f"no layer of {run} has a dense block: none keeps more than {least_rows} rows of one part",
+            hint="lower --parts or --least-rows, or take an earlier --round, which keeps more",
+        )
+    regrouped.save(out)
     print(f"{sum(found.values())} blocks in {len(found) - len(none)} layers; in {len(none)} none was found")
     print(f"weights: {about['source_keep']:.2%} before, {about['weights_kept']:.2%} now")
     print(f"ticket: {out}   next: {_train(run, regrouped, out, run / 'rewind.safetensors')}")
@@ -254,6 +260,7 @@ def stretch(
     import dataclasses
 
     from earlybird.files import read_tensors, write_tensors
+    from earlybird.start import read_trained
     from earlybird.tickets.elastic import elastic
 
     ticket = _load(run, number)
@@ -263,7 +270,7 @@ def stretch(
             f"{run} has no rewind.safetensors, the weights that its rounds start from",
             needed="a run of --method iterative with --rewind weights",
         )
-    blueprint, _ = _trained(run)
+    blueprint, _ = read_trained(run)
     if out.is_file():
         raise InputError(f"{out} is a file", needed="a folder")
     for name in ("ticket.safetensors", "rewind.safetensors"):
@@ -323,19 +330,6 @@ def _load(path: Path, number: int | None = None) -> Ticket:
     return Ticket.load(path)
 
 
-def _trained(run: Path) -> tuple[Blueprint, dict[str, Tensor]]:
-    """Return what a finished run's network was built from, and its trained weights."""
-    from earlybird.files import read_tensors
-    from earlybird.models.blueprint import Blueprint
-
-    if not run.is_dir():
-        raise InputError(f"no folder {run}", needed="the folder of a run of iterative pruning")
-    weights, metadata = read_tensors(run / "model.safetensors")
-    if "blueprint" not in metadata:
-        raise InputError(f"{run / 'model.safetensors'} does not say what it was built from", needed="one of a run")
-    return Blueprint.from_json(metadata["blueprint"]), weights
-
-
 def _batch(run: Path, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return training images of a run as it normalised them, and their classes."""
     from earlybird.data.loader import Loader
@@ -378,6 +372,9 @@ def _train(run: Path, made: Ticket, ticket: Path, start: Path, model: str | None
         start: The weights to begin from, if there is such a file.
         model: Where it is another one than the run's.
     """
+    from earlybird.step import Step
+    from earlybird.train.recipe import Recipe
+
     recipe = run / "recipe.toml"
     words = [str(recipe)] if recipe.is_file() else ["--model", "MODEL"]
     if model is not None:
@@ -385,6 +382,7 @@ def _train(run: Path, made: Ticket, ticket: Path, start: Path, model: str | None
     words += ["--method", "fixed_ticket", "--ticket", str(ticket)]
     if start.is_file():
         words += ["--start", str(start)]
-        if step := made.provenance["source"].get("rewind_to"):
-            words += ["--start-at", f"{step}it"]
+        if steps := made.provenance["source"].get("rewind_to"):
+            began = Recipe.from_toml(recipe).start_at if recipe.is_file() else None
+            words += ["--start-at", str((began or Step()).later(steps))]
     return shlex.join(["earlybird", "train", *words])

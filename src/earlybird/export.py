@@ -26,6 +26,7 @@ from earlybird.errors import EarlybirdError, InputError
 from earlybird.files import read_tensors, write_atomically, write_tensors
 from earlybird.methods import METHODS
 from earlybird.models.blueprint import Blueprint
+from earlybird.start import read_trained
 from earlybird.tickets.shrink import shrink
 from earlybird.tickets.ticket import Ticket
 
@@ -240,18 +241,12 @@ def _parts(run: Path, model: str | None) -> tuple[Blueprint, Ticket | None, dict
 
 
 def _from_folder(run: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]]:
-    if not (run / "recipe.toml").is_file():
-        raise InputError(f"no run in {run} (no recipe.toml)", hint="name the folder that 'earlybird train' wrote")
-    if not (run / "model.safetensors").is_file():
-        raise InputError(f"{run} is not finished", hint=f"go on with 'earlybird resume {run}'")
-    weights, metadata = read_tensors(run / "model.safetensors")
-    if "blueprint" not in metadata:
-        raise InputError(f"{run / 'model.safetensors'} does not say what it was built from", needed="one of a run")
+    blueprint, weights = read_trained(run)
     path = run / "ticket.safetensors"
     ticket = Ticket.load(path) if path.is_file() else None
     if ticket is not None and ticket.over_weights:
         ticket = None  # cuts nothing: what it removes is zero in the weights
-    return Blueprint.from_json(metadata["blueprint"]), ticket, weights
+    return blueprint, ticket, weights
 
 
 def _from_file(path: Path) -> tuple[Blueprint, Ticket | None, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Weights that a run begins from instead of random ones: those of another run, or of a file."""
+"""Weights of a finished run, and those that a run begins from instead of random ones."""
 
 from __future__ import annotations
 
@@ -10,14 +10,37 @@ from torch import Tensor, nn
 
 from earlybird.errors import InputError
 from earlybird.files import read_tensors
+from earlybird.models.blueprint import Blueprint
 from earlybird.sparse.masks import prunable
 
-__all__ = ["head_of", "load_start", "read_start"]
+__all__ = ["head_of", "load_start", "read_start", "read_trained"]
 
 
 def head_of(model: nn.Module) -> str:
     """Return the name of the last convolution or linear layer, which tells the classes apart."""
     return list(prunable(model))[-1]
+
+
+def read_trained(run: Path) -> tuple[Blueprint, dict[str, Tensor]]:
+    """Read what the network of a finished run was built from, and its final weights and buffers.
+
+    Raises:
+        InputError: The folder holds no run, or none that is finished, or its weights are gone.
+    """
+    if not (run / "recipe.toml").is_file():
+        raise InputError(f"no run in {run} (no recipe.toml)", hint="name the folder that 'earlybird train' wrote")
+    path = run / "model.safetensors"
+    if not path.is_file():
+        if (run / "result.json").exists():
+            raise InputError(
+                f"the run in {run} is finished, but its model.safetensors is gone",
+                hint=f"put it back, or delete result.json and train the end again with 'earlybird resume {run}'",
+            )
+        raise InputError(f"{run} is not finished", hint=f"go on with 'earlybird resume {run}'")
+    weights, metadata = read_tensors(path)
+    if "blueprint" not in metadata:
+        raise InputError(f"{path} does not say what it was built from", needed="one of a run")
+    return Blueprint.from_json(metadata["blueprint"]), weights
 
 
 def read_start(path: str | Path) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ A bare number is refused, because nobody remembers whether it meant epochs or it
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -63,6 +63,10 @@ class Step:
                 hint="pass total_steps=epochs * len(loader) to attach, or write the step in iterations ('500it')",
             )
         return round(self.epochs * (steps_per_epoch or 0) + self.share * (total_steps or 0)) + self.iterations
+
+    def later(self, iterations: int) -> Step:
+        """Return the step that is so many optimizer steps after this one."""
+        return replace(self, iterations=self.iterations + iterations)
 
     def __str__(self) -> str:
         text = f"{_decimal(100 * self.share)}%" if self.share else ""

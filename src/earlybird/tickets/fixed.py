@@ -56,7 +56,8 @@ class FixedTicket:
 
     ticket: str | None = option(None, "Ticket file, or the folder of a run that has drawn one.", path=True)
     fixed_weights: Literal["start", "reinitialise"] = option(
-        "start", "Begin from the weights that the model has (see start), or from others of the same distribution."
+        "start",
+        "Begin from the weights that the model has (see start), or from others of that distribution in their place.",
     )
     control: Literal["none", "shuffled", "random", "reversed"] = option(
         "none",

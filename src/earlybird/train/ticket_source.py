@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -97,8 +97,7 @@ def read_source(path: str | Path, recipe: Recipe | None = None, *, rounds: int |
     rewound = _rewound(folder, model, list(found.values())[-1])
     start, start_at = _weights(model), first_at
     if rewound:
-        began = Step.parse("0it") if first_at is None else first_at
-        start_at = replace(began, iterations=began.iterations + rewound)
+        start_at = (first_at or Step()).later(rewound)
     elif rewound == 0:
         first = start  # as saved: drawn anew from the seed, another version of PyTorch may give others
     return Source(

@@ -20,11 +20,11 @@ import torch
 from earlybird.data.dataset import DataSet
 from earlybird.data.loader import Loader
 from earlybird.errors import InputError
-from earlybird.files import read_tensors, write_json
+from earlybird.files import write_json
 from earlybird.models.blueprint import Blueprint
 from earlybird.settings import accepted
 from earlybird.sparse.masks import check_fits
-from earlybird.start import head_of, load_start, read_start
+from earlybird.start import head_of, load_start, read_start, read_trained
 from earlybird.tickets.ticket import Ticket, round_files
 from earlybird.tickets.transfer import (
     CONTROLS,
@@ -98,8 +98,7 @@ def read_source(folder: str | Path, rounds: Sequence[int] = ()) -> Source:
         raise InputError(f"{folder} has no round {missing[0]}", needed=f"of {', '.join(map(str, sorted(files)))}")
     if not wanted:
         raise InputError(f"{folder} has no tickets", needed="a run that has pruned at least once")
-    _, metadata = read_tensors(folder / "model.safetensors")
-    blueprint = Blueprint.from_json(metadata.get("blueprint", ""))
+    blueprint, _ = read_trained(folder)
     return Source(folder.name, folder, blueprint, {number: Ticket.load(files[number]) for number in wanted})
 
 
