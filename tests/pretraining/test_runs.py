@@ -119,6 +119,18 @@ def test_the_queue_goes_round_and_takes_the_newest_of_a_batch_that_is_larger() -
     assert sorted(running.queue[:, 0].tolist()) == [4, 5, 6, 7, 8, 9]
 
 
+def test_a_rewound_round_begins_with_a_queue_of_its_own() -> None:
+    model, optimizer, running = moco()
+    drawn = running.queue
+    step(model, optimizer, running)
+    step(model, optimizer, running, 1)
+    assert not torch.equal(running.queue[4:8], drawn[4:8])
+    optimizer.state.clear()  # as iterative pruning does between rounds
+    step(model, optimizer, running, 2)
+    assert torch.equal(running.queue[4:], drawn[4:])
+    assert not torch.equal(running.queue[:4], drawn[:4])
+
+
 def test_under_a_mask_the_keys_removed_weights_are_zero_too() -> None:
     model, optimizer, running = moco()
     step(model, optimizer, running)

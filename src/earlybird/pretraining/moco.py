@@ -142,6 +142,8 @@ class MomentumContrast(Pretraining):
         queue: (K, d), keys of length 1; of the oldest ones, the next batch takes the place.
     """
 
+    queue: Tensor
+
     def __init__(
         self,
         settings: MoCo,
@@ -157,9 +159,8 @@ class MomentumContrast(Pretraining):
         super().__init__(
             "moco", model, optimizer, projector=make, views=settings.views(), probe=probe, seed=seed, **more
         )
-        drawn = torch.randn(settings.moco_queue, settings.moco_width, generator=torch.Generator().manual_seed(seed))
-        self.queue = functional.normalize(drawn, dim=1).to(self.encoder.head.weight.device)
-        self._oldest = 0
+        self._seed = seed
+        self._begin_queue()
         self._after = [one.register_step_post_hook(Hook(self._after_step, self)) for one in self._optimizers]
 
     def loss(self, forward: Forward, images: Tensor, labels: Tensor | None = None, *beside: Tensor) -> Tensor:
@@ -172,6 +173,8 @@ class MomentumContrast(Pretraining):
             beside: Not looked at.
         """
         queries, others = images.chunk(2)
+        if not self.keys():  # no step yet, or a new round: keys of the network before would teach the one rewound
+            self._begin_queue()
         # first, since autograd keeps the weights by which the queries are computed
         with torch.no_grad(), self._key_weights():
             k = self.encoder.project(self.encoder.features(self.encoder.model, others), self._ledger)
@@ -226,6 +229,12 @@ class MomentumContrast(Pretraining):
                 parameter.data, key.data = key.data, parameter.data
             for buffer, before in buffers:
                 buffer.copy_(before)
+
+    def _begin_queue(self) -> None:
+        size = self.settings.moco_queue, self.settings.moco_width
+        drawn = torch.randn(size, generator=torch.Generator().manual_seed(self._seed))
+        self.queue = functional.normalize(drawn, dim=1).to(self.encoder.head.weight.device)
+        self._oldest = 0
 
     @torch.no_grad()
     def _enqueue(self, k: Tensor) -> None:
