@@ -309,6 +309,7 @@ class Ledger:
         self._resized = False  # training images are smaller than they came
         self._dense_over = False  # a dense run would have ended by now
         self._altered = False  # layers compute otherwise than a dense run's, or not on all samples
+        self._beyond_s: float | None = None  # seconds of set-up that a dense run does not need; None: nothing was so
         self._warm_up = (0.0, 0, 0)  # seconds, steps and training samples of the first steps of the loop
         self._evaluation_begin = (0.0, 0)  # seconds and samples of 'evaluate' when the clock came there
         self._dense_search: PhaseRecord | None = None  # the search as far as the model was whole
@@ -347,6 +348,20 @@ class Ledger:
                 self.pause()
                 self._current = current
             self._declared = declared
+
+    @contextmanager
+    def beyond_dense(self) -> Iterator[None]:
+        """Let a block, such as passes of a teacher, be something that a dense run would not do.
+
+        In set-up, its seconds are left out of the dense estimate. In the loop, its steps are not like dense ones, so
+        that no time of a dense run is known.
+        """
+        begun = {ledger: (ledger._clock(), ledger._current) for ledger in self._watching() if ledger._since is not None}
+        yield
+        for ledger, (since, phase) in begun.items():
+            more = ledger._clock() - since if phase == "setup" else 0.0
+            ledger._beyond_s = (ledger._beyond_s or 0.0) + more
+            ledger._altered = ledger._altered or phase in _LOOP_PHASES
 
     def pause(self) -> None:
         """Stop the clock and the counters until `resume` or `enter`."""
@@ -752,6 +767,7 @@ class Ledger:
             "dense_cost": None if self.dense_cost is None else self.dense_cost.to_json(),
             "differs": [self._shrunk, self._resized, self._altered],
             "dense_over": self._dense_over,
+            "beyond_s": self._beyond_s,
             "warm_up": list(self._warm_up),
             "dense_search": None if self._dense_search is None else self._dense_search.to_json(),
             "dense_evaluation": self._dense_evaluation,
@@ -772,7 +788,8 @@ class Ledger:
         if state["dense_cost"] is not None:
             self.dense_cost = ModelCost.from_json(state["dense_cost"])
         self._shrunk, self._resized, self._altered = state["differs"]
-        self._dense_over = bool(state.get("dense_over"))  # checkpoints of before lack it
+        self._dense_over = bool(state.get("dense_over"))  # checkpoints of before lack it, and the next one
+        self._beyond_s = _fold(lambda a, b: a + b, self._beyond_s, state.get("beyond_s"))
         seconds, steps, images = state["warm_up"]
         self._warm_up = (seconds, steps, images)
         self._dense_search = None if state["dense_search"] is None else PhaseRecord.from_json(state["dense_search"])
@@ -836,7 +853,8 @@ class Ledger:
         for record in (self._records[name] for name in _LOOP_PHASES if name in self._records):
             spent.add(record)
         left = any(work.left_images for work in spent.work.values())
-        if self.dense_cost is None or not (self._shrunk or self._resized or self._altered or left):
+        beyond = self._beyond_s is not None
+        if self.dense_cost is None or not (self._shrunk or self._resized or self._altered or left or beyond):
             return None
         if not spent.train_images:
             return None
@@ -855,7 +873,10 @@ class Ledger:
                 basis += f", times {whole:.3g} for the MACs of whole images"
             training.peak_bytes = like_dense.peak_bytes
         training.seconds = seconds or 0.0
-        rows = {"setup": self._records.get("setup"), "train": training, "evaluate": self._dense_evaluate()}
+        setup = self._records.get("setup")
+        if setup is not None and self._beyond_s:
+            setup = replace(setup, seconds=setup.seconds - self._beyond_s)
+        rows = {"setup": setup, "train": training, "evaluate": self._dense_evaluate()}
         phases = {
             name: self._spending(record.priced(self.dense_cost), basis=basis or "nothing that was measured")
             for name, record in rows.items()

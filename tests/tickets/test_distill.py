@@ -272,6 +272,11 @@ def test_a_run_resumes_to_the_bit_and_its_bill_has_the_teacher(
     assert more == passes * cost
     setup = whole.bill.phases["setup"].macs.value
     assert setup == (passes * cost if views else 0)
+    for reference in (whole.bill.dense, again.bill.dense):  # without the teacher
+        assert reference.total.macs.value == dense.bill.total.macs.value
+        assert (reference.total.seconds is None) == (not views)  # steps with a teacher are slower than dense ones
+        if views:
+            assert reference.phases["setup"].seconds.value < whole.bill.phases["setup"].seconds.value
 
 
 def test_more_views_than_epochs_are_not_computed(teacher: Path, tmp_path: Path) -> None:

@@ -319,8 +319,9 @@ class Distilling:
         self._steps += 1
 
     def _say(self, teacher: Teacher, images: Tensor) -> Tensor:
-        logits = teacher(images)
-        self._ledger.passes_of(teacher.cost, len(images))
+        with self._ledger.beyond_dense():
+            logits = teacher(images)
+            self._ledger.passes_of(teacher.cost, len(images))
         return logits
 
     def _stored(
