@@ -4,6 +4,7 @@ Each task is one claim of the lottery-ticket family. Its runs start from each ot
 
 - ``imp-mnist``, ``imp-fashion``: iterative pruning of LeNet-300-100, against the same masks with new weights, shuffled
   masks, and tickets that are drawn before training;
+- ``dynamic``: SET and RigL, which need no dense training, against a random mask that stays, and against pruning;
 - ``kd``: one mask, trained from the beginning, rewound, on the soft labels of the dense network, and both;
 - ``elastic``: a ticket stretched from ResNet-14 to ResNet-26, against the one that pruning finds there;
 - ``structure``: tickets filled up to whole channels or grouped to dense blocks, with the time of inference;
@@ -124,6 +125,34 @@ def imp_task(data: str, rounds: Sequence[int], last: int, **recipe: Any) -> Task
         "schedule": "constant", "batch_size": 60, "crop": 0, "flip": False, "epochs": 4, **recipe,
     }  # fmt: skip
     return Task(f"Iterative pruning: LeNet-300-100, {data}, {base['epochs']} epochs a round", base, runs)
+
+
+# ---- dynamic sparse training ----
+
+
+def dynamic_task(densities: Sequence[float]) -> Task:
+    """Return training that is sparse from the first step: a mask that stays, SET and RigL, and pruned dense training.
+
+    All share out the weights among layers by Erdos-Renyi, but for pruning, which ranks those of the whole network.
+    """
+    ways = {
+        "static": ("a random mask that stays", {"drop_share": 0.0}),
+        "set": ("**SET**", {"preset": "set"}),
+        "rigl": ("**RigL**", {}),
+    }
+    runs = {"dense": Run("dense", same(dense=True))}
+    for density in densities:
+        for name, (label, how) in ways.items():
+            runs[f"{name}-{density:g}"] = Run(label, same(method="dynamic_sparse", density=density, **how))
+        runs[f"imp-{density:g}"] = Run(
+            "iterative pruning in five rounds",
+            same(method="iterative", keep_weights=density, prune_share=1 - density ** (1 / 5)),
+        )
+    base = {
+        "model": "lenet300", "data": "fashion-mnist", "train_images": 30_000, "lr": 0.05, "batch_size": 128,
+        "crop": 0, "flip": False, "label_smoothing": 0.0, "epochs": 8, "evaluate_every": "8ep",
+    }  # fmt: skip
+    return Task("Dynamic sparse training: LeNet-300-100, 30,000 images of Fashion-MNIST, 8 epochs", base, runs)
 
 
 # ---- distillation ----
@@ -351,6 +380,7 @@ def sanity_task(model: str, width: float, keeps: Sequence[float], **recipe: Any)
 TASKS = {
     "imp-mnist": imp_task("mnist", (5, 11, 15), 15),
     "imp-fashion": imp_task("fashion-mnist", (5, 11, 15), 15),
+    "dynamic": dynamic_task((0.1, 0.02)),
     "kd": kd_task((0.1,)),
     "elastic": elastic_task("resnet14", "resnet26", 0.8**6),
     "structure": structure_task("vgg11", (3, 5), 5),
