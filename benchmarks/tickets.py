@@ -213,7 +213,7 @@ def elastic_task(source: str, target: str, keep: float, **recipe: Any) -> Task:
             folder = stretch_to(target, at)
             own = {"method": "fixed_ticket", "ticket": str(folder / "ticket.safetensors")}
             if more.get("fixed_weights") != "reinitialise":
-                own |= {"start": str(folder / "rewind.safetensors"), "start_at": "10%"}
+                own |= {"start": str(folder / "rewind.safetensors")}
             return {**own, **more}
 
         return changes
@@ -230,8 +230,11 @@ def elastic_task(source: str, target: str, keep: float, **recipe: Any) -> Task:
             "dense": Run("dense", same(dense=True)),
             "source": Run(f"pruning of {source}, the source", same(model=source, **prune)),
             "own": Run("**its own pruning**", same(**prune)),
-            "stretched": Run("**stretched**", stretched(), ("source",)),
-            "shuffled": Run("stretched, shuffled by layer", stretched(control="shuffled"), ("source",)),
+            "stretched": Run("**stretched**, on from the source's step", stretched(start_at="10%"), ("source",)),
+            "stretched-whole": Run("**stretched**, as many epochs as dense", stretched(), ("source",)),
+            "shuffled": Run(
+                "stretched, shuffled by layer", stretched(start_at="10%", control="shuffled"), ("source",)
+            ),
             "new": Run("stretched, new weights", stretched(fixed_weights="reinitialise"), ("source",)),
             "snip": Run("SNIP", before("snip"), ("source",)),
             "grasp": Run("GraSP", before("grasp"), ("source",)),
