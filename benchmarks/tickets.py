@@ -470,6 +470,8 @@ def _run_seed(name: str, task: Task, seed: int, jobs: int, deadline: float | Non
         return folder / who
 
     known = {(row["task"], row["who"], row["seed"]) for row in rows(NAME)}
+    if all((name, who, seed) in known for who in task.runs):
+        return True  # measured elsewhere: there are rows, and no folders
     base = {"threads": 1, "exact": True, **task.recipe, "seed": seed}
     children = [
         Child(at(who), lambda run=run: Recipe.from_values({**base, **run.changes(at)}), tuple(map(at, run.needs)))
