@@ -285,10 +285,11 @@ def test_what_one_run_lacks_the_summary_lacks() -> None:
     assert ratio(1.0, 0.0) is None
 
 
-def test_a_comparison_that_never_began_frees_its_folder(small: Make, tmp_path: Path) -> None:
+def test_a_comparison_that_never_began_frees_its_folder(small: Make, tmp_path: Path, in_process: list[str]) -> None:
     with pytest.raises(EarlybirdError, match="batch size"):
         compare(small(batch_size=10**6), tmp_path / "out", seeds=(0,), quiet=True)
     assert not (tmp_path / "out" / "comparison.toml").exists()
+    assert in_process == ["dense-seed0"]
     assert compare(small(epochs=1), tmp_path / "out", seeds=(0,), quiet=True)["complete"]
 
 

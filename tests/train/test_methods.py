@@ -47,7 +47,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 OF_THEIR_OWN = (
     "simclr",
     "moco",
-    "distillation",
     "segmentation",
     "detection",
 )  # what is learnt is not what a dense run learns
