@@ -10,6 +10,7 @@ from torch import nn
 import earlybird as eb
 from earlybird.errors import InputError, ShrinkError
 from earlybird.optimizers.muon import Muon
+from earlybird.tickets.coupling import find_groups
 from earlybird.tickets.scores import batch_norms
 from tests.tickets.topologies import TOPOLOGIES, conv, images, make, masked, tail
 
@@ -397,8 +398,51 @@ def test_weights_shared_by_two_layers():
     assert model.one.weight.shape[:2] == (4, 4)
     assert_same_function(model, reference)
     model = Tied()
-    with pytest.raises(ShrinkError, match="share the weight"):
-        eb.shrink(model, eb.Ticket({"norm": mask}), images(1))
+    reference = masked(copy.deepcopy(model), {"norm": mask})
+    eb.shrink(model, eb.Ticket({"norm": mask}), images(1))  # the others still need them: they fall silent
+    assert model.stem.out_channels == 6
+    assert_same_function(model, reference)
+    model = Tied()
+    (group,) = (group for group in find_groups(model, images(1)) if not group.output)
+    assert group.size == 6
+    assert not group.residual
+    drawn = eb.draw(model, 0.5, example_inputs=images())
+    eb.shrink(model, drawn, images(1))
+    assert model.one.weight is model.two.weight
+    assert model.one.weight.shape[:2] == (3, 3)
+
+
+def test_a_weight_that_two_layers_share_in_blocks_of_other_sizes_stays_whole():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.whole, self.halves = conv(3, 8), conv(8, 8), nn.Conv2d(16, 8, 3, padding=1, groups=2)
+            self.wide, self.head = conv(8, 16), nn.Linear(8, 5)
+            self.halves.weight = self.whole.weight
+
+        def forward(self, x):
+            return self.head(self.halves(self.wide(self.whole(self.stem(x)))).mean((2, 3)))
+
+    groups = find_groups(Tied(), images(1))
+    stays = {member.name for group in groups if group.output for member in group.members}
+    assert stays >= {"stem", "whole", "halves", "wide"}
+    assert any("which the layers 'whole' and 'halves' share" in group.why for group in groups)
+
+
+def test_a_weight_that_a_layer_shares_with_one_that_is_never_called_stays_whole():
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm, self.head, self.other = conv(3, 6), nn.BatchNorm2d(6), nn.Linear(6, 5), conv(3, 6)
+            self.other.weight = self.stem.weight
+
+        def forward(self, x):
+            return self.head(torch.relu(self.norm(self.stem(x))).mean((2, 3)))
+
+    groups = find_groups(Unused(), images(1))
+    assert [group.why for group in groups if "norm" in {member.name for member in group.members}] == [
+        "'weight', which the layers 'stem' and 'other' share"
+    ]
 
 
 def test_all_parameters_are_in_the_optimizer_exactly_once():

@@ -244,6 +244,7 @@ class _Trace:
 
     def groups(self) -> list[Group]:
         """Return what was found as groups."""
+        self._tie_shared()
         self.labels.settle()
         uses = [_Use(name, side, self.labels.find(units)) for (name, side), units in self._uses.items()]
         uses += [use for name, units in self.labels.bare.items() for use in self._bare_use(name, units)]
@@ -260,6 +261,30 @@ class _Trace:
                 members.setdefault(number, []).extend(unit for unit in units if unit not in group_of)
                 group_of |= dict.fromkeys(members[number], number)
         return [self._group(units, uses, fixed, summed) for units in members.values() if units]
+
+    def _tie_shared(self) -> None:
+        """Tie the channels of layers that hold one and the same parameter: it can only be cut once."""
+        holders: dict[int, list[str]] = {}
+        for name, module in self.modules.items():
+            for parameter in module.parameters(recurse=False):
+                holders.setdefault(id(parameter), []).append(name)
+        used = {name for name, _ in self._uses}
+        known: dict[tuple[int, int], Tensor] = {}
+        for (name, side), units in self._uses.items():
+            layer = layer_of(self.modules[name])
+            assert layer is not None
+            for attribute, at in layer.reads if side == "in" and not layer.joint else layer.writes:
+                parameter = getattr(self.modules[name], attribute, None)
+                names = holders.get(id(parameter), [])
+                if parameter is None or len(names) < 2:
+                    continue
+                why = f"'{attribute}', which the layers '{names[0]}' and '{names[1]}' share"
+                before = known.setdefault((id(parameter), at % parameter.dim()), units)
+                if len(before) == len(units) and used.issuperset(names):
+                    self.labels.join(before, units, why, product=True)
+                else:  # one of them works in blocks, or is never called
+                    self.labels.fix(before, why)
+                    self.labels.fix(units, why)
 
     def _bare_use(self, name: str, units: Tensor) -> list[_Use]:
         """Return the dimension of a bare parameter along which its units differ; more than one cannot be cut."""
