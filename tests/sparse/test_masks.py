@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from earlybird.arithmetic.add import AddLinear
+from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger
 from earlybird.sparse.masks import Masks, non_zeros, prunable, ticket_of
@@ -50,6 +51,13 @@ def test_a_weight_that_two_layers_share_is_there_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
     assert list(prunable(model)) == ["0"]
+    masks = Masks(model, torch.optim.SGD(model.parameters(), lr=0.1), half(model))
+    masks.let_gradients_through(True)
+    cost = count(model, torch.zeros(1, 4))  # both multiply with its zeros
+    assert cost.densities["0"] == cost.densities["1"] == masks.masks["0"].float().mean()
+    assert cost.gradient_densities == {"0": 1.0, "1": 1.0}
+    masks.remove()
+    assert not count(model, torch.zeros(1, 4)).densities
 
 
 def test_layers_that_do_not_multiply_are_refused():

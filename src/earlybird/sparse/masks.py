@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -177,6 +178,7 @@ class Masks:
         self._ledger = ledger
         self._factors: dict[str, Tensor] = {}
         self._weights: dict[str, nn.Parameter] = {}
+        self._layers: dict[str, list[nn.Module]] = {}  # all that hold the weight, to be told of it
         self._dense_gradients = False
         self._hooks: list[Any] = []
         self._after = [one.register_step_post_hook(Hook(self._after_step, self)) for one in self._optimizers]
@@ -204,6 +206,10 @@ class Masks:
         weights = check_fits(ticket, self._model)
         self._forget()
         self._weights = weights
+        self._layers = {
+            name: [module for module in self._model.modules() if module._parameters.get("weight") is weight]
+            for name, weight in weights.items()
+        }
         # numbers, in the weights' memory format: a product with booleans, or with another format, is ten times slower
         self._factors = {
             name: torch.empty_like(weight, requires_grad=False).copy_(mask)
@@ -234,7 +240,8 @@ class Masks:
                     if isinstance(value, Tensor) and value.shape == weight.shape:
                         value.mul_(factor)
             left = int(factor.count_nonzero()) / factor.numel()  # not the mean, which half precision rounds
-            self._model.get_submodule(name).weight_density = left  # type: ignore[assignment]
+            for layer in self._layers[name]:
+                layer.weight_density = left  # type: ignore[assignment]
         if self._ledger is not None:
             self._ledger.reread_arithmetic()
 
@@ -246,8 +253,7 @@ class Masks:
         if yes == self._dense_gradients:
             return
         self._dense_gradients = yes
-        for name in self._factors:
-            layer = self._model.get_submodule(name)
+        for layer in chain.from_iterable(self._layers.values()):
             if yes:
                 layer.gradient_density = 1.0  # type: ignore[assignment]
             else:
@@ -266,10 +272,10 @@ class Masks:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for name in self._factors:
+        for layer in chain.from_iterable(self._layers.values()):
             for said in ("weight_density", "gradient_density"):
-                self._model.get_submodule(name).__dict__.pop(said, None)
-        self._factors, self._weights = {}, {}
+                layer.__dict__.pop(said, None)
+        self._factors, self._weights, self._layers = {}, {}, {}
         self._dense_gradients = False
 
     def _mask_gradient(self, factor: Tensor) -> Callable[[Tensor], None]:
