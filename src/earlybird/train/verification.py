@@ -102,9 +102,12 @@ def verify(
         contender.recipe(seeds[0], {})  # what does not fit is said now, not after hours
     files = {_FIRST: found.first, _START: found.start}
     tickets = {_ticket_name(number): ticket for number, ticket in found.tickets.items()}
+    correlated: dict[str, dict[str, Any]] = {}  # of dense runs that have finished, by folder
 
     def conclude(done: Done) -> dict[str, Any]:
         rows = [{**row, **places[name]} for (name, _), row in done.items()]
+        for row in (row for row in rows if row["role"] == "dense" and row["folder"] not in correlated):
+            correlated[row["folder"]] = _correlated(found, path, row, share)
         complete = len(rows) == len(contenders) * len(seeds)
         checks = _checks(found, rows, rates, tolerance)
         verification: dict[str, Any] = {
@@ -121,7 +124,7 @@ def verify(
             "complete": complete,
             "runs": rows,
             "checks": checks,
-            "correlation": [_correlated(found, path, row, share) for row in rows if row["role"] == "dense"],
+            "correlation": list(correlated.values()),
             "left_out": left_out,
         }
         verification["correlation_lines"] = correlation_lines(verification)
