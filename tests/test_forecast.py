@@ -17,6 +17,7 @@ from earlybird.models import build
 from earlybird.stretches import Plan, Stretch, after
 from earlybird.train.recipe import Recipe
 from earlybird.train.run import train
+from tests.tickets.teachers import write_teacher
 
 
 def on_paper(**values: Any) -> Forecast:
@@ -124,6 +125,38 @@ def test_what_is_forecast_is_what_the_run_counts(tmp_path: Path, method: dict[st
     assert result.bill.dense.total.macs.value == pytest.approx(paper.bill.dense.total.macs.value, rel=0.01)  # type: ignore[union-attr]
     assert expected.seconds is None
     assert found.seconds is not None
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"teacher_views": 2}, {"teacher_views": 0}, {"teacher_views": 0, "kd_until": "30it"}]
+)
+def test_a_teachers_passes_are_forecast(changes: dict[str, Any], tmp_path: Path) -> None:
+    teacher, _ = write_teacher(tmp_path / "teacher", classes=10, in_channels=1)
+    recipe = Recipe.from_values(
+        {
+            "data": "digits",
+            "epochs": 3,
+            "width": 0.25,
+            "exact": True,
+            "method": "distillation",
+            "teacher": str(teacher),
+            **changes,
+        }
+    )
+    paper, result = forecast(recipe), train(recipe, tmp_path / "runs" / "run", quiet=True)
+    assert not paper.notes
+    for expected, found in ((paper.bill, result.bill), (paper.bill.dense, result.bill.dense)):
+        assert expected is not None
+        assert found is not None
+        assert expected.total.macs.value == pytest.approx(found.total.macs.value, rel=0.01)  # type: ignore[union-attr]
+    assert paper.bill.total.macs.value > paper.bill.dense.total.macs.value  # type: ignore[union-attr]
+
+
+def test_without_a_teacher_nothing_is_forecast() -> None:
+    with pytest.raises(InputError, match="no teacher was named"):
+        on_paper(data="digits", epochs=1, method="distillation")
+    paper = on_paper(data="digits", epochs=1, method="distillation", soft_share=0.0)
+    assert paper.bill.total.macs == paper.bill.dense.total.macs  # type: ignore[union-attr]
 
 
 def test_points_in_steps_are_steps_of_the_shorter_run() -> None:

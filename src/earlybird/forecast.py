@@ -95,7 +95,16 @@ class Forecast:
                 Route(layers, arithmetic, True): share * images
                 for layers, share, arithmetic in (*stretch.routes, *stretch.training_routes)
             }
-            train.add(PhaseRecord(steps=round(stretch.steps), work={self.bits: work.priced(cost, self.bits, routes)}))
+            work = work.priced(cost, self.bits, routes)
+            for model, share in stretch.beside:
+                amount = self.cost(replace(stretch, model=model)).amount(
+                    share * images, share * stretch.steps, self.bits, training=False
+                )
+                work.add(
+                    Work(macs=dict(amount.macs), bit_macs=dict(amount.bit_macs), operations=dict(amount.operations),
+                         moved_bytes=amount.moved_bits / 8)
+                )  # fmt: skip
+            train.add(PhaseRecord(steps=round(stretch.steps), work={self.bits: work}))
             until = math.ceil(total / every) if round(done) >= total else int(done / every + 1e-9)  # and one at the end
             seen, batches, looked = (until - looked) * self.test_images, until - looked, until
             whole = self.cost(replace(stretch, side=self.dense[0].side))
@@ -232,7 +241,7 @@ def forecast(recipe: Recipe) -> Forecast:
         if isinstance(method, Forecasting):
             stretches = method.forecast(stretches, plan)
         else:
-            notes.append(f"{name} is left out: what it saves or costs cannot be told before the run.")
+            notes.append(f"{name} is left out: what it saves or costs, its run's own bill will tell.")
     return Forecast(
         name=recipe.name,
         stretches=tuple(stretches),

@@ -53,6 +53,7 @@ class Stretch:
         side: Height and width of its images, pixels.
         routes: Shares of the images that pass some layers otherwise: layers, share, arithmetic (None: not at all).
         training_routes: The same, of training alone: in evaluation, all images pass those layers as they are.
+        beside: Models that see training images, too, forward only, such as a teacher; and the share of them.
         owners: Which method decides, by what it decides on: `LAYERS` or `BLOCKS`.
     """
 
@@ -61,6 +62,7 @@ class Stretch:
     side: int
     routes: Routes = ()
     training_routes: Routes = ()
+    beside: tuple[tuple[nn.Module, float], ...] = ()
     owners: Mapping[str, str] = field(default_factory=dict)
 
     def decided(self, method: str, *parts: str) -> Stretch:

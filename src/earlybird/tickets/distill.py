@@ -31,7 +31,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -59,6 +59,7 @@ from earlybird.ledger import Ledger, ledger_for
 from earlybird.objective import Forward, claim_loss
 from earlybird.settings import check_choice, check_number, option
 from earlybird.step import Step
+from earlybird.stretches import Plan, Stretch, after
 
 __all__ = ["Distillation", "Distilling", "Teacher", "soft_loss"]
 
@@ -101,6 +102,27 @@ class Distillation:
         views = self.teacher_views
         if isinstance(views, bool) or not isinstance(views, int) or views < 0:
             raise InputError(f"teacher_views is {views!r}", needed="a whole number, 0 or more, such as 8")
+
+    def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
+        """Return the stretches of a run in which the teacher sees images, too, for `earlybird.forecast`.
+
+        With ``teacher_views``, once for each of them, however many rounds there are; the papers' rules leave it out.
+
+        Raises:
+            InputError: There is no teacher to count.
+        """
+        if self.soft_share == 0:
+            return stretches
+        teacher, _ = rebuild(_named(self.teacher))
+        total = sum(stretch.steps for stretch in stretches)
+        if self.teacher_views:
+            views = min(self.teacher_views, math.ceil(plan.total_steps / plan.steps_per_epoch))
+            share, until = views * plan.steps_per_epoch / total, total
+        else:
+            share = 1.0
+            until = total if self.kd_until is None else self.kd_until.in_iterations(plan.steps_per_epoch, round(total))
+        taught = [replace(stretch, beside=(*stretch.beside, (teacher, share))) for stretch in stretches]
+        return after(taught, until, lambda stretch: replace(stretch, beside=stretch.beside[:-1]))
 
     def attach(
         self,
@@ -372,10 +394,7 @@ def _fitting_teacher(
     path: str | None, model: nn.Module, example_inputs: Any, loader: Loader | None, class_names: Sequence[str]
 ) -> Teacher:
     """Return the teacher, or refuse one that is for other images or classes."""
-    if path is None:
-        raise InputError(
-            "no teacher was named", needed="the run folder of a trained network", hint="set teacher = 'runs/NAME'"
-        )
+    path = _named(path)
     if example_inputs is None:
         raise InputError("no inputs to compare the teacher with", hint="pass example_inputs=x to attach")
     call = as_call(first_sample(example_inputs))
@@ -398,6 +417,14 @@ def _fitting_teacher(
         raise InputError(f"the teacher {path} has the class '{theirs}' in the place of '{ours}'",
                          needed="a teacher of the same data")  # fmt: skip
     return teacher
+
+
+def _named(path: str | None) -> str:
+    if path is None:
+        raise InputError(
+            "no teacher was named", needed="the run folder of a trained network", hint="set teacher = 'runs/NAME'"
+        )
+    return path
 
 
 def _check_its_head(path: Path) -> None:
