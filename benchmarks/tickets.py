@@ -536,7 +536,13 @@ def _plot(name: str, task: Task) -> str:
 
 
 def _newest(name: str) -> list[dict[str, Any]]:
-    found = {(row["who"], row["seed"], row.get("round")): row for row in rows(NAME) if row["task"] == name}
+    """Return the newest row of each run, seed and round, of runs that the task still has."""
+    known = TASKS[name].runs
+    found = {
+        (row["who"], row["seed"], row.get("round")): row
+        for row in rows(NAME)
+        if row["task"] == name and row["who"] in known
+    }
     return list(found.values())
 
 

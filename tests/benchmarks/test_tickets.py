@@ -37,3 +37,23 @@ def test_networks_of_blocks_are_timed_beside_the_masked_and_the_dense_one(folder
     taken = found["inference_ms"]
     assert taken.keys() == {"dense", "own", "blocks"}
     assert found["inference_saved"] == pytest.approx(1 - taken["blocks"] / taken["dense"], abs=0.01)
+
+
+def row_of(who, seed=0, **more):
+    return {"task": "kd", "who": who, "label": tickets.TASKS["kd"].runs[who].label if who != "gone" else "gone",
+            "seed": seed, "density": 1.0, "accuracy": 0.5, "device": "a machine", "date": "2026-12-01", **more}  # fmt: skip
+
+
+def test_the_table_has_no_rows_of_runs_that_the_task_no_longer_has(monkeypatch):
+    monkeypatch.setattr(tickets, "rows", lambda name: [row_of("dense"), row_of("dense", 1), row_of("gone")])
+    shown = tickets.table()
+    assert "50.00 ± 0.00 (2)" in shown
+    assert "gone" not in shown
+
+
+def test_a_seed_that_was_measured_elsewhere_is_not_run_again(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tickets, "rows", lambda name: [row_of(who) for who in tickets.TASKS["kd"].runs])
+    monkeypatch.setattr(tickets, "run_all", lambda children, stop, **_: asked.append(len(children)))
+    tickets.main(["--tasks", "kd", "--seeds", "2"])
+    assert asked == [len(tickets.TASKS["kd"].runs)]  # of the second seed alone
