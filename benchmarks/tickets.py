@@ -233,6 +233,9 @@ def elastic_task(source: str, target: str, keep: float, **recipe: Any) -> Task:
             "own": Run("**its own pruning**", same(**prune)),
             "stretched": Run("**stretched**, on from the source's step", stretched(start_at="10%"), ("source",)),
             "stretched-whole": Run("**stretched**, as many epochs as dense", stretched(), ("source",)),
+            "stretched-longer": Run(
+                "**stretched**, half as many epochs again", stretched(epochs=1.5 * base["epochs"]), ("source",)
+            ),
             "shuffled": Run(
                 "stretched, shuffled by layer", stretched(start_at="10%", control="shuffled"), ("source",)
             ),
