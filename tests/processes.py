@@ -1,11 +1,12 @@
 """What tests with several processes share."""
 
-import gc
 import os
 import sys
 from typing import NoReturn
 
 from torch import distributed
+
+from earlybird import ranks
 
 
 def leave_group() -> NoReturn:
@@ -14,9 +15,8 @@ def leave_group() -> NoReturn:
     At once, without the interpreter's own clearing up: threads of gloo that are still there then abort a process every
     now and then ("terminate called without an active exception"), after all its work.
     """
-    gc.collect()
     distributed.barrier()
-    distributed.destroy_process_group()
+    ranks.leave_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -100,10 +100,7 @@ class Forecast:
                 amount = self.cost(replace(stretch, model=model)).amount(
                     share * images, share * stretch.steps, self.bits, training=False
                 )
-                work.add(
-                    Work(macs=dict(amount.macs), bit_macs=dict(amount.bit_macs), operations=dict(amount.operations),
-                         moved_bytes=amount.moved_bits / 8)
-                )  # fmt: skip
+                work.add(Work.of(amount))
             train.add(PhaseRecord(steps=round(stretch.steps), work={self.bits: work}))
             until = math.ceil(total / every) if round(done) >= total else int(done / every + 1e-9)  # and one at the end
             seen, batches, looked = (until - looked) * self.test_images, until - looked, until

@@ -50,7 +50,7 @@ from earlybird.calls import (
 )
 from earlybird.cost.arithmetic import Arithmetic
 from earlybird.cost.bill import Bill, Counted, Estimated, Measured, Modelled, Spending
-from earlybird.cost.count import ModelCost, count
+from earlybird.cost.count import Amount, ModelCost, count
 from earlybird.cost.energy import CITATION, Energy, joules
 from earlybird.cost.meters import PeakMemory, energy_meter
 from earlybird.errors import InputError
@@ -121,6 +121,16 @@ class Work:
             bit_macs=_sum(training.bit_macs, forward.bit_macs),
             operations=_sum(training.operations, forward.operations),
             moved_bytes=int(moved) if moved == int(moved) else moved,
+        )
+
+    @classmethod
+    def of(cls, amount: Amount) -> Work:
+        """Return what passes of another model cost; their samples are not counted."""
+        return cls(
+            macs=dict(amount.macs),
+            bit_macs=dict(amount.bit_macs),
+            operations=dict(amount.operations),
+            moved_bytes=amount.moved_bits / 8,
         )
 
     def add(self, other: Work) -> None:
@@ -495,16 +505,10 @@ class Ledger:
         """
         for ledger in self._watching():
             if ledger._since is not None and ledger._current is not None:
-                cost_of_all = cost.amount(
+                amount = cost.amount(
                     images * ledger._world_size, batches * ledger._world_size, ledger._bits, training=training
                 )
-                spent = Work(
-                    macs=dict(cost_of_all.macs),
-                    bit_macs=dict(cost_of_all.bit_macs),
-                    operations=dict(cost_of_all.operations),
-                    moved_bytes=cost_of_all.moved_bits / 8,
-                )
-                ledger._records[ledger._current].work.setdefault(ledger._bits, Work()).add(spent)
+                ledger._records[ledger._current].work.setdefault(ledger._bits, Work()).add(Work.of(amount))
 
     def _watching(self) -> list[Ledger]:
         """Return this ledger, and all others that watch its model."""

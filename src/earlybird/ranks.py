@@ -1,10 +1,11 @@
 """Ranks: what processes that train together tell each other, so that they stay alike, or stop together and say why.
 
-Everything here is collective: all ranks call it, at the same point. With one process it does nothing.
+Everything here but `leave_group` is collective: all ranks call it, at the same point. With one process it does nothing.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -165,6 +166,17 @@ def share(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     flat = mean(torch.cat([value.float().flatten() for value in values.values()]))
     parts = flat.split([value.numel() for value in values.values()])
     return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts)}
+
+
+def leave_group() -> None:
+    """Leave the process group, if there is one, each rank for itself: its threads end while the interpreter is whole.
+
+    Gloo's release the tensors of the last collectives, for which they need the interpreter's lock. One that asks for it
+    while the interpreter is being torn down aborts the process, after all its work.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # a model in DDP that is in a cycle holds the group, and with it its threads
+        torch.distributed.destroy_process_group()
 
 
 def of_the_first(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

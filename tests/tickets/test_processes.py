@@ -1,7 +1,6 @@
 """Two and four real processes with gloo, started once: each scenario runs on all ranks of a group of its own."""
 
 import copy
-import gc
 import os
 import traceback
 import warnings
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import earlybird as eb
 from earlybird.calls import processes
 from earlybird.errors import InputError, ShrinkError
+from earlybird.ranks import leave_group
 from tests.tickets.test_early_bird import batch, sgd
 from tests.tickets.topologies import conv, images, make, tail
 
@@ -484,8 +484,7 @@ def work(rank, folder):
         except BaseException:
             told = traceback.format_exc()
         (folder / f"{name}-{rank}.txt").write_text(told)
-        gc.collect()  # what is in a cycle holds the group, and with it its threads
-        distributed.destroy_process_group()
+        leave_group()
 
 
 @pytest.fixture(scope="module")

@@ -451,3 +451,20 @@ def test_all_parameters_are_in_the_optimizer_exactly_once():
     eb.shrink(model, eb.draw(model, 0.5), images(1), optimizer=optimizer)
     held = list(itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups))
     assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+
+
+def test_heads_and_neurons_of_a_shared_weight_are_not_cut_in_one_place_alone():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = (nn.TransformerEncoderLayer(16, 4, 32, batch_first=True) for _ in range(2))
+            self.two.linear1.weight = self.one.linear1.weight
+            self.two.self_attn.in_proj_weight = self.one.self_attn.in_proj_weight
+
+        def forward(self, x):
+            return self.two(self.one(x))
+
+    for name, kind, count in (("one.linear1", "neuron", 32), ("two.self_attn", "head", 4)):
+        ticket = eb.Ticket({name: torch.arange(count) > 0}, {name: kind})
+        with pytest.raises(ShrinkError, match="share the weight"):
+            eb.shrink(Tied(), ticket, torch.randn(2, 5, 16))

@@ -5,7 +5,6 @@ one by a SIGKILL to rank 1, at which torchrun starts all processes again. The se
 """
 
 import contextlib
-import gc
 import importlib.util
 import os
 import signal
@@ -19,6 +18,7 @@ from torch import distributed
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from earlybird.cli import main as earlybird
+from earlybird.ranks import leave_group
 
 ROOT = Path(__file__).parents[2]
 STOPPED_AT = 37
@@ -76,8 +76,7 @@ def main(folder: Path) -> None:
     else:
         bare_loop(folder / "bare-stopped")
     shipped(folder / "shipped-stopped")
-    gc.collect()  # what is in a cycle holds the group, and with it its threads
-    distributed.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

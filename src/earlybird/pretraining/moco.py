@@ -20,7 +20,7 @@ key's weights begin as those after the first step; the queue is 4096 keys long, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -173,10 +173,11 @@ class MomentumContrast(Pretraining):
             beside: Not looked at.
         """
         queries, others = images.chunk(2)
-        if not self.keys():  # no step yet, or a new round: keys of the network before would teach the one rewound
+        pairs = self.keys()
+        if not pairs:  # no step yet, or a new round: keys of the network before would teach the one rewound
             self._begin_queue()
         # first, since autograd keeps the weights by which the queries are computed
-        with torch.no_grad(), self._key_weights():
+        with torch.no_grad(), self._key_weights(pairs):
             k = self.encoder.project(self.encoder.features(self.encoder.model, others), self._ledger)
         q = self.encoder.project(self.encoder.features(forward, queries), self._ledger)
         loss = info_nce(q, k, self.queue, self.settings.moco_temperature)
@@ -213,9 +214,8 @@ class MomentumContrast(Pretraining):
         super().detach()
 
     @contextmanager
-    def _key_weights(self) -> Iterator[None]:
+    def _key_weights(self, pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
         """Let model and projector hold the key's weights for a while; what batch norms have seen stays the query's."""
-        pairs = self.keys()
         buffers = [
             (buffer, buffer.clone()) for module in (self.encoder.model, self.encoder.projector)
             for buffer in module.buffers()

@@ -273,7 +273,7 @@ class _Trace:
         for (name, side), units in self._uses.items():
             layer = layer_of(self.modules[name])
             assert layer is not None
-            for attribute, at in layer.reads if side == "in" and not layer.joint else layer.writes:
+            for attribute, at in layer.places(side):
                 parameter = getattr(self.modules[name], attribute, None)
                 names = holders.get(id(parameter), [])
                 if parameter is None or len(names) < 2:

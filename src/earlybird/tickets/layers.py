@@ -47,6 +47,10 @@ class Layer:
         """Whether reading a channel is writing it."""
         return not self.reads
 
+    def places(self, side: Side) -> tuple[tuple[str, int], ...]:
+        """Return the parameters that hold the channels of one side, and their dimension there."""
+        return self.reads if side == "in" and not self.joint else self.writes
+
 
 _AFFINE = (("weight", 0), ("bias", 0))
 _CONV = Layer(_AFFINE, (("weight", 1),), ("out_channels",), ("in_channels",))

@@ -165,7 +165,7 @@ def _extent(key: CutKey, modules: Mapping[str, nn.Module], parameters: Mapping[s
     name, side, dim = key
     if dim is not None:
         return parameters[name].shape[dim]
-    found = width(modules[name], side)  # type: ignore[arg-type]
+    found = width(modules[name], side)
     if found is None:
         raise ShrinkError(
             f"layer '{name}' ({type(modules[name]).__name__}) is tied to channels the ticket removes and cannot be cut",
@@ -244,7 +244,7 @@ def _plan_slices(
                 f"layer '{name}' is a grouped transposed convolution, which cannot be cut; nothing was changed"
             )
         in_blocks = isinstance(module, Conv) and side == "in" and module.groups > 1
-        for attribute, at in layer.reads if side == "in" and not layer.joint else layer.writes:
+        for attribute, at in layer.places(side):
             parameter = getattr(module, attribute, None)
             if parameter is None or (isinstance(module, nn.PReLU) and parameter.numel() == 1):
                 continue

@@ -483,7 +483,7 @@ def _cut(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) -> dict[s
         assert layer is not None
         for attribute in layer.read_sizes if side == "in" else layer.write_sizes:
             undo.append(partial(setattr, module, attribute, getattr(module, attribute)))
-        set_width(module, side, after)  # type: ignore[arg-type]
+        set_width(module, side, after)
         for buffer in layer.buffers if side != "in" else ():
             value = getattr(module, buffer)
             if value is not None:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from earlybird.errors import InputError, nearest
 from earlybird.tickets.attention import PrunedAttention
-from earlybird.tickets.layers import layer_of, width
+from earlybird.tickets.layers import Side, layer_of, width
 from earlybird.tickets.ticket import Ticket
 
 Kind = Literal["head", "neuron"]
 # Layer (or bare parameter) name, side, and for bare parameters the dimension.
-CutKey = tuple[str, str, int | None]
+CutKey = tuple[str, Side, int | None]
 KINDS: tuple[Kind, ...] = ("head", "neuron")
 
 

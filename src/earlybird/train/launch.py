@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import datetime
-import gc
 import importlib.metadata
 import logging
 import os
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from earlybird import __version__, allocator
+from earlybird import __version__, allocator, ranks
 from earlybird.errors import InputError
 from earlybird.train.recipe import Recipe
 from earlybird.train.tune import Choice
@@ -59,20 +58,9 @@ def launch(recipe: Recipe) -> Fabric:
     if not cuda:
         allocator.keep_freed()
         if world > 1:
-            atexit.unregister(_leave_group)  # once, however many runs this process makes
-            atexit.register(_leave_group)  # for CUDA, Fabric does it
+            atexit.unregister(ranks.leave_group)  # once, however many runs this process makes
+            atexit.register(ranks.leave_group)  # for CUDA, Fabric does it
     return fabric
-
-
-def _leave_group() -> None:
-    """End gloo's threads while the interpreter is whole.
-
-    They release the tensors of the last collectives, for which they need the interpreter's lock. One that asks for it
-    while the interpreter is being torn down aborts the process, after all its work.
-    """
-    if torch.distributed.is_initialized():
-        gc.collect()  # a model in DDP holds the group, and with it its threads
-        torch.distributed.destroy_process_group()
 
 
 def precision(choice: Choice, device: torch.device) -> Any:

@@ -124,7 +124,7 @@ def verify(
             "complete": complete,
             "runs": rows,
             "checks": checks,
-            "correlation": list(correlated.values()),
+            "correlation": [correlated[row["folder"]] for row in rows if row["role"] == "dense"],
             "left_out": left_out,
         }
         verification["correlation_lines"] = correlation_lines(verification)
