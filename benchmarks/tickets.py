@@ -7,7 +7,8 @@ Each task is one claim of the lottery-ticket family. Its runs start from each ot
 - ``dynamic``: SET and RigL, which need no dense training, against a random mask that stays, and against pruning;
 - ``kd``: one mask, trained from the beginning, rewound, on the soft labels of the dense network, and both;
 - ``elastic``: a ticket stretched from ResNet-14 to ResNet-26, against the one that pruning finds there;
-- ``structure``: tickets filled up to whole channels or grouped to dense blocks, with the time of inference;
+- ``structure``, ``structure-deep``: tickets filled up to whole channels or grouped to dense blocks, with the time of
+  inference;
 - ``sanity``, ``sanity-plain``: learning rate, epochs, shortcuts, and the gap between a ticket and its mask with new
   weights.
 
@@ -275,7 +276,9 @@ def _stretched_keep(at: At, target: str) -> float:
 _STRUCTURES = {"refill": "**refilled**", "refill-plus": "**refilled**, a tenth more", "regroup": "**regrouped**"}
 
 
-def structure_task(model: str, keeps_after: Sequence[int], last: int, **recipe: Any) -> Task:
+def structure_task(
+    model: str, keeps_after: Sequence[int], last: int, kinds: Sequence[str] = tuple(_STRUCTURES), **recipe: Any
+) -> Task:
     """Return tickets of some rounds filled up to channels or grouped to blocks, and what inference takes then."""
     runs = {
         "dense": Run("dense", same(dense=True), after=_inference),
@@ -285,18 +288,20 @@ def structure_task(model: str, keeps_after: Sequence[int], last: int, **recipe: 
         ),
     }
     for number in keeps_after:
-        for kind, label in _STRUCTURES.items():
+        for kind in kinds:
             runs[f"{kind}-{number}"] = Run(
-                f"{label}, round {number}", lambda at, kind=kind, number=number: _structured(at, kind, number),
+                f"{_STRUCTURES[kind]}, round {number}",
+                lambda at, kind=kind, number=number: _structured(at, kind, number), ("imp", "dense"), _inference,
+            )  # fmt: skip
+        if "refill" in kinds:
+            runs[f"random-{number}"] = Run(
+                f"random channels, as many as refilled, round {number}",
+                lambda at, number=number: {**_structured(at, "refill", number), "control": "shuffled"},
                 ("imp", "dense"), _inference,
             )  # fmt: skip
-        runs[f"random-{number}"] = Run(
-            f"random channels, as many as refilled, round {number}",
-            lambda at, number=number: {**_structured(at, "refill", number), "control": "shuffled"},
-            ("imp", "dense"), _inference,
-        )  # fmt: skip
     base = {"model": model, "width": 0.5, **_CIFAR, "epochs": 8, **recipe}
-    return Task(f"Structural tickets: {model}, half width, 5,000 images of CIFAR-10, 8 epochs a round", base, runs)
+    title = f"Structural tickets: {model}, half width, 5,000 images of CIFAR-10, 8 epochs a round, {last} rounds"
+    return Task(title, base, runs)
 
 
 def _structured(at: At, kind: str, number: int) -> Changes:
@@ -391,6 +396,7 @@ TASKS = {
     "kd": kd_task((0.03,)),
     "elastic": elastic_task("resnet14", "resnet26", 0.8**6),
     "structure": structure_task("vgg11", (3, 5), 5),
+    "structure-deep": structure_task("vgg11", (8, 10), 10, ("regroup",)),
     "sanity": sanity_task("resnet14", 0.5, (0.2,)),
     "sanity-plain": sanity_task("vgg11", 0.25, (0.2,)),
     "quick": imp_task("digits", (3,), 3, batch_size=64, epochs=6),
@@ -550,10 +556,11 @@ def _newest(name: str) -> list[dict[str, Any]]:
 
 
 def _by_label(name: str) -> dict[str, dict[float, list[float]]]:
-    """Return accuracies by label and density, which is rounded so that seeds meet."""
+    """Return accuracies by label and density, which is rounded so that seeds meet; one of each seed."""
+    found = {(row["label"], float(f"{row['density']:.2g}"), row["seed"]): row["accuracy"] for row in _newest(name)}
     labels: dict[str, dict[float, list[float]]] = {}
-    for row in _newest(name):
-        labels.setdefault(row["label"], {}).setdefault(float(f"{row['density']:.2g}"), []).append(row["accuracy"])
+    for (label, density, _), accuracy in found.items():
+        labels.setdefault(label, {}).setdefault(density, []).append(accuracy)
     return labels
 
 
