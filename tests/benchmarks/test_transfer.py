@@ -14,6 +14,7 @@ HEAD = {
     "torch": "2",
     "date": "today",
     "revision": "abc",
+    "source": "supervised",
     "task": "x",
     "judged_by": "",
 }
@@ -43,6 +44,20 @@ def test_tasks_are_recipes(task: str) -> None:
     data = "cracks" if task == "cracks" else task
     assert Recipe.from_values({**transfer._COMMON, **transfer.TASKS[task], "data": data}).data == data
     assert split(data)[0] in ("cifar10", "fashion-mnist", "cracks")
+
+
+@pytest.mark.parametrize("source", transfer.SOURCES)
+def test_sources_are_recipes(source: str) -> None:
+    own = transfer.SOURCES[source]
+    for changes in (own.pretraining, {**own.pruning, "epochs": 1}):
+        Recipe.from_values({**transfer._COMMON, **transfer._NETWORK, **changes}).build_methods()
+    assert set(own.tasks) <= set(transfer.TASKS)
+
+
+def test_masks_of_two_sources_are_compared_beside_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    alike = {**HEAD, "kind": transfer.MASKS, "one": "a", "other": "b", "round": 4, "jaccard": 0.5, "by_chance": 0.25}
+    monkeypatch.setattr(transfer, "rows", lambda name: [row("dense", 0.8), alike])
+    assert "| a, b | 4 | 0.500 | 0.250 |" in transfer.table()
 
 
 def test_an_unknown_task_is_an_error() -> None:
