@@ -97,7 +97,7 @@ def full(work: Path) -> list[Job]:
         ("few_images", ["--tasks", "half,full", *together]),
         ("networks", ["--tasks", "resnet20,resnet18,preact_resnet29,mobilenet_v2", *together]),
         ("efficient_steps", ["--tasks", "dropping,skipping,ladder,signs,operations,search,together", *together]),
-        ("tickets", []),
+        ("tickets", ["--tasks", "imp-mnist,imp-fashion,dynamic,kd,elastic,structure,sanity,sanity-plain"]),
         ("early_bert", ["--tasks", "sst2,scratch,mlm"]),
         ("paper_figures", ["--work", str(work / "paper"), *together]),
         ("transfer", []),

@@ -7,8 +7,7 @@ Each task is one claim of the lottery-ticket family. Its runs start from each ot
 - ``dynamic``: SET and RigL, which need no dense training, against a random mask that stays, and against pruning;
 - ``kd``: one mask, trained from the beginning, rewound, on the soft labels of the dense network, and both;
 - ``elastic``: a ticket stretched from ResNet-14 to ResNet-26, against the one that pruning finds there;
-- ``structure``, ``structure-deep``: tickets filled up to whole channels or grouped to dense blocks, with the time of
-  inference;
+- ``structure``: tickets filled up to whole channels or grouped to dense blocks, with the time of inference;
 - ``sanity``, ``sanity-plain``: learning rate, epochs, shortcuts, and the gap between a ticket and its mask with new
   weights.
 
@@ -276,10 +275,9 @@ def _stretched_keep(at: At, target: str) -> float:
 _STRUCTURES = {"refill": "**refilled**", "refill-plus": "**refilled**, a tenth more", "regroup": "**regrouped**"}
 
 
-def structure_task(
-    model: str, keeps_after: Sequence[int], last: int, kinds: Sequence[str] = tuple(_STRUCTURES), **recipe: Any
-) -> Task:
-    """Return tickets of some rounds filled up to channels or grouped to blocks, and what inference takes then."""
+def structure_task(model: str, made: Mapping[int, Sequence[str]], **recipe: Any) -> Task:
+    """Return tickets of some rounds, each filled up to channels or grouped to blocks, and what inference takes then."""
+    last = max(made)
     runs = {
         "dense": Run("dense", same(dense=True), after=_inference),
         "imp": Run(
@@ -287,7 +285,7 @@ def structure_task(
             same(method="iterative", keep_weights=0.8**last, rewind_to="10%", leave_dense="first,last"),
         ),
     }
-    for number in keeps_after:
+    for number, kinds in made.items():
         for kind in kinds:
             runs[f"{kind}-{number}"] = Run(
                 f"{_STRUCTURES[kind]}, round {number}",
@@ -300,8 +298,7 @@ def structure_task(
                 ("imp", "dense"), _inference,
             )  # fmt: skip
     base = {"model": model, "width": 0.5, **_CIFAR, "epochs": 8, **recipe}
-    title = f"Structural tickets: {model}, half width, 5,000 images of CIFAR-10, 8 epochs a round, {last} rounds"
-    return Task(title, base, runs)
+    return Task(f"Structural tickets: {model}, half width, 5,000 images of CIFAR-10, 8 epochs a round", base, runs)
 
 
 def _structured(at: At, kind: str, number: int) -> Changes:
@@ -329,24 +326,30 @@ def _structured(at: At, kind: str, number: int) -> Changes:
 
 
 def _inference(folder: Path, at: At) -> dict[str, Any]:
-    """Time inference of the run's network and of the dense one in turns, 64 images, one thread; median of 15."""
+    """Time inference of the run's network and of the dense one in turns, 64 images, one thread; median of 15.
+
+    All are as one would ship them, in channels_last and with batch norms folded into convolutions.
+    """
     import torch
 
     from earlybird import export
+    from earlybird.kernels.fold import fold_batch_norms
     from earlybird.models import build
     from earlybird.sparse.blocks import to_blocks
 
     torch.set_num_threads(1)
-    images = torch.randn(64, 3, 32, 32)
-    own, dense = (export.load(path).eval() for path in (folder, at("dense")))
-    networks: dict[str, Any] = {"dense": dense, "own": own}
+    images = torch.randn(64, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+
+    def shipped(path: Path) -> torch.nn.Module:
+        return fold_batch_norms(export.load(path).to(memory_format=torch.channels_last), images)
+
+    networks = {"dense": shipped(at("dense")), "own": shipped(folder)}
     ticket = folder / "ticket.safetensors"
-    found: dict[str, Any] = {}
     if ticket.exists() and (kept := Ticket.load(ticket)).over_weights:
         recipe = Recipe.from_toml(folder / "recipe.toml")
         plain = build(recipe.model, classes=10, in_channels=3, image_size=32, width=recipe.width)
         plain.load_state_dict(read_start(folder / "model.safetensors"))
-        networks["blocks"], _ = to_blocks(plain.eval(), kept, images)
+        networks["blocks"], _ = to_blocks(plain.eval().to(memory_format=torch.channels_last), kept, images)
     times: dict[str, list[float]] = {name: [] for name in networks}
     with torch.inference_mode():
         for turn in range(18):
@@ -358,9 +361,10 @@ def _inference(folder: Path, at: At) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in times.items()}
     # blocks are the ticket's own way to run, not an alternative of which the luckier timing counts
     own_s = medians.get("blocks", medians["own"]) if folder != at("dense") else medians["dense"]
-    found["inference_ms"] = {name: round(1e3 * value, 3) for name, value in medians.items()}
-    found["inference_saved"] = round(1 - own_s / medians["dense"], 4)
-    return found
+    return {
+        "inference_ms": {name: round(1e3 * value, 3) for name, value in medians.items()},
+        "inference_saved": round(1 - own_s / medians["dense"], 4),
+    }
 
 
 # ---- sanity checks ----
@@ -395,8 +399,7 @@ TASKS = {
     "dynamic": dynamic_task((0.1, 0.02)),
     "kd": kd_task((0.03,)),
     "elastic": elastic_task("resnet14", "resnet26", 0.8**6),
-    "structure": structure_task("vgg11", (3, 5), 5),
-    "structure-deep": structure_task("vgg11", (8, 10), 10, ("regroup",)),
+    "structure": structure_task("vgg11", {5: tuple(_STRUCTURES), 8: ("regroup",), 10: ("regroup",)}),
     "sanity": sanity_task("resnet14", 0.5, (0.2,)),
     "sanity-plain": sanity_task("vgg11", 0.25, (0.2,)),
     "quick": imp_task("digits", (3,), 3, batch_size=64, epochs=6),

@@ -22,17 +22,16 @@ wraps their ``forward``, sees what PyTorch would show: as long as the hooks are 
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from earlybird.calls import Around, as_call, as_in_training, tensors_in, unwrapped
+from earlybird.calls import Around, as_in_training, unwrapped
 from earlybird.kernels.batch_norm import batch_norm, supports
+from earlybird.kernels.readers import sole_readers
 
 __all__ = ["FusedBatchNorms", "find_relus"]
 
@@ -40,7 +39,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _MARK = "_earlybird_clamped"  # at a tensor that the kernel has clamped
 
 
-def find_relus(model: nn.Module, example_inputs: Any) -> dict[nn.BatchNorm2d, list[nn.Module]]:
+def find_relus(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[nn.Module]]:
     """Return the batch norms whose output only a ReLU reads, each with the modules that get to see it, the ReLU first.
 
     The model runs once, in training mode but for its batch norms, and is left as it was.
@@ -49,107 +48,8 @@ def find_relus(model: nn.Module, example_inputs: Any) -> dict[nn.BatchNorm2d, li
         model: Any.
         example_inputs: What it is called with.
     """
-    call = as_call(example_inputs)
-    handles, readers = [], _Readers()
-    with as_in_training(model), readers:
-        for module in model.modules():
-            handles += [
-                module.register_forward_pre_hook(readers.before, with_kwargs=True),
-                module.register_forward_hook(readers.after),
-            ]
-        try:
-            result = model(*call.args, **call.kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for tensor in tensors_in(result):
-            readers.note(tensor)
-        del result
-        return readers.found()
-
-
-class _Output:
-    """One result of a batch norm, and who has read it."""
-
-    def __init__(self, module: nn.BatchNorm2d, y: Tensor) -> None:
-        self.module, self.tensor = module, weakref.ref(y)
-        self.relus: list[nn.Module] = []
-        self.others = 0
-        self.seers: list[nn.Module] = []
-        self.open = True  # it still is what the batch norm has computed
-
-    def found(self) -> list[nn.Module] | None:
-        # who is still alive is kept somewhere, for whoever will read it
-        kept = self.open and self.tensor() is not None
-        return [*self.relus, *self.seers] if len(self.relus) == 1 and not self.others and not kept else None
-
-
-class _Readers(TorchDispatchMode):
-    """Sees every operator, and what goes into and out of modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._outputs: list[_Output] = []
-        self._of: dict[int, _Output] = {}  # by the tensor's id, which another one may have later
-        self._relu: nn.Module | None = None
-
-    def _output(self, tensor: Tensor) -> _Output | None:
-        output = self._of.get(id(tensor))
-        return output if output is not None and output.open and output.tensor() is tensor else None
-
-    def note(self, value: Any) -> None:
-        """Count a reader other than a ReLU of every tensor in ``value``."""
-        for tensor in tensors_in(value):
-            output = self._output(tensor)
-            if output is not None:
-                output.others += 1
-
-    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forward pre-hook of every module."""
-        for tensor in tensors_in((args, kwargs)):
-            output = self._output(tensor)
-            if output is not None and type(module) is nn.ReLU:
-                output.relus.append(module)
-                self._relu = module
-            elif output is not None:
-                output.seers.append(module)
-
-    def after(self, module: nn.Module, args: Any, result: Any) -> None:
-        """Forward hook of every module."""
-        if module is self._relu:
-            self._relu = None
-            if (output := self._output(result)) is not None:
-                output.open = False
-        elif type(module) is nn.BatchNorm2d and isinstance(result, Tensor):
-            for earlier in self._outputs:
-                if earlier.module is module and not earlier.relus:
-                    earlier.others += 1  # in training, an output that waits would look like one that no ReLU gets
-            output = _Output(module, result)
-            self._outputs.append(output)
-            self._of[id(result)] = output
-        else:
-            for tensor in tensors_in(result):
-                if (output := self._output(tensor)) is not None:
-                    output.seers.append(module)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if self._relu is None:
-            self.note((args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def found(self) -> dict[nn.BatchNorm2d, list[nn.Module]]:
-        """Return what `find_relus` does, after the pass."""
-        every: dict[nn.BatchNorm2d, list[list[nn.Module] | None]] = {}
-        for output in self._outputs:
-            every.setdefault(output.module, []).append(output.found())
-        fusable = {}
-        for module, calls in every.items():
-            seen = [seers for seers in calls if seers is not None]
-            if len(seen) == len(calls):
-                fusable[module] = list(dict.fromkeys(seer for seers in seen for seer in seers))
-        return fusable
+    with as_in_training(model):
+        return sole_readers(model, example_inputs, nn.BatchNorm2d, nn.ReLU)
 
 
 class FusedBatchNorms:

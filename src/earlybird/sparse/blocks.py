@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from earlybird.calls import as_call, unwrapped
 from earlybird.errors import InputError
 from earlybird.kernels.eager import is_eager
+from earlybird.kernels.fold import fold_batch_norms
 from earlybird.kernels.window import Window
 from earlybird.sparse.block_kernel import POINT, Block, Packed, available, multiply, multiply_by_pytorch, pack
 from earlybird.sparse.masks import check_fits
@@ -252,6 +253,8 @@ def to_blocks(
 ) -> tuple[nn.Module, list[Gain]]:
     """Return a copy of a model for inference, masked, with layers of blocks where these are faster here.
 
+    Batch norms that can be are part of the convolutions before them, see `earlybird.kernels.fold`.
+
     Args:
         model: On a CPU; left as it is.
         ticket: Over weights, such as `earlybird.tickets.structure.regroup` returns.
@@ -265,9 +268,10 @@ def to_blocks(
     Raises:
         InputError: The ticket is not this model's.
     """
-    fast = copy.deepcopy(unwrapped(model)).eval()
-    for name, weight in check_fits(ticket, fast).items():
+    masked = copy.deepcopy(unwrapped(model))
+    for name, weight in check_fits(ticket, masked).items():
         weight.mul_(ticket.masks[name].to(weight.device))
+    fast = fold_batch_norms(masked, example_inputs)
     inputs = _inputs_of(fast, list(ticket.masks), example_inputs, dtype)
     gains = []
     for name, mask in ticket.masks.items():
