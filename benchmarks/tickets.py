@@ -187,6 +187,13 @@ def kd_task(keeps: Sequence[float], **recipe: Any) -> Task:
             lambda at, soft=soft, own=both[1]: {**soft(at), "start": str(at(own)), "start_at": "18%"},
             both,
         )
+        # those that go on from the rewound step have fewer steps than those from the first weights
+        whole = {"rewound-whole": ("rewound, the whole schedule from there", mask)}
+        whole["kd-rewound-whole"] = ("**KD ticket, rewound**, the whole schedule from there", soft)
+        for kind, (label, how) in whole.items():
+            runs[f"{kind}-{name}"] = Run(
+                label, lambda at, how=how, own=both[1]: {**how(at), "start": str(at(own))}, both
+            )
         runs[f"new-{name}"] = Run(
             "new weights", lambda at, mask=mask: {**mask(at), "fixed_weights": "reinitialise"}, both[1:]
         )
