@@ -37,11 +37,13 @@ TASKS = {
         contestants=("dense", "skipping", "stochastic-depth", "shallower"),
     ),
     "ladder": Task(
-        "Bits: ResNet-20, half width, CIFAR-10, 6 epochs", "resnet20-cifar10", {"width": 0.5, "epochs": 6},
+        "Bits: ResNet-20, half width, 10,000 images of CIFAR-10, 10 epochs", "resnet20-cifar10",
+        {"width": 0.5, "epochs": 10, "train_images": 10_000},
         contestants=("dense", "eight", "ladder", "reversed", "fractional", "random-bits"),
     ),
     "signs": Task(
-        "Signs: ResNet-20, half width, CIFAR-10, 6 epochs", "resnet20-cifar10", {"width": 0.5, "epochs": 6},
+        "Signs: ResNet-20, half width, 10,000 images of CIFAR-10, 10 epochs", "resnet20-cifar10",
+        {"width": 0.5, "epochs": 10, "train_images": 10_000},
         contestants=("dense", "sign-sgd", "signs"),
     ),
     "operations": Task(

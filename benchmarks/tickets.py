@@ -182,6 +182,10 @@ def kd_task(keeps: Sequence[float], **recipe: Any) -> Task:
         )
         runs[f"first-{name}"] = Run("from the first weights", mask, both[1:])
         runs[f"kd-{name}"] = Run("**KD ticket**: first weights, soft labels", soft, both)
+        runs[f"kd-published-{name}"] = Run(
+            "KD ticket with the published temperature 5 and share 0.9",
+            lambda at, soft=soft: {**soft(at), "temperature": 5.0, "soft_share": 0.9}, both,
+        )  # fmt: skip
         runs[f"kd-rewound-{name}"] = Run(
             "**KD ticket, rewound**",
             lambda at, soft=soft, own=both[1]: {**soft(at), "start": str(at(own)), "start_at": "18%"},
