@@ -337,44 +337,21 @@ def _structured(at: At, kind: str, number: int) -> Changes:
 
 
 def _inference(folder: Path, at: At) -> dict[str, Any]:
-    """Time inference of the run's network and of the dense one in turns, 64 images, one thread; median of 15.
-
-    All are as one would ship them, in channels_last and with batch norms folded into convolutions.
-    """
+    """Time inference of the run's network and of the dense one in turns, 64 images, one thread; median of 15."""
     import torch
 
     from earlybird import export
-    from earlybird.kernels.fold import fold_batch_norms
-    from earlybird.models import build
-    from earlybird.sparse.blocks import to_blocks
+    from earlybird.inference import for_inference, time_in_turns
 
     torch.set_num_threads(1)
-    images = torch.randn(64, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-
-    def shipped(path: Path) -> torch.nn.Module:
-        return fold_batch_norms(export.load(path).to(memory_format=torch.channels_last), images)
-
-    networks = {"dense": shipped(at("dense")), "own": shipped(folder)}
-    ticket = folder / "ticket.safetensors"
-    if ticket.exists() and (kept := Ticket.load(ticket)).over_weights:
-        recipe = Recipe.from_toml(folder / "recipe.toml")
-        plain = build(recipe.model, classes=10, in_channels=3, image_size=32, width=recipe.width)
-        plain.load_state_dict(read_start(folder / "model.safetensors"))
-        networks["blocks"], _ = to_blocks(plain.eval().to(memory_format=torch.channels_last), kept, images)
-    times: dict[str, list[float]] = {name: [] for name in networks}
-    with torch.inference_mode():
-        for turn in range(18):
-            for name, network in networks.items():
-                begun = time.perf_counter()
-                network(images)
-                if turn > 2:
-                    times[name].append(time.perf_counter() - begun)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    # blocks are the ticket's own way to run, not an alternative of which the luckier timing counts
-    own_s = medians.get("blocks", medians["own"]) if folder != at("dense") else medians["dense"]
+    images = torch.randn(64, 3, 32, 32)
+    networks = {
+        name: for_inference(export.load(path), images) for name, path in (("dense", at("dense")), ("own", folder))
+    }
+    medians = {name: statistics.median(seconds) for name, seconds in time_in_turns(networks, images).items()}
     return {
         "inference_ms": {name: round(1e3 * value, 3) for name, value in medians.items()},
-        "inference_saved": round(1 - own_s / medians["dense"], 4),
+        "inference_saved": round(1 - medians["own"] / medians["dense"], 4),
     }
 
 

@@ -210,6 +210,13 @@ def test_report_of_a_real_run(trained, tmp_path, capsys):
         assert f'<section id="{part}">' in html
 
 
+def test_inference_of_a_real_run_is_timed(trained, capsys):
+    assert run("export", trained, "--time", "--batch", "2", "--threads", "1") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("inference of 2 images, 1 thread, float32")
+    assert "less time" in out or "more time: a loss" in out
+
+
 def test_export_of_a_real_run(trained, tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
     onnx, weights = tmp_path / "model.onnx", tmp_path / "model.safetensors"

@@ -511,23 +511,33 @@ def export(
     weights: Annotated[
         Path | None, typer.Option(help="Write weights and ticket as one safetensors file for earlybird.export.load.")
     ] = None,
+    time: Annotated[
+        bool, typer.Option("--time", help="Time inference here, in turns with the dense network. Writes nothing.")
+    ] = False,
+    batch: Annotated[int, typer.Option(help="Images in a batch that is timed.")] = 64,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads for what is timed.", show_default="PyTorch's choice")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="PACKAGE:FUNCTION", help="Confirm code of your own that an exported file names."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is no export.")] = False,
 ) -> None:
-    """Take the trained small network out of a run.
+    """Take the trained small network out of a run, or time it.
 
     \b
     Examples:
       earlybird export runs/vgg16-cifar10-keep0.5-seed0 --onnx model.onnx
       earlybird export runs/vgg16-cifar10-keep0.5-seed0 --weights model.safetensors
+      earlybird export runs/vgg16-cifar10-keep0.5-seed0 --time --batch 1 --threads 1
     """
     from earlybird import export as exporting
 
-    if onnx is None and weights is None:
-        raise InputError("nothing to export", hint="add --onnx model.onnx or --weights model.safetensors")
+    if onnx is None and weights is None and not time:
+        raise InputError(
+            "nothing to export", hint="add --onnx model.onnx or --weights model.safetensors, or --time to measure it"
+        )
     for sentence in exporting.caveats(run):
         print(f"note: {sentence}")
     if weights is not None:
@@ -535,6 +545,10 @@ def export(
     if onnx is not None:
         path, difference = exporting.export_onnx(run, onnx, model=model, force=force)
         print(f"onnx: {path} (largest difference to PyTorch {difference:.1e})")
+    if time:
+        from earlybird.inference import describe, time_run
+
+        print(describe(*time_run(run, batch=batch, threads=threads, model=model)))
 
 
 def methods(

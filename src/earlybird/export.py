@@ -61,12 +61,12 @@ def load(run: str | Path, *, model: str | None = None) -> nn.Module:
     return _rebuild(*_parts(Path(run), model), source=Path(run))
 
 
-def rebuild(run: str | Path) -> tuple[nn.Module, Blueprint]:
+def rebuild(run: str | Path, *, model: str | None = None) -> tuple[nn.Module, Blueprint]:
     """Return what `load` returns, and what it was built from; ``run`` may also be the weights in a run folder."""
     path = Path(run)
     if path.name == _WEIGHTS and (path.parent / "recipe.toml").is_file():
         path = path.parent
-    parts = _parts(path, None)
+    parts = _parts(path, model)
     return _rebuild(*parts, source=path), parts[0]
 
 

@@ -33,9 +33,12 @@ from earlybird.tickets.layers import Conv
 from earlybird.tickets.ticket import Ticket
 
 __all__ = [
-    "Masks", "check_fits", "left_dense", "mask_generator", "non_zeros", "prunable", "random_mask", "ticket_of",
-    "with_zeros",
+    "NOT_MULTIPLIED", "Masks", "check_fits", "left_dense", "mask_generator", "non_zeros", "prunable", "random_mask",
+    "ticket_of", "with_zeros",
 ]  # fmt: skip
+
+NOT_MULTIPLIED = (AddConv2d, AddLinear, ShiftConv2d, ShiftLinear)
+"""Layers in which a weight of zero is not nothing."""
 
 _MASKS = 0x5E7
 """Added to a run's seed for masks."""
@@ -58,7 +61,7 @@ def prunable(model: nn.Module, *, leave: Iterable[str] = ()) -> dict[str, nn.Par
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for name, module in unwrapped(model).named_modules():
-        if isinstance(module, (AddConv2d, AddLinear, ShiftConv2d, ShiftLinear)):
+        if isinstance(module, NOT_MULTIPLIED):
             raise InputError(
                 f"layer '{name}' ({type(module).__name__}) does not multiply: a weight of zero is not nothing there",
                 needed="convolutions and linear layers",

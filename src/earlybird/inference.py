@@ -1,0 +1,154 @@
+"""A trained network as one would run it on a CPU, and what a batch then takes, timed in turns with the dense network.
+
+    network = for_inference(export.load("runs/first"), images)
+    print(describe(*time_run("runs/first", batch=64)))
+
+Batch norms are folded into convolutions, images lie in channels_last, and layers whose zeros leave dense blocks
+(`earlybird.sparse.blocks`) run as such where that is faster here. Dense networks get the same, so that what is saved is
+the ticket's doing. Times are measured, of this machine, and say nothing about another one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from earlybird import export
+from earlybird.calls import unwrapped
+from earlybird.kernels.fold import fold_batch_norms
+from earlybird.settings import check_count
+from earlybird.sparse.blocks import BlockConv2d, BlockLinear, to_blocks
+from earlybird.sparse.masks import NOT_MULTIPLIED, non_zeros, prunable, ticket_of
+
+__all__ = ["Inference", "describe", "for_inference", "time_in_turns", "time_run"]
+
+TURNS = 15
+WARM_UP = 3
+
+
+def for_inference(model: nn.Module, images: Tensor) -> nn.Module:
+    """Return a copy in eval mode and channels_last that computes the same, faster; on a CPU, without gradients.
+
+    Args:
+        model: Trained; left as it is. Weights that a ticket has removed are zeros.
+        images: A batch as it will be called with, ``(N, C, H, W)``: its size decides which way is faster.
+    """
+    model = unwrapped(model)
+    folded: nn.Module = fold_batch_norms(model, images)
+    folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if any(isinstance(layer, NOT_MULTIPLIED) for layer in folded.modules()):
+        return folded  # zeros are not nothing there
+    zeros = {name: weight != 0 for name, weight in prunable(folded).items() if bool((weight == 0).any())}
+    if not zeros:
+        return folded
+    fast, _ = to_blocks(folded, ticket_of(zeros), images.contiguous(memory_format=torch.channels_last))
+    return fast
+
+
+def time_in_turns(networks: Mapping[str, nn.Module], images: Tensor, *, turns: int = TURNS) -> dict[str, list[float]]:
+    """Return the seconds that each network takes for a batch, in turns, so that a machine's moods meet all alike.
+
+    Args:
+        networks: By name.
+        images: The batch; it is put into channels_last.
+        turns: How many count; a few more come first, to warm up.
+    """
+    check_count("turns", turns, "15", optional=False)
+    images = images.contiguous(memory_format=torch.channels_last)
+    taken: dict[str, list[float]] = {name: [] for name in networks}
+    with torch.inference_mode():
+        for turn in range(WARM_UP + turns):
+            for name, network in networks.items():
+                begun = time.perf_counter()
+                network(images)
+                if turn >= WARM_UP:
+                    taken[name].append(time.perf_counter() - begun)
+    return taken
+
+
+class Inference(NamedTuple):
+    """What a batch takes.
+
+    Attributes:
+        batch: Images in it.
+        threads: That computed it.
+        seconds: Median over turns.
+        least, most: The fastest and the slowest turn, seconds.
+        nonzero: Parameters that are not zero.
+        in_blocks: Layers that run as dense blocks.
+    """
+
+    batch: int
+    threads: int
+    seconds: float
+    least: float
+    most: float
+    nonzero: int
+    in_blocks: int
+
+
+def time_run(
+    run: str | Path, *, batch: int = 64, turns: int = TURNS, threads: int | None = None, model: str | None = None
+) -> tuple[Inference, Inference]:
+    """Time a trained network and the dense one that it was made of, both by `for_inference`, in float32.
+
+    Args:
+        run: Run folder, or a file of `earlybird.export.export_weights`.
+        batch: Images in a batch.
+        turns: See `time_in_turns`.
+        threads: Of PyTorch, meanwhile; None: as it is.
+        model: As for `earlybird.export.load`.
+
+    Returns:
+        The dense network, with fresh weights, and the trained one.
+
+    Raises:
+        InputError: As for `earlybird.export.load`, or a number is out of its range.
+    """
+    check_count("batch", batch, "64", optional=False)
+    check_count("threads", threads, "1")
+    trained, blueprint = export.rebuild(run, model=model)
+    images = blueprint.example(batch)
+    plain = {"dense": blueprint.build(), "trained": trained}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        networks = {name: for_inference(network, images) for name, network in plain.items()}
+        taken = time_in_turns(networks, images, turns=turns)
+    finally:
+        torch.set_num_threads(before)
+
+    def found(name: str) -> Inference:
+        seconds, layers = taken[name], networks[name].modules()
+        return Inference(
+            batch, threads or before, statistics.median(seconds), min(seconds), max(seconds),
+            non_zeros(plain[name])[0], sum(isinstance(layer, (BlockConv2d, BlockLinear)) for layer in layers),
+        )  # fmt: skip
+
+    return found("dense"), found("trained")
+
+
+def describe(dense: Inference, own: Inference) -> str:
+    """Return what `time_run` has found in words: a loss is called one."""
+    share = own.seconds / dense.seconds
+    change = f"{1 - share:.1%} less time" if share < 1 else f"{share - 1:.1%} more time: a loss"
+    blocks = f", {own.in_blocks} layers as dense blocks" if own.in_blocks else ""
+    return "\n".join(
+        [
+            f"inference of {dense.batch} images, {dense.threads} thread{'s' * (dense.threads > 1)}, float32, "
+            "channels_last, batch norms folded (measured: median, fastest and slowest of turns)",
+            f"  dense  {_ms(dense)}  {dense.nonzero:,} parameters that are not zero",
+            f"  this   {_ms(own)}  {own.nonzero:,} parameters that are not zero{blocks}",
+            f"  {change}",
+        ]
+    )
+
+
+def _ms(found: Inference) -> str:
+    return f"{1e3 * found.seconds:9.3f} ms ({1e3 * found.least:.3f} to {1e3 * found.most:.3f})"
