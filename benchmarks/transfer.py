@@ -112,6 +112,7 @@ def main(words: Sequence[str] | None = None) -> None:
             run(source, tasks, range(options.seeds), quick=options.quick)
     if not options.quick:
         compare_masks()
+        print(table())
 
 
 def run(name: str, asked: Sequence[str], seeds: Sequence[int], *, quick: bool) -> None:
@@ -121,7 +122,7 @@ def run(name: str, asked: Sequence[str], seeds: Sequence[int], *, quick: bool) -
     from earlybird.train.recipe import Recipe
     from earlybird.train.result import Result
     from earlybird.train.run import resume, train
-    from earlybird.train.transfer import describe, plan, transfer
+    from earlybird.train.transfer import plan
 
     def finished(recipe: Recipe, path: Path) -> Result:
         if (path / "recipe.toml").exists():
@@ -179,10 +180,6 @@ def run(name: str, asked: Sequence[str], seeds: Sequence[int], *, quick: bool) -
                 if not quick:
                     append(NAME, row)
                 print(f"{row['folder']}: {result.accuracy:.2%} {result.judged_by}".rstrip(), flush=True)
-    folders = [one.folder / f"{c.name}-seed{seed}" for one in plans for c in one.contenders for seed in seeds]
-    if not all((path / "result.json").is_file() for path in folders):
-        return  # rows of another machine: the table is made of rows
-    print(describe(transfer([work / name], recipes, work, rounds=rounds, seeds=seeds, quiet=True)))
 
 
 def compare_masks() -> None:
