@@ -33,12 +33,13 @@ MASKS = "similarity of masks"
 _COMMON = {"tune": False, "precision": "bf16", "channels_last": True, "compile": False, "kernels": False, "threads": 1,
            "batch_size": 64}  # fmt: skip
 _NETWORK = {"model": "resnet18", "width": 0.25, "data": "cifar10:0-4", "seed": 0}
-_FINE_TUNING = {"epochs": 10, "train_images": 2500, "lr": 0.02, "evaluate_every": "10ep"}
+_CLASSES = {"epochs": 20, "train_images": 2500, "lr": 0.05, "evaluate_every": "20ep"}
+_PLACES = {"epochs": 10, "train_images": 2500, "lr": 0.02, "evaluate_every": "10ep"}
 TASKS: dict[str, dict[str, Any]] = {
-    "cifar10:5-9": _FINE_TUNING,
-    "fashion-mnist:rgb": {**_FINE_TUNING, "image_size": 32, "crop": 2},
-    "cracks": {**_FINE_TUNING, "image_size": 32},
-    "fashion-mnist:boxes+rgb": {**_FINE_TUNING, "image_size": 40},
+    "cifar10:5-9": _CLASSES,
+    "fashion-mnist:rgb": {**_CLASSES, "image_size": 32, "crop": 2},
+    "cracks": {**_PLACES, "image_size": 32},
+    "fashion-mnist:boxes+rgb": {**_PLACES, "image_size": 40},
 }
 
 
