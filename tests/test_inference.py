@@ -5,7 +5,7 @@ from torch import nn
 from earlybird import inference
 from earlybird.arithmetic.convert import convert
 from earlybird.errors import InputError
-from earlybird.inference import Inference, describe, for_inference, time_in_turns, time_run
+from earlybird.inference import Inference, Timed, describe, for_inference, time_in_turns, time_run
 from earlybird.models import build
 from earlybird.sparse import blocks
 from earlybird.sparse.blocks import BlockConv2d
@@ -68,26 +68,42 @@ class Counted(nn.Module):
 def test_networks_take_turns_after_a_warm_up():
     order = []
     taken = time_in_turns({name: Counted(order, name) for name in "ab"}, images(), turns=2)
-    assert order == ["a", "b"] * (2 + inference.WARM_UP)
+    assert sorted(order) == ["a"] * (2 + inference.WARM_UP) + ["b"] * (2 + inference.WARM_UP)
+    assert order[-4:] in (["a", "b", "b", "a"], ["b", "a", "a", "b"])
     assert [len(seconds) for seconds in taken.values()] == [2, 2]
 
 
+def timed(*shares, in_blocks=0):
+    dense = Inference(0.02, 0.01, 0.03, 1000, 0)
+    return Timed(64, 1, dense, dense._replace(in_blocks=in_blocks), shares)
+
+
 def test_a_loss_is_called_a_loss():
-    dense = Inference(64, 1, 0.02, 0.01, 0.03, 1000, 0)
-    assert "50.0% less time" in describe(dense, dense._replace(seconds=0.01, in_blocks=3))
-    assert "3 layers as dense blocks" in describe(dense, dense._replace(in_blocks=3))
-    assert "50.0% more time: a loss" in describe(dense, dense._replace(seconds=0.03))
+    assert "50.0% less time" in describe(timed(0.4, 0.5, 0.6))
+    assert "50.0% more time: a loss" in describe(timed(1.1, 1.5, 1.6))
+
+
+def test_what_turns_differ_by_is_no_difference():
+    said = describe(timed(0.9, 0.95, 1.01))
+    assert "no difference" in said
+    assert "less" not in said
+
+
+def test_layers_of_blocks_are_told():
+    assert "3 layers as dense blocks" in describe(timed(0.4, 0.5, 0.6, in_blocks=3))
+    assert "blocks" not in describe(timed(0.4, 0.5, 0.6))
 
 
 def test_a_run_is_timed_beside_its_dense_network(tmp_path):
     values = {"data": "digits", "model": "small_cnn", "width": 0.25, "epochs": 2, "deadline": "10it", "tune": False}
     train(Recipe.from_values(values), tmp_path / "run", quiet=True)
     threads = torch.get_num_threads()
-    dense, own = time_run(tmp_path / "run", batch=3, turns=2, threads=1)
+    found = time_run(tmp_path / "run", batch=3, turns=2, threads=1)
     assert torch.get_num_threads() == threads
-    assert own.nonzero < dense.nonzero
-    assert dense.batch == own.batch == 3
-    assert 0 < own.least <= own.seconds <= own.most
-    for wrong in ({"batch": 0}, {"threads": 0}, {"turns": 0}):
+    assert found.own.nonzero < found.dense.nonzero
+    assert (found.batch, found.threads) == (3, 1)
+    assert 0 < found.own.least <= found.own.seconds <= found.own.most
+    assert found.shares == tuple(sorted(found.shares))
+    for wrong in ({"batch": 0}, {"threads": 0}, {"turns": 1}):
         with pytest.raises(InputError):
             time_run(tmp_path / "run", **wrong)

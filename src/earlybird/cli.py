@@ -548,7 +548,7 @@ def export(
     if time:
         from earlybird.inference import describe, time_run
 
-        print(describe(*time_run(run, batch=batch, threads=threads, model=model)))
+        print(describe(time_run(run, batch=batch, threads=threads, model=model)))
 
 
 def methods(

@@ -1,7 +1,7 @@
 """A trained network as one would run it on a CPU, and what a batch then takes, timed in turns with the dense network.
 
     network = for_inference(export.load("runs/first"), images)
-    print(describe(*time_run("runs/first", batch=64)))
+    print(describe(time_run("runs/first", batch=64)))
 
 Batch norms are folded into convolutions, images lie in channels_last, and layers whose zeros leave dense blocks
 (`earlybird.sparse.blocks`) run as such where that is faster here. Dense networks get the same, so that what is saved is
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from earlybird import export
 from earlybird.calls import unwrapped
 from earlybird.kernels.fold import fold_batch_norms
-from earlybird.settings import check_count
+from earlybird.settings import check_count, check_number
 from earlybird.sparse.blocks import BlockConv2d, BlockLinear, to_blocks
 from earlybird.sparse.masks import NOT_MULTIPLIED, non_zeros, prunable, ticket_of
 
-__all__ = ["Inference", "describe", "for_inference", "time_in_turns", "time_run"]
+__all__ = ["Inference", "Timed", "describe", "for_inference", "time_in_turns", "time_run"]
 
 TURNS = 15
 WARM_UP = 3
@@ -52,7 +52,7 @@ def for_inference(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def time_in_turns(networks: Mapping[str, nn.Module], images: Tensor, *, turns: int = TURNS) -> dict[str, list[float]]:
-    """Return the seconds that each network takes for a batch, in turns, so that a machine's moods meet all alike.
+    """Return the seconds that each network takes for a batch, turn by turn, so that a machine's moods meet all alike.
 
     Args:
         networks: By name.
@@ -64,28 +64,24 @@ def time_in_turns(networks: Mapping[str, nn.Module], images: Tensor, *, turns: i
     taken: dict[str, list[float]] = {name: [] for name in networks}
     with torch.inference_mode():
         for turn in range(WARM_UP + turns):
-            for name, network in networks.items():
+            for name in list(networks)[:: 1 if turn % 2 else -1]:  # whoever comes second finds other caches
                 begun = time.perf_counter()
-                network(images)
+                networks[name](images)
                 if turn >= WARM_UP:
                     taken[name].append(time.perf_counter() - begun)
     return taken
 
 
 class Inference(NamedTuple):
-    """What a batch takes.
+    """What a batch takes in one network.
 
     Attributes:
-        batch: Images in it.
-        threads: That computed it.
         seconds: Median over turns.
         least, most: The fastest and the slowest turn, seconds.
         nonzero: Parameters that are not zero.
         in_blocks: Layers that run as dense blocks.
     """
 
-    batch: int
-    threads: int
     seconds: float
     least: float
     most: float
@@ -93,29 +89,45 @@ class Inference(NamedTuple):
     in_blocks: int
 
 
+class Timed(NamedTuple):
+    """A trained network beside the dense one that it was made of.
+
+    Attributes:
+        batch: Images in a batch.
+        threads: That computed it.
+        dense: With fresh weights.
+        own: The trained one.
+        shares: Quartiles, over turns, of what it takes of the dense network's time in the same turn.
+    """
+
+    batch: int
+    threads: int
+    dense: Inference
+    own: Inference
+    shares: tuple[float, float, float]
+
+
 def time_run(
     run: str | Path, *, batch: int = 64, turns: int = TURNS, threads: int | None = None, model: str | None = None
-) -> tuple[Inference, Inference]:
+) -> Timed:
     """Time a trained network and the dense one that it was made of, both by `for_inference`, in float32.
 
     Args:
         run: Run folder, or a file of `earlybird.export.export_weights`.
         batch: Images in a batch.
-        turns: See `time_in_turns`.
+        turns: At least 2, see `time_in_turns`.
         threads: Of PyTorch, meanwhile; None: as it is.
         model: As for `earlybird.export.load`.
-
-    Returns:
-        The dense network, with fresh weights, and the trained one.
 
     Raises:
         InputError: As for `earlybird.export.load`, or a number is out of its range.
     """
     check_count("batch", batch, "64", optional=False)
     check_count("threads", threads, "1")
+    check_number("turns", turns, lambda value: value >= 2 and value == int(value), "a whole number of at least 2")
     trained, blueprint = export.rebuild(run, model=model)
     images = blueprint.example(batch)
-    plain = {"dense": blueprint.build(), "trained": trained}
+    plain = {"dense": blueprint.build(), "own": trained}
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -126,26 +138,28 @@ def time_run(
 
     def found(name: str) -> Inference:
         seconds, layers = taken[name], networks[name].modules()
-        return Inference(
-            batch, threads or before, statistics.median(seconds), min(seconds), max(seconds),
-            non_zeros(plain[name])[0], sum(isinstance(layer, (BlockConv2d, BlockLinear)) for layer in layers),
-        )  # fmt: skip
+        blocks = sum(isinstance(layer, (BlockConv2d, BlockLinear)) for layer in layers)
+        return Inference(statistics.median(seconds), min(seconds), max(seconds), non_zeros(plain[name])[0], blocks)
 
-    return found("dense"), found("trained")
+    low, middle, high = statistics.quantiles([own / dense for dense, own in zip(taken["dense"], taken["own"])])
+    return Timed(batch, threads or before, found("dense"), found("own"), (low, middle, high))
 
 
-def describe(dense: Inference, own: Inference) -> str:
-    """Return what `time_run` has found in words: a loss is called one."""
-    share = own.seconds / dense.seconds
-    change = f"{1 - share:.1%} less time" if share < 1 else f"{share - 1:.1%} more time: a loss"
-    blocks = f", {own.in_blocks} layers as dense blocks" if own.in_blocks else ""
+def describe(timed: Timed) -> str:
+    """Return what `time_run` has found in words: a loss is called one, and what turns differ by, no difference."""
+    low, middle, high = timed.shares
+    if low <= 1 <= high:
+        verdict = "no difference"
+    else:
+        verdict = f"{1 - middle:.1%} less time" if middle < 1 else f"{middle - 1:.1%} more time: a loss"
+    blocks = f", {timed.own.in_blocks} layers as dense blocks" if timed.own.in_blocks else ""
     return "\n".join(
         [
-            f"inference of {dense.batch} images, {dense.threads} thread{'s' * (dense.threads > 1)}, float32, "
+            f"inference of {timed.batch} images, {timed.threads} thread{'s' * (timed.threads > 1)}, float32, "
             "channels_last, batch norms folded (measured: median, fastest and slowest of turns)",
-            f"  dense  {_ms(dense)}  {dense.nonzero:,} parameters that are not zero",
-            f"  this   {_ms(own)}  {own.nonzero:,} parameters that are not zero{blocks}",
-            f"  {change}",
+            f"  dense  {_ms(timed.dense)}  {timed.dense.nonzero:,} parameters that are not zero",
+            f"  this   {_ms(timed.own)}  {timed.own.nonzero:,} parameters that are not zero{blocks}",
+            f"  {verdict} (of dense in the same turn, quartiles: {low:.1%} to {high:.1%})",
         ]
     )
 
