@@ -35,6 +35,7 @@ from tables import session_tables
 from torch import Tensor, nn
 
 from earlybird.kernels.convolution import unfolded
+from earlybird.kernels.fold import fold_batch_norms
 from earlybird.kernels.window import Window
 from earlybird.models import build
 from earlybird.sparse.block_kernel import Block, available, multiply, multiply_by_pytorch, pack
@@ -181,7 +182,8 @@ def networks(options: argparse.Namespace) -> None:
     print(f"\n{NETWORK_HEAD}")
     generator = torch.Generator().manual_seed(0)
     for name in NETWORKS[: 1 if options.quick else None]:
-        model = build(name, classes=10, image_size=32).eval()
+        # both with batch norms folded, as `to_blocks` does
+        model = fold_batch_norms(build(name, classes=10, image_size=32), torch.zeros(1, 3, 32, 32))
         last = copy.deepcopy(model).to(memory_format=torch.channels_last)
         for batch in BATCHES:
             x = torch.randn(batch, 3, 32, 32, generator=generator)
