@@ -54,6 +54,11 @@ def test_layers_that_do_not_multiply_stay():
         torch.testing.assert_close(for_inference(model, images())(images()), model(images()), rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_not_on_the_cpu_is_refused():
+    with pytest.raises(InputError, match="meta"):
+        for_inference(nn.Conv2d(3, 3, 1, device="meta"), images())
+
+
 class Counted(nn.Module):
     def __init__(self, order, name):
         super().__init__()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from earlybird import export
 from earlybird.calls import unwrapped
+from earlybird.errors import InputError
 from earlybird.kernels.fold import fold_batch_norms
 from earlybird.settings import check_count, check_number
 from earlybird.sparse.blocks import BlockConv2d, BlockLinear, to_blocks
@@ -38,8 +39,14 @@ def for_inference(model: nn.Module, images: Tensor) -> nn.Module:
     Args:
         model: Trained; left as it is. Weights that a ticket has removed are zeros.
         images: A batch as it will be called with, ``(N, C, H, W)``: its size decides which way is faster.
+
+    Raises:
+        InputError: Model or images are not on the CPU.
     """
     model = unwrapped(model)
+    elsewhere = {tensor.device for tensor in (*model.parameters(), images)} - {torch.device("cpu")}
+    if elsewhere:
+        raise InputError(f"a tensor on {elsewhere.pop()}", needed="model and images on the CPU", hint="use .cpu()")
     folded: nn.Module = fold_batch_norms(model, images)
     folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if any(isinstance(layer, NOT_MULTIPLIED) for layer in folded.modules()):
