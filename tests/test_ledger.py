@@ -533,6 +533,7 @@ def test_state_round_trip_is_exact(ledger: Ledger, clock: Clock, monkeypatch: py
     ledger.enter("train")
     step(model, optimizer)
     clock.wait(2.3)
+    ledger.stop()  # the peak of memory would go on rising
     state = json.loads(json.dumps(ledger.state_dict(), allow_nan=False))
     other = Ledger(clock=clock)
     other.load_state_dict(state)
@@ -969,7 +970,8 @@ def test_samples_that_pass_layers_otherwise_or_not_at_all(ledger: Ledger) -> Non
     assert dense.phases["train"].macs.value == 20 * cost.training_macs
     assert dense.total.seconds is None  # steps with rounding or gates are no measure of dense ones
     assert "its time is not known" in str(ledger.bill())
-    assert Bill.from_json(ledger.bill().to_json()) == ledger.bill()
+    bill = ledger.bill()  # another one may have a higher peak of memory
+    assert Bill.from_json(bill.to_json()) == bill
 
 
 def test_what_is_rerouted_while_the_clock_stands_is_not_counted_either(ledger: Ledger) -> None:
