@@ -10,6 +10,7 @@ the ticket's doing. Times are measured, of this machine, and say nothing about a
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Mapping
@@ -47,14 +48,12 @@ def for_inference(model: nn.Module, images: Tensor) -> nn.Module:
     elsewhere = {tensor.device for tensor in (*model.parameters(), images)} - {torch.device("cpu")}
     if elsewhere:
         raise InputError(f"a tensor on {elsewhere.pop()}", needed="model and images on the CPU", hint="use .cpu()")
-    folded: nn.Module = fold_batch_norms(model, images)
-    folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if any(isinstance(layer, NOT_MULTIPLIED) for layer in folded.modules()):
-        return folded  # zeros are not nothing there
-    zeros = {name: weight != 0 for name, weight in prunable(folded).items() if bool((weight == 0).any())}
-    if not zeros:
-        return folded
-    fast, _ = to_blocks(folded, ticket_of(zeros), images.contiguous(memory_format=torch.channels_last))
+    images = images.contiguous(memory_format=torch.channels_last)
+    zeros = {}
+    if not any(isinstance(layer, NOT_MULTIPLIED) for layer in model.modules()):  # zeros are not nothing there
+        zeros = {name: weight != 0 for name, weight in prunable(model).items() if bool((weight == 0).any())}
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fast: nn.Module = to_blocks(last, ticket_of(zeros), images)[0] if zeros else fold_batch_norms(last, images)
     return fast
 
 
