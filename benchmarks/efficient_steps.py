@@ -4,9 +4,11 @@ Each task is one claim, its contestants the method, what it is measured against,
 
 - ``dropping``: half of the batches against half of the epochs, which make as many steps;
 - ``skipping``: gates against stochastic depth that runs the same share of the blocks, and a network of fewer blocks;
+- ``skipping-time``: the same at full width, with gates that spare MACs, and with gates that spare seconds;
 - ``ladder``: bits that rise at turning points against 8 bits throughout, against the ladder turned round, and against
   bits chosen by gates or by chance (FracTrain), all simulated: bit-MACs are what is saved, seconds are not;
 - ``signs``: predicted signs against the signs of full gradients;
+- ``e2``: batch dropping, layer skipping and predicted signs at once (E2-Train) against full precision;
 - ``operations``: shift, add and both against convolutions;
 - ``search``: a ticket searched for in 8-bit block floating point against one searched for in bf16;
 - ``together``: methods on top of the early ticket.
@@ -25,6 +27,8 @@ from tables import blocks, contest_section, contest_tables
 
 NAME = "efficient_steps"
 
+_FEW = {"train_images": 10_000, "evaluate_every": "5ep"}
+
 TASKS = {
     "dropping": Task(
         "Batch dropping: VGG-11, quarter width, CIFAR-10, 12 epochs", "vgg16-cifar10",
@@ -36,15 +40,28 @@ TASKS = {
         {"model": "resnet38", "width": 0.5, "epochs": 6},
         contestants=("dense", "skipping", "stochastic-depth", "shallower"),
     ),
+    "skipping-time": Task(
+        "Layer skipping: ResNet-38, 10,000 images of CIFAR-10, 10 epochs", "resnet20-cifar10",
+        {"model": "resnet38", "epochs": 10, **_FEW},
+        contestants=("dense", "skipping", "skipping-seconds", "stochastic-depth", "shallower"),
+    ),
     "ladder": Task(
         "Bits: ResNet-20, half width, 10,000 images of CIFAR-10, 10 epochs", "resnet20-cifar10",
-        {"width": 0.5, "epochs": 10, "train_images": 10_000},
-        contestants=("dense", "eight", "ladder", "reversed", "fractional", "random-bits"),
+        {"width": 0.5, "epochs": 10, **_FEW},
+        contestants=(
+            "dense", "eight", "six", "ladder", "even-ladder", "ladder-published", "reversed", "fractional",
+            "fractional-published", "random-bits",
+        ),
     ),
     "signs": Task(
         "Signs: ResNet-20, half width, 10,000 images of CIFAR-10, 10 epochs", "resnet20-cifar10",
         {"width": 0.5, "epochs": 10, "train_images": 10_000},
         contestants=("dense", "sign-sgd", "signs"),
+    ),
+    "e2": Task(
+        "E2-Train: ResNet-38, half width, 10,000 images of CIFAR-10, 10 epochs", "resnet20-cifar10",
+        {"model": "resnet38", "width": 0.5, "epochs": 10, **_FEW},
+        contestants=("full-precision", "dense", "e2", "e2-longer"),
     ),
     "operations": Task(
         "Operations: small CNN, half width, Fashion-MNIST, 4 epochs", "digits",
@@ -57,9 +74,9 @@ TASKS = {
         contestants=("dense", "ticket", "ticket-8-bit"),
     ),
     "together": Task(
-        "Together: ResNet-38, half width, CIFAR-10, 6 epochs", "resnet20-cifar10",
-        {"model": "resnet38", "width": 0.5, "epochs": 6},
-        contestants=("dense", "wide-ticket", "ticket-dropping", "all"),
+        "Together: ResNet-38, 10,000 images of CIFAR-10, 10 epochs", "resnet20-cifar10",
+        {"model": "resnet38", "epochs": 10, **_FEW},
+        contestants=("dense", "wide-ticket", "wide-ticket-shorter", "ticket-dropping", "all"),
     ),
     "quick": Task(
         "Small CNN, digits, 2 epochs (shows that it runs, proves nothing)", "digits", {"epochs": 2, "width": 0.25},
@@ -70,7 +87,11 @@ TASKS = {
 
 _SHARE = 0.6
 _EIGHT = {"method": "progressive_precision", "forward_ladder": "8", "gradient_ladder": "8"}
+_FRACTIONAL = {"method": "fractional_precision", "fractional_target": "0.018,0.02,0.025"}
 _SIGNS = {"method": "predictive_sign", "lr": 0.03}
+_E2 = {
+    "method": "batch_dropping,layer_skipping,predictive_sign", "drop": 0.5, "layer_share": _SHARE, "lr": _SIGNS["lr"],
+}  # fmt: skip
 
 CONTESTANTS = {
     "dense": Contestant("dense, tuned", "dense", {"dense": True}),
@@ -83,32 +104,43 @@ CONTESTANTS = {
     "skipping": Contestant(
         "**layer skipping**, 60 % of the blocks", "ours", {"method": "layer_skipping", "layer_share": _SHARE}
     ),
+    "skipping-seconds": Contestant(
+        "**layer skipping**, 60 % of the blocks' time", "ours",
+        {"method": "layer_skipping", "layer_share": _SHARE, "layer_cost": "seconds"},
+    ),
     "stochastic-depth": Contestant(
         "stochastic depth, 60 % of the blocks", "speed-up", {"method": "stochastic_depth", "depth_share": _SHARE}
     ),
     "shallower": Contestant("ResNet-20: fewer blocks", "dense", {"dense": True, "model": "resnet20"}),
     "eight": Contestant("8 bits throughout", "speed-up", _EIGHT),
+    "six": Contestant(
+        "6 bits throughout", "speed-up",
+        {"method": "progressive_precision", "forward_ladder": "6", "gradient_ladder": "6"},
+    ),
     "ladder": Contestant("**progressive precision**", "ours", {"method": "progressive_precision"}),
+    "ladder-published": Contestant(
+        "progressive precision, ranges of the batch", "ours",
+        {"method": "progressive_precision", "ladder_ranges": "batch"},
+    ),
     "reversed": Contestant(
         "the ladder turned round", "speed-up",
         {
             "method": "progressive_precision", "forward_ladder": "8,6,4,3", "gradient_ladder": "8,8,6,6",
-            "ladder_may_fall": "true",
+            "ladder_may_fall": True,
         },
     ),
-    "fractional": Contestant(
-        "**fractional precision** (FracTrain)", "ours",
-        {"method": "fractional_precision", "fractional_target": "0.02,0.025,0.03"},
+    "fractional": Contestant("**fractional precision** (FracTrain)", "ours", _FRACTIONAL),
+    "fractional-published": Contestant(
+        "fractional precision, ranges of the batch", "ours", {**_FRACTIONAL, "fractional_ranges": "batch"}
     ),
     "random-bits": Contestant(
-        "random bits of the same mean", "speed-up",
-        {
-            "method": "fractional_precision", "fractional_target": "0.02,0.025,0.03",
-            "fractional_choice": "random",
-        },
+        "random bits of the same mean", "speed-up", {**_FRACTIONAL, "fractional_choice": "random"}
     ),
     "sign-sgd": Contestant("SignSGD, full precision", "speed-up", {**_SIGNS, "sign_of": "full"}),
     "signs": Contestant("**predicted signs**", "ours", _SIGNS),
+    "full-precision": Contestant("dense, fp32", "dense", {"dense": True, "precision": "fp32"}),
+    "e2": Contestant("**E2-Train**: half of the batches, 60 % of the blocks, predicted signs", "ours", _E2),
+    "e2-longer": Contestant("**E2-Train**, twice the epochs", "ours", _E2, longer=2),
     "shift": Contestant("shift layers", "speed-up", {"method": "shift_add", "operation": "shift"}),
     "add": Contestant("add layers", "speed-up", {"method": "shift_add", "operation": "add"}),
     "shift-add": Contestant("**shift and add layers**", "ours", {"method": "shift_add"}),

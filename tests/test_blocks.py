@@ -1,10 +1,12 @@
+import time
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from earlybird.blocks import check_free, find_blocks, forward_macs
-from earlybird.calls import around
+from earlybird.blocks import block_seconds, check_free, find_blocks, forward_macs
+from earlybird.calls import Call, around
 from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.models import build
@@ -35,6 +37,39 @@ def test_the_blocks_of_the_zoo_are_found_by_themselves(model, blocks, skippable)
     assert [block.name for block in found] == [
         name for name, _ in network.named_modules() if name in {block.name for block in found}
     ]
+
+
+def test_blocks_are_timed_by_themselves_and_the_model_is_left_as_found():
+    model = build("resnet20", classes=10, image_size=8, width=0.25).train()
+    blocks = find_blocks(model, images(2))
+    slow, pause = blocks[4].module.conv2, 0.02
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            time.sleep(pause)
+            return gradient
+
+    plain = slow.forward
+    slow.forward = lambda x: plain(Slow.apply(x))
+    seen = []
+    model.conv.register_forward_hook(lambda *_: seen.append(1))  # somebody else's
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        seconds = block_seconds(model, blocks, Call((images(4),), {}))
+    assert len(seconds) == len(blocks)
+    assert min(seconds) > 0
+    assert seconds[4] > pause / 4
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(random, torch.get_rng_state())
+    assert model.training
+    assert not seen
 
 
 def test_a_block_knows_its_layers_and_what_it_reads():

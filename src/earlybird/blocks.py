@@ -14,21 +14,26 @@ layer in their shortcut.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from earlybird.calls import arounds, as_call, first_sample, undisturbed, unwrapped
+from earlybird.calls import Call, arounds, as_call, first_sample, undisturbed, unwrapped
 from earlybird.cost.count import ModelCost, count
 from earlybird.errors import InputError
 from earlybird.tickets.layers import layer_of
 
 __all__ = [
-    "Block", "channels_of", "check_free", "counted", "find_blocks", "forward_macs", "found_again", "patterns_from",
+    "Block", "block_seconds", "channels_of", "check_free", "counted", "find_blocks", "forward_macs", "found_again",
+    "patterns_from",
 ]  # fmt: skip
+
+_ROUNDS = 3  # of timing
 
 # names of autograd's nodes: what may stand between a block's sum and its output
 _ACTIVATIONS = (
@@ -137,6 +142,48 @@ def counted(model: nn.Module, example_inputs: Any) -> ModelCost:
 def forward_macs(blocks: Sequence[Block], cost: ModelCost) -> list[int]:
     """Return the multiply-accumulates of each block for one sample, forward, from a count of its model."""
     return [sum(cost.layers[name].macs for name in block.layers if name in cost.layers) for block in blocks]
+
+
+def block_seconds(model: nn.Module, blocks: Sequence[Block], call: Call) -> list[float]:
+    """Return the seconds that each block takes for one sample of a batch, forward and backward.
+
+    Blocks run in turns, on what they get in this call, in the mode and under the autocast of the caller, each by
+    itself; the fastest of `_ROUNDS` rounds counts, after one that warms up. The model is left as found.
+
+    Args:
+        model: Of the blocks, without wrappers.
+        blocks: In the order in which they run.
+        call: A batch that the model runs on.
+    """
+    first = next(model.parameters())
+    device = first.device
+    autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    modes = [(module, module.training) for module in model.modules()]
+    inputs: dict[int, Tensor] = {}
+    taken: list[list[float]] = [[] for _ in blocks]
+    with undisturbed(model), torch.autocast(device.type, autocast[1], enabled=autocast[0]):
+        for module, training in modes:
+            module.training = training
+        for index, block in enumerate(blocks):
+            block.module.register_forward_pre_hook(lambda _, args, index=index: inputs.update({index: args[0]}))
+        with torch.no_grad():
+            model(*call.args, **call.kwargs)
+        for _ in range(1 + _ROUNDS):
+            for index, block in enumerate(blocks):
+                x = inputs[index].detach().requires_grad_()
+                learning = [parameter for parameter in block.module.parameters() if parameter.requires_grad]
+                _wait(device)
+                begun = time.perf_counter()
+                out = block.module(x)
+                torch.autograd.grad(out, [x, *learning], torch.ones_like(out))
+                _wait(device)
+                taken[index].append((time.perf_counter() - begun) / len(x))
+    return [min(rounds[1:]) for rounds in taken]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def check_free(blocks: Iterable[Block]) -> None:

@@ -53,6 +53,17 @@ def test_each_sample_is_rounded_by_its_own_bits_within_one_range():
     assert len(ours[0].unique()) <= 4
 
 
+def test_a_sample_with_a_range_of_its_own_does_not_know_of_larger_ones():
+    x = torch.randn(3, 2, 4)
+    bits = torch.tensor([3, 3, 5])
+    ours = rounded(x, bits, range_of(x, 0))
+    louder = torch.cat([x[:2], 1000 * x[2:]])
+    assert torch.equal(rounded(louder, bits, range_of(louder, 0))[:2], ours[:2])
+    for row, number in enumerate(bits.tolist()):
+        torch.testing.assert_close(ours[row], quantise(x[row], number, range_of(x[row])))
+    assert not torch.equal(rounded(louder, bits, range_of(louder))[:2], ours[:2])
+
+
 def test_stochastic_rounding_is_right_in_the_mean_and_stays_in_its_range():
     generator = torch.Generator().manual_seed(0)
     x = torch.linspace(-1, 1, 7).expand(400, 7).contiguous()
@@ -80,25 +91,27 @@ def test_the_gradient_of_a_choice_by_hand():
 # ---- blocks ----
 
 
-def test_one_candidate_for_all_is_a_block_that_computes_with_quantised_operands():
-    model, _, running = start(deep(1), fractional_choice="highest")
+@pytest.mark.parametrize("ranges", ["batch", "sample"])
+def test_one_candidate_for_all_is_a_block_that_computes_with_quantised_operands(ranges):
+    model, _, running = start(deep(1), fractional_choice="highest", fractional_ranges=ranges)
     prefer(running, -9.0, -9.0, -9.0, -9.0, 9.0)
     x = images(6)
     x = deep(1)[0](x)
     plain = deep(1)[1]
-    hidden = torch.relu(quantise_conv(plain.conv1, torch.relu(x), 6))
-    expected = x + quantise_conv(plain.conv2, hidden, 6)
+    per = None if ranges == "batch" else 0
+    hidden = torch.relu(quantise_conv(plain.conv1, torch.relu(x), 6, per))
+    expected = x + quantise_conv(plain.conv2, hidden, 6, per)
     with torch.no_grad():
         torch.testing.assert_close(model.train()[1](x), expected)
 
 
-def quantise_conv(layer, x, bits):
+def quantise_conv(layer, x, bits, per=0):
     weight = quantise(layer.weight, 4, range_of(layer.weight, 0))
-    return nn.functional.conv2d(quantise(x, bits, range_of(x)), weight, padding=layer.padding)
+    return nn.functional.conv2d(quantise(x, bits, range_of(x, per)), weight, padding=layer.padding)
 
 
 def test_samples_of_several_candidates_are_computed_once_each_as_if_alone_with_their_bits():
-    """Ranges are the batch's; apart from that, a sample does not know what was chosen for the others."""
+    """A sample does not know what was chosen for the others, nor how large they are."""
     model, _, _ = start(deep(1), fractional_bits=(2, 8), fractional_gradient_bits=(8, 8), fractional_target=0.03)
     x = deep(1)[0](images(12))
     calls = []
@@ -135,6 +148,19 @@ def test_gradients_are_rounded_by_the_bits_of_their_sample():
     assert [levels.count(2), 12 - levels.count(2)] == running._counts[0]
 
 
+@pytest.mark.parametrize("bits", [8, 32])
+def test_layers_outside_of_the_blocks_have_bits_of_their_own(bits):
+    model, _, running = start(deep(1), fractional_outside_bits=bits, fractional_target=0.025)
+    x, plain = images(6), deep(1)[0]
+    with torch.no_grad():
+        ours, as_it_is = model.train()[0](x), plain(x)
+        assert torch.equal(ours, as_it_is) == (bits == 32)
+        torch.testing.assert_close(ours, as_it_is, atol=0.05, rtol=0.05)
+        running.detach()
+        assert torch.equal(model[0](x), as_it_is)
+    assert not hasattr(model[0], "arithmetic")
+
+
 def test_a_candidate_of_no_bits_leaves_the_block_out_where_it_can():
     settings = {"fractional_bits": (0, 8), "fractional_gradient_bits": (0, 8), "fractional_weight_bits": 8}
     model, optimizer, running = start(fractional_target=0.05, fractional_choice="highest", **settings)
@@ -154,14 +180,16 @@ def test_a_candidate_of_no_bits_leaves_the_block_out_where_it_can():
         start(fractional_target=0.02, **settings)
 
 
-def test_the_bill_counts_every_sample_in_the_bits_that_were_chosen():
-    model, optimizer, running = start(total_steps=1000)
+@pytest.mark.parametrize("outside_bits", [8, 32])
+def test_the_bill_counts_every_sample_in_the_bits_that_were_chosen(outside_bits):
+    model, optimizer, running = start(total_steps=1000, fractional_outside_bits=outside_bits)
     cost = count(model, images(1))
     train(model, optimizer, 1)
     gate = sum((8 * 32 + 32 * 16 + 4 * 16 * 32 + 16 * 5) * 16 for _ in range(2))
     work = running._ledger.phases["train"]
     assert work.macs == pytest.approx(16 * cost.training_macs + 3 * gate, rel=1e-9)
-    outside = 16 * (2 * 3 * 8 * 9 * 64 + 3 * 12 * 5) + 3 * gate  # stem (no gradient of images), classifier, gates
+    stem = 2 * 3 * 8 * 9 * 64 * (outside_bits / 32) ** 2  # no gradient of images
+    outside = 16 * (stem + 3 * 12 * 5) + 3 * gate  # classifier and gates in 32 bits
     inside = 0.0
     for counts, macs in zip(running._counts, (BLOCK_MACS, STRIDED_MACS), strict=True):
         assert sum(counts) == 16
@@ -192,7 +220,8 @@ def test_depthwise_convolutions_keep_their_bits():
     train(model, optimizer, 1)
     operations = running._ledger.phases["train"].operations
     depthwise = 16 * 2 * 12 * 9 * 64
-    assert operations["mult 8x8"] == pytest.approx(depthwise)
+    stem = 16 * 2 * 3 * 6 * 9 * 64  # of 8 bits, too, and without a gradient of images
+    assert operations["mult 8x8"] == pytest.approx(depthwise + stem)
     assert operations["mult 16x8"] == pytest.approx(2 * depthwise)
 
 

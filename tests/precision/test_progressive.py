@@ -168,13 +168,14 @@ def test_shares_of_the_run_need_its_length():
 # ---- what is computed ----
 
 
-def test_one_rung_computes_as_its_layers_by_hand():
-    model, optimizer, running = begin("plain", forward_ladder="4", gradient_ladder="5")
+@pytest.mark.parametrize("ranges", ["batch", "sample"])
+def test_one_rung_computes_as_its_layers_by_hand(ranges):
+    model, optimizer, running = begin("plain", forward_ladder="4", gradient_ladder="5", ladder_ranges=ranges)
     other = make("plain")
     other_optimizer = sgd(other)
     generator = torch.Generator()
     for module in (other[0], other[3]):
-        QuantisedLayer(module, Bits(4, 4, 5), generator=generator)
+        QuantisedLayer(module, Bits(4, 4, 5), generator=generator, ranges=ranges)
     for step in range(3):
         generator.manual_seed(running._generator.initial_seed())
         steps(model, optimizer, running, 1, start=step)

@@ -309,6 +309,24 @@ def test_evaluation_uses_the_running_range_of_training():
     assert quantised.running == (0, 30)
 
 
+def test_ranges_by_sample_are_the_samples_own_in_training_and_evaluation():
+    layer = nn.Conv2d(3, 4, 3)
+    QuantisedLayer(layer, Bits(activation=3, gradient=4), generator=seeded(), ranges="sample")
+    x = images(3)
+    louder = torch.cat([x[:2], 100 * x[2:]])
+    for training in (True, False):
+        layer.train(training)
+        assert torch.equal(layer(louder)[:2], layer(x)[:2])
+        expected = functional.conv2d(quantise(x[:1], 3), layer.weight, layer.bias)
+        torch.testing.assert_close(layer(louder)[:1], expected)
+    upstream = torch.randn(3, 4, 6, 6) * torch.tensor([1.0, 1.0, 100.0]).view(-1, 1, 1, 1)
+    x = louder.requires_grad_()
+    layer(x).backward(upstream)
+    rounded = quantise(upstream, 4, range_of(upstream, 0), generator=seeded())
+    torch.testing.assert_close(layer.bias.grad, rounded.sum((0, 2, 3)))
+    assert min(len(one.unique()) for one in rounded) > 10  # the quieter ones have nearly all of the 16 codes, too
+
+
 def test_the_layer_says_how_it_computes():
     layer = nn.Linear(2, 2)
     declare(layer, Bits(3, 4, 6).arithmetic())

@@ -1,5 +1,6 @@
 import copy
 import itertools
+import operator
 
 import pytest
 import torch
@@ -124,6 +125,60 @@ def test_gates_learn_which_block_is_worth_more(good):
         optimizer.step()
     assert gaps[-1] - gaps[0] > 0.3
     assert abs(running._price.value) < 1
+
+
+def timed(monkeypatch, *seconds):
+    """Let the blocks of a model take these seconds; return the calls with which they were timed."""
+    calls = []
+
+    def block_seconds(model, blocks, call):
+        calls.append(len(call.args[0]))
+        return [float(taken) for taken in seconds[: len(blocks)]]
+
+    monkeypatch.setattr("earlybird.skipping.layers.block_seconds", block_seconds)
+    return calls
+
+
+def test_seconds_stand_in_for_macs(monkeypatch):
+    calls = timed(monkeypatch, 3, 1, 1, 1)
+    model, optimizer, running = start(deep(), layer_share=0.5, layer_cost="seconds", total_steps=100)
+    model.eval()(images(2))
+    assert running.seconds is None  # what takes time is training
+    assert not calls
+    train(model, optimizer, 60)
+    assert calls == [16]
+    assert running.seconds == [3, 1, 1, 1]
+    assert running._costs == [2, 2 / 3, 2 / 3, 2 / 3]
+    late = running.history[-40:]
+    assert sum(entry["share"] for entry in late) / len(late) == pytest.approx(0.5, abs=0.02)
+    for entry in late:
+        assert entry["share"] == pytest.approx(sum(map(operator.mul, entry["blocks"], (3, 1, 1, 1))) / 6)
+
+
+def test_seconds_are_measured_again_after_a_cut_and_not_after_resuming(monkeypatch):
+    calls = timed(monkeypatch, 5, 2)
+    model, optimizer, running = start(layer_share=0.6, layer_cost="seconds")
+    train(model, optimizer, 2)
+    assert (calls, running.seconds) == ([16], [5, 2])
+    again = timed(monkeypatch, 4, 2)
+    saved, twin = copy.deepcopy((running.state_dict(), model.state_dict()))
+    other, other_optimizer, resumed = start(layer_share=0.6, layer_cost="seconds")
+    resumed.load_state_dict(saved)
+    other.load_state_dict(twin)
+    train(other, other_optimizer, 1, 2)
+    assert (again, resumed.seconds) == ([], [5, 2])
+    inner = torch.tensor([True, False] * 4)
+    eb.shrink(model, eb.Ticket({"3.norm1": inner}), images(2), optimizer=optimizer)
+    assert running.seconds is None
+    train(model, optimizer, 1, 2)
+    assert (again, running.seconds) == ([16], [4, 2])
+
+
+def test_a_share_of_the_time_has_no_bill_on_paper():
+    with pytest.raises(InputError, match=r"layer_cost is 'seconds'(.|\n)*layer_cost=macs"):
+        LayerSkipping(layer_cost="seconds").forecast([], None)
+    with pytest.raises(InputError, match="layer_cost is 'time'"):
+        LayerSkipping(layer_cost="time")
 
 
 def test_evaluation_by_chance_is_another_one_each_time_and_training_does_not_mind():

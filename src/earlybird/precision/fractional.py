@@ -33,7 +33,11 @@ Deviations of the default, each with the published behaviour under ``PRESETS['pu
 - ``fractional_control``: published, a penalty in the loss whose sign flips with the cost of the last batch;
 - ``fractional_target``: the first one that was published for FracTrain, 1.5 %, is below what the cheapest candidate
   costs with weights of 4 bits, 1.76 %, and such a target is refused; the preset begins with 1.8 %;
-- ``fractional_range_memory``: running ranges have a memory of 0.9 (published for FracTrain: 0.1).
+- ``fractional_outside_bits``: layers outside of the blocks, such as the first convolution, compute in 8 bits
+  (published: they are left as they are, and then take a tenth of the bit-MACs of a ResNet-20);
+- ``fractional_ranges``: each sample has a range of its own, in evaluation, too, so that one with large values does not
+  make those of all others coarse (published: one range over the batch, and a running one in evaluation, with
+  ``fractional_range_memory``).
 
 And without an option: the gates' gradient ends at their inputs; they have an Adam of their own; a cap on the penalty
 and a band without one are left out. Depthwise convolutions keep 8 bits of values and 16 of gradients, as published.
@@ -60,14 +64,17 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for
 from earlybird.precision.quantize import (
     Bits,
+    QuantisedLayer,
     Range,
     averaged,
     check_bits,
+    declare,
     forward_with,
     gradient_through,
     quantisable,
     quantise,
     range_of,
+    round_,
     seed_of_step,
 )
 from earlybird.precision.turning_points import Stages, TurningPoints
@@ -76,7 +83,7 @@ from earlybird.skipping.gates import LearnedGate, Multiplier, Price, charge, sum
 from earlybird.skipping.gather import Choice, check_norms, run_on
 from earlybird.skipping.passes import Passes
 from earlybird.step import Step
-from earlybird.stretches import BLOCKS, LAYERS, Plan, Stretch, after
+from earlybird.stretches import BLOCKS, LAYERS, Plan, Stretch, after, computing
 from earlybird.tickets.layers import TransposedConv, is_depthwise
 from earlybird.tickets.shrink import Change
 from earlybird.traces import Trace
@@ -108,6 +115,9 @@ class FractionalPrecision:
     )
     fractional_gradient_bits: tuple[int, ...] = option((6, 6, 8, 8, 12), "Bits of gradients, by candidate.")
     fractional_weight_bits: int = option(4, "Bits of weights, 1 to 16.")
+    fractional_outside_bits: int = option(
+        8, "Bits of all operands of layers outside of the blocks but the classifier; 32 leaves them as they are."
+    )
     fractional_choice: Literal["drawn", "highest", "random"] = option(
         "drawn", "By chance and score, or the highest score; 'random' is the control experiment: chance alone."
     )
@@ -126,6 +136,9 @@ class FractionalPrecision:
     )
     fractional_blocks: tuple[str, ...] = option((), "Names of the blocks, such as 'layers.*.blocks.*'; default: found.")
     fractional_gate_rate: float = option(1e-2, "Learning rate of the gates.")
+    fractional_ranges: Literal["batch", "sample"] = option(
+        "sample", "Ranges of inputs and gradients: one for the batch, or one for each sample."
+    )
     fractional_range_memory: float = option(
         0.9, "Share of a running range of inputs that stays at each step, in [0, 1)."
     )
@@ -133,9 +146,10 @@ class FractionalPrecision:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
         "published": {
-            "fractional_target": (0.018, 0.02, 0.025, 0.03), "fractional_choice": "highest",
-            "fractional_control": "penalty", "fractional_every": Step.parse("400it"), "fractional_from": Step(),
-            "fractional_last_by": None, "fractional_range_memory": 0.1,
+            "fractional_target": (0.018, 0.02, 0.025, 0.03), "fractional_outside_bits": 32,
+            "fractional_choice": "highest", "fractional_control": "penalty",
+            "fractional_every": Step.parse("400it"), "fractional_from": Step(),
+            "fractional_last_by": None, "fractional_ranges": "batch", "fractional_range_memory": 0.1,
         },
         "fast": {},
     }  # fmt: skip
@@ -154,6 +168,8 @@ class FractionalPrecision:
         for name in ("fractional_bits", "fractional_gradient_bits"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_bits("fractional_weight_bits", self.fractional_weight_bits)
+        if self.fractional_outside_bits != 32:
+            check_bits("fractional_outside_bits", self.fractional_outside_bits)
         if len(self.fractional_bits) != len(self.fractional_gradient_bits) or len(self.fractional_bits) < 2:
             raise InputError(
                 f"fractional_bits names {len(self.fractional_bits)} candidates, fractional_gradient_bits "
@@ -168,6 +184,7 @@ class FractionalPrecision:
         if not any(self.fractional_bits):
             raise InputError("fractional_bits names 0 alone", needed="a candidate that computes")
         check_choice("fractional_choice", self.fractional_choice, ("drawn", "highest", "random"))
+        check_choice("fractional_ranges", self.fractional_ranges, ("batch", "sample"))
         check_choice("fractional_control", self.fractional_control, ("price", "penalty"))
         if self.fractional_choice == "random" and self.fractional_control == "penalty":
             raise InputError("a penalty has no effect on fractional_choice = 'random'", hint="use control by 'price'")
@@ -201,6 +218,11 @@ class FractionalPrecision:
         return tuple(target) if isinstance(target, (tuple, list)) else (target,)
 
     @property
+    def outside(self) -> Bits:
+        """Bits of the layers outside of the blocks."""
+        return Bits(*[self.fractional_outside_bits] * 3)
+
+    @property
     def candidates(self) -> tuple[Bits | None, ...]:
         """The bits of each candidate; None leaves a block out."""
         weight = self.fractional_weight_bits
@@ -222,6 +244,16 @@ class FractionalPrecision:
             by = self.fractional_last_by
             last = total if by is None else by.in_iterations(per_epoch, total)
             points = [round(number * last / max(len(targets) - 1, 1)) for number in range(len(targets))]
+
+        def outside(model: nn.Module) -> dict[nn.Module, Arithmetic | None]:
+            blocks = find_blocks(model, plan.images(), self.fractional_blocks)
+            inside = {name for block in blocks for name in block.layers}
+            return {
+                layer: self.outside.arithmetic() for name, layer in quantisable(model).items() if name not in inside
+            }
+
+        if targets[-1] < 1:
+            stretches = [computing(one, "fractional_precision", outside) for one in stretches]
         prices = sorted({0.0 if bits is None else cost_of(bits): bits for bits in self.candidates}.items())
         before = stretches
         for target, point in zip(targets, points):
@@ -297,7 +329,7 @@ def rounded(x: Tensor, bits: Tensor, bounds: Range, generator: torch.Generator |
     Args:
         x: Floating point (n, ...).
         bits: Of each sample, 1 to 16, shape (n,).
-        bounds: Of all of them, scalars.
+        bounds: Of all of them, scalars, or of each, as `range_of` returns them with ``per=0``.
         generator: Of stochastic rounding, on the device of ``x``; None rounds to the nearest.
 
     Returns:
@@ -306,11 +338,7 @@ def rounded(x: Tensor, bits: Tensor, bounds: Range, generator: torch.Generator |
     with torch.no_grad():
         top = (2.0 ** bits.float() - 1).view(-1, *[1] * (x.ndim - 1))
         step = ((bounds.high - bounds.low) / top).clamp_min(_TINY)
-        codes = torch.sub(x.float(), bounds.low).div_(step)
-        if generator is None:
-            codes.round_()
-        else:
-            codes.add_(torch.empty_like(codes).uniform_(generator=generator)).floor_()
+        codes = round_(torch.sub(x.float(), bounds.low).div_(step), generator)
         codes = torch.minimum(codes.clamp_min_(0), top)
         return torch.addcmul(bounds.low, codes, step).to(x.dtype)
 
@@ -404,12 +432,17 @@ class _Layer:
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         weight = quantise(weight, weight_bits, range_of(weight, self._per))
         output = forward_with(self.module, weight, forward, x, *args, **kwargs)
-        return gradient_through(output, lambda g: rounded(g, gradient_bits, range_of(g), self._generator))
+        return gradient_through(output, lambda g: rounded(g, gradient_bits, self._range_of(g), self._generator))
+
+    def _range_of(self, x: Tensor) -> Range:
+        return range_of(x, None if self._settings.fractional_ranges == "batch" else 0)
 
     def _bounds(self, x: Tensor) -> Range:
+        if self._settings.fractional_ranges == "sample":
+            return self._range_of(x)
         if not self.module.training and self.running is not None:
             return self.running
-        seen = range_of(x)
+        seen = self._range_of(x)
         if self.module.training and torch.is_grad_enabled():
             self.running = averaged(self.running, seen, self._settings.fractional_range_memory)
         return seen
@@ -462,12 +495,14 @@ class FractionalBits:
         self.generator.manual_seed(seed_of_step(seed, 0))
         self.blocks: list[Block] = []
         self._layers: list[list[_Layer]] = []
+        self._outside: dict[str, QuantisedLayer] = {}
         if settings.targets[-1] < 1:
             self._find(example_inputs, seed)
         self._begin_step()
         self._begin_record()
         self._own_ledger = ledger is None
         self._ledger = ledger_for(model, optimizers, ledger, example_inputs)
+        self._ledger.reread_arithmetic()
         self._passes = Passes(model, self._ledger, seed)
         # before the step, whose gradients have come: what runs the model in its course, such as the refit after a cut,
         # shall find the same gates in whatever order methods were attached
@@ -505,6 +540,14 @@ class FractionalBits:
             self.blocks, _WIDTHS, len(self._bits), rate=settings.fractional_gate_rate, seed=seed, device=device,
         )  # fmt: skip
         self._layers = [[_Layer(name, found[name], self) for name in names] for names in inside]
+        in_blocks = {name for names in inside for name in names}
+        for name, module in found.items() if settings.outside != Bits() else ():
+            if name not in in_blocks:
+                declare(module, settings.outside.arithmetic())
+                self._outside[name] = QuantisedLayer(
+                    module, settings.outside, generator=self.generator, memory=settings.fractional_range_memory,
+                    ranges=settings.fractional_ranges,
+                )  # fmt: skip
 
     def _count(self, inside: Sequence[Sequence[str]]) -> None:
         """Count the blocks as they are now, and what each of them costs by candidate."""
@@ -579,6 +622,7 @@ class FractionalBits:
             "multiplier": self._multiplier.state_dict(),
             "gate": self._gate.state_dict() if self.blocks else {},
             "ranges": {name: None if found is None else torch.stack(found) for name, found in running.items()},
+            "outside": {name: layer.state_dict() for name, layer in self._outside.items()},
             "history": [dict(entry) for entry in self.history],
             "record": [list(self._record), [list(counts) for counts in self._counts]],
             "ledger": self._ledger.state_dict() if self._own_ledger else {},
@@ -597,6 +641,8 @@ class FractionalBits:
         for layer in (layer for layers in self._layers for layer in layers):
             saved = state["ranges"][layer.name]
             layer.running = None if saved is None else Range(*saved.to(self.generator.device))
+        for name, outside in self._outside.items():
+            outside.load_state_dict(state["outside"][name])
         self.history = [dict(entry) for entry in state["history"]]
         record, counts = state["record"]
         self._record, self._counts = list(record), [list(row) for row in counts]
@@ -605,10 +651,13 @@ class FractionalBits:
 
     def detach(self) -> None:
         """Give blocks and layers their plain forward back; full precision from here on."""
-        for handle in (*self._handles, *(layer for layers in self._layers for layer in layers)):
+        inside = (layer for layers in self._layers for layer in layers)
+        for handle in (*self._handles, *inside, *self._outside.values()):
             handle.remove()
         self._handles.clear()
         self._layers.clear()
+        self._outside.clear()
+        self._ledger.reread_arithmetic()
         if self._own_ledger:
             self._ledger.stop()
 

@@ -31,7 +31,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.precision.int8 import ARITHMETIC, Int8Layer, check_device, wide
 from earlybird.precision.quantize import Bits, QuantisedLayer, check_bits, declare, quantisable, seed_of_step
 from earlybird.precision.turning_points import Stages, TurningPoints
-from earlybird.settings import check_count, check_number, option
+from earlybird.settings import check_choice, check_count, check_number, option
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch, after, computing
 from earlybird.tickets.layers import is_depthwise
@@ -117,6 +117,9 @@ class ProgressivePrecision:
     last_rung_by: Step | None = option(
         Step.parse("75%"), "When the last rung begins, turning points or not; 'none' waits for them."
     )
+    ladder_ranges: Literal["batch", "sample"] = option(
+        "sample", "Ranges of activations and gradients: one for the batch, or one for each sample."
+    )
     ladder_range_memory: float = option(
         0.9, "Share of a running range of activations that stays at each step, in [0, 1)."
     )
@@ -124,7 +127,12 @@ class ProgressivePrecision:
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
-        "published": {"turning_every": Step.parse("400it"), "turning_from": Step(), "last_rung_by": None},
+        "published": {
+            "turning_every": Step.parse("400it"),
+            "turning_from": Step(),
+            "last_rung_by": None,
+            "ladder_ranges": "batch",
+        },
         "fast": {"forward_ladder": "bf16,fp32", "rungs_at": (Step.parse("80%"),)},
     }
 
@@ -150,6 +158,7 @@ class ProgressivePrecision:
         check_number("turning_threshold", self.turning_threshold, lambda value: value >= 0, "at least 0")
         needed = "a number greater than 0 and at most 1"
         check_number("turning_decay", self.turning_decay, lambda value: 0 < value <= 1, needed)
+        check_choice("ladder_ranges", self.ladder_ranges, ("batch", "sample"))
         memory = self.ladder_range_memory
         check_number("ladder_range_memory", memory, lambda share: 0 <= share < 1, "a number from 0 to below 1")
         if not isinstance(self.ladder_may_fall, bool):
@@ -270,7 +279,9 @@ class PrecisionLadder:
         self._generator = torch.Generator(device)
         self._generator.manual_seed(seed_of_step(seed, 0))
         self._layers = {
-            name: QuantisedLayer(module, generator=self._generator, memory=settings.ladder_range_memory)
+            name: QuantisedLayer(
+                module, generator=self._generator, memory=settings.ladder_range_memory, ranges=settings.ladder_ranges
+            )
             for name, module in modules.items()
         }
         self._convolutions = {name: Int8Layer(module) for name, module in convolutions.items()}

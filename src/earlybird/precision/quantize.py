@@ -354,14 +354,17 @@ def forward_with(module: nn.Module, weight: Tensor, forward: Callable[..., Any],
 class QuantisedLayer:
     """A convolution or linear layer that computes with quantised operands, as FracTrain does, until `remove`.
 
-    Input: affine, one range over the batch, to the nearest; a running range serves evaluation. Weight: affine, one
-    range an output channel, to the nearest. Gradient of the output: affine, one range, stochastic.
+    Input: affine, to the nearest. Weight: affine, one range an output channel, to the nearest. Gradient of the output:
+    affine, stochastic. The ranges of input and gradient are those of the batch, and a running one of inputs serves
+    evaluation, or those of each sample, in evaluation, too: one sample with large values does not make those of all
+    others coarse.
 
     Args:
         module: Of `quantisable`. Its parameters stay the same objects in float32.
         bits: To begin with.
         generator: Of stochastic rounding, on the module's device.
         memory: Share of the running range that stays at each training pass, 0 to 1.
+        ranges: Of inputs and gradients: one for the 'batch', or one for each 'sample'.
 
     Attributes:
         bits: Of what is computed from now on; a pass that is under way ends with those it began with.
@@ -369,11 +372,17 @@ class QuantisedLayer:
     """
 
     def __init__(
-        self, module: nn.Module, bits: Bits = Bits(), *, generator: torch.Generator, memory: float = 0.9
+        self,
+        module: nn.Module,
+        bits: Bits = Bits(),
+        *,
+        generator: torch.Generator,
+        memory: float = 0.9,
+        ranges: Literal["batch", "sample"] = "batch",
     ) -> None:
         self.module, self.bits = module, bits
         self.running: Range | None = None
-        self._generator, self._memory = generator, memory
+        self._generator, self._memory, self._ranges = generator, memory, ranges
         self._per = 1 if isinstance(module, TransposedConv) else 0  # dimension of the weight's output channels
         self._around = around(module, self._run, self)
 
@@ -403,12 +412,19 @@ class QuantisedLayer:
         output: Tensor = forward_with(self.module, weight, forward, x, *args, **kwargs)
         if bits.gradient == 32:
             return output
-        return gradient_through(output, lambda gradient: quantise(gradient, bits.gradient, generator=self._generator))
+        return gradient_through(output, lambda gradient: quantise(
+            gradient, bits.gradient, self._range_of(gradient), generator=self._generator
+        ))  # fmt: skip
+
+    def _range_of(self, x: Tensor) -> Range:
+        return range_of(x, None if self._ranges == "batch" else 0)
 
     def _bounds(self, x: Tensor) -> Range:
+        if self._ranges == "sample":
+            return self._range_of(x)
         if not self.module.training and self.running is not None:
             return self.running
-        seen = range_of(x)
+        seen = self._range_of(x)
         if self.module.training and torch.is_grad_enabled():
             self.running = averaged(self.running, seen, self._memory)
         return seen

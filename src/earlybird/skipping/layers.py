@@ -9,7 +9,9 @@ with probability
 
 where cost_l is the block's MACs, relative to the mean block's. The price is moved after each step so that the share of
 the residual blocks' MACs that is run comes to ``layer_share``; where they are worth the most is what the gates learn
-(`Multiplier`).
+(`Multiplier`). With ``layer_cost='seconds'``, both are measured seconds in the place of MACs: all blocks of a ResNet
+for small images have as many MACs, and the first ones take four times as long as the last on a CPU, so that gates
+which spare MACs need not spare time.
 
 What it saves: measured seconds, counted MACs and modelled joules of the samples that pass by a block, in both passes of
 training and in inference, since samples are gathered (`earlybird.skipping.gather`). It does *not* pay in shallow
@@ -47,6 +49,7 @@ from torch import Tensor, nn
 
 from earlybird.blocks import (
     Block,
+    block_seconds,
     check_free,
     counted,
     find_blocks,
@@ -54,7 +57,7 @@ from earlybird.blocks import (
     found_again,
     patterns_from,
 )
-from earlybird.calls import Hook, after_gradients, around, first_sample, given_optimizers, processes, unwrapped
+from earlybird.calls import Call, Hook, after_gradients, around, first_sample, given_optimizers, processes, unwrapped
 from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for
@@ -83,7 +86,10 @@ class LayerSkipping:
         InputError: A value is out of its range; the message names it.
     """
 
-    layer_share: float = option(0.6, "Share of the residual blocks' MACs to run, on average, in (0, 1].")
+    layer_share: float = option(0.6, "Share of the residual blocks' cost to run, on average, in (0, 1].")
+    layer_cost: Literal["macs", "seconds"] = option(
+        "macs", "What a block costs, for share and gates: its MACs, or its seconds here, timed as training begins."
+    )
     layer_blocks: tuple[str, ...] = option((), "Names of the blocks, such as 'layers.*.blocks.*'; default: found.")
     layer_control: Literal["price", "penalty"] = option(
         "price", "What holds the share: a price that moves smoothly, or a penalty whose sign flips."
@@ -109,6 +115,7 @@ class LayerSkipping:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer_share", check_share("layer_share", self.layer_share))
         object.__setattr__(self, "layer_blocks", patterns_from("layer_blocks", self.layer_blocks))
+        check_choice("layer_cost", self.layer_cost, ("macs", "seconds"))
         check_choice("layer_control", self.layer_control, ("price", "penalty"))
         check_choice("layer_execution", self.layer_execution, ("gathered", "masked"))
         check_choice("layer_evaluate", self.layer_evaluate, ("sampled", "decided"))
@@ -120,6 +127,11 @@ class LayerSkipping:
         """Return the stretches of a run whose share is at its target, for `earlybird.forecast`; without the gates."""
         if self.layer_share == 1:
             return stretches
+        if self.layer_cost == "seconds":
+            raise InputError(
+                "layer_cost is 'seconds': how many MACs a share of the time is, only training can tell",
+                hint="ask for the bill with layer_cost=macs",
+            )
         found = []
         for stretch in (one.decided("layer_skipping", BLOCKS) for one in stretches):
             blocks = find_blocks(stretch.model, plan.images(), self.layer_blocks)
@@ -155,7 +167,7 @@ class LayerSkipping:
 
         Raises:
             InputError: The model has no residual blocks that keep their shape, those that do not take more than
-                ``layer_share`` already, or another method decides how blocks are run.
+                ``layer_share`` of the MACs already, or another method decides how blocks are run.
         """
         return LayerGates(self, model, optimizer, example_inputs, total_steps, ledger, seed)
 
@@ -166,7 +178,7 @@ class LayerGates:
     Attributes:
         settings: The hyper-parameters.
         blocks: The residual blocks, in the order in which they run.
-        history: One entry every few steps: ``{'step', 'share', 'blocks'}``, the share of the blocks' MACs that was run
+        history: One entry every few steps: ``{'step', 'share', 'blocks'}``, the share of the blocks' cost that was run
             in training since the entry before, and the share of samples that ran each block.
     """
 
@@ -195,6 +207,8 @@ class LayerGates:
         self._tells = False  # the pass under way is one of an evaluation
         self.blocks: list[Block] = []
         self._gated: list[Block] = []
+        self._all_macs: list[int] = []  # of all blocks, for one sample
+        self._timed: tuple[list[int], list[float]] = ([], [])  # MACs of all blocks, and the seconds they took then
         if settings.layer_share < 1:
             self._find(example_inputs, seed)
         self._begin_step()
@@ -206,9 +220,9 @@ class LayerGates:
         # shall find the same gates in whatever order methods were attached
         before = optimizers[0].register_step_pre_hook(Hook(self._before_step, self))
         self._handles: list[Any] = [before, self._passes]
+        self._looking: Any = None  # the hook that waits for the next call of the model
         if self._gated:
-            self._first = model.register_forward_pre_hook(Hook(self._on_first_call, self))
-            self._handles.append(self._first)
+            self._look_at_next_call()
         for index, block in enumerate(self._gated):
             call = lambda forward, x, index=index: self._run(index, forward, x)  # noqa: E731
             self._handles.append(around(block.module, call, self))
@@ -221,7 +235,8 @@ class LayerGates:
         self._gated = [block for block in self.blocks if block.skippable]
         check_free(self._gated)
         check_norms(self._gated)
-        floor = self._count()
+        self._count()
+        floor = self._always
         target = self.settings.layer_share
         if target <= floor:
             raise InputError(
@@ -234,16 +249,19 @@ class LayerGates:
             self._gated, _WIDTHS, 1, rate=self.settings.layer_gate_rate, seed=seed, device=device,
         )  # fmt: skip
 
-    def _count(self) -> float:
-        """Count the blocks as they are now; return the share of their MACs that is always run."""
+    def _count(self) -> None:
+        """Count the blocks as they are now: what they cost, and which share of it is always run."""
         macs = forward_macs(self.blocks, counted(self._model, self._sample))
-        self._macs = [m for m, block in zip(macs, self.blocks) if block.skippable]
-        mean = sum(self._macs) / len(self._macs)
-        self._costs = [m / mean for m in self._macs]
-        always = sum(macs) - sum(self._macs)
-        self._target = (self.settings.layer_share * sum(macs) - always) / sum(self._macs)
-        self._gated_share = sum(self._macs) / sum(macs)
-        return always / sum(macs)
+        self._all_macs = macs
+        spent = self.seconds or macs
+        self._macs, self._spent = (
+            [amount for amount, block in zip(amounts, self.blocks) if block.skippable] for amounts in (macs, spent)
+        )
+        mean = sum(self._spent) / len(self._spent)
+        self._costs = [amount / mean for amount in self._spent]
+        self._gated_share = sum(self._spent) / sum(spent)
+        self._always = 1 - self._gated_share
+        self._target = (self.settings.layer_share - self._always) / self._gated_share
 
     # ---- what users ask ----
 
@@ -252,8 +270,17 @@ class LayerGates:
         return self._ledger.bill()
 
     def status(self) -> dict[str, float | str]:
-        """Return what a progress bar may show: the share of the blocks' MACs that was run lately."""
+        """Return what a progress bar may show: the share of the blocks' cost that was run lately."""
         return {"layers": f"{self.history[-1]['share']:.0%}"} if self.history else {}
+
+    @property
+    def seconds(self) -> list[float] | None:
+        """What each block takes for one sample of a batch, forward and backward, with ``layer_cost='seconds'``.
+
+        Measured in the first training pass, and again after a cut; None before.
+        """
+        macs, seconds = self._timed
+        return seconds if seconds and macs == self._all_macs else None
 
     def executed_per_input(self) -> Tensor | None:
         """Return how many residual blocks each input of the last evaluation ran, in its order, shape (N,), int64.
@@ -268,7 +295,8 @@ class LayerGates:
             block.name: [(entry["step"], entry["blocks"][index]) for entry in self.history]
             for index, block in enumerate(self.blocks)
         }
-        note = f"{self.settings.layer_share:.0%} of the blocks' MACs were to be run."
+        cost = "MACs" if self.settings.layer_cost == "macs" else "time"
+        note = f"{self.settings.layer_share:.0%} of the blocks' {cost} {'were' if cost == 'MACs' else 'was'} to be run."
         return [Trace(title="samples that ran a block", unit="share", series=by_block, note=note)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -281,7 +309,8 @@ class LayerGates:
             "level": self._level,
             "gate": self._gate.state_dict() if self._gated else {},
             "history": [dict(entry) for entry in self.history],
-            "record": [list(self._run_macs), list(self._ran), self._seen],
+            "timed": [list(part) for part in self._timed],
+            "record": [list(self._run_cost), list(self._ran), self._seen],
             "ledger": self._ledger.state_dict() if self._own_ledger else {},
         }
 
@@ -294,8 +323,12 @@ class LayerGates:
             self._gate.load_state_dict(state["gate"])
         self._passes.after_step(self._steps)
         self.history = [dict(entry) for entry in state["history"]]
-        macs, ran, self._seen = state["record"]
-        self._run_macs, self._ran = list(macs), list(ran)
+        cost, ran, self._seen = state["record"]
+        self._run_cost, self._ran = list(cost), list(ran)
+        macs, seconds = state["timed"]
+        self._timed = list(macs), list(seconds)
+        if self._gated:
+            self._look_at_next_call()
         if state["ledger"] and self._own_ledger:
             self._ledger.load_state_dict(state["ledger"])
 
@@ -313,36 +346,58 @@ class LayerGates:
             if block.reader in change.read:
                 self._gate.follow(index, change.read[block.reader])
         self._look_again()
+        self._look_at_next_call()
 
     # ---- what hooks call ----
 
-    def _on_first_call(self, module: nn.Module, args: Any) -> None:
-        """Count the blocks when all methods are attached, so that their order does not matter."""
-        self._first.remove()
-        self._look_again()
+    def _look_at_next_call(self) -> None:
+        """Look at the blocks when the model is called next: all methods are attached by then, whatever their order."""
+        self._looked = False
+        if self._looking is None:
+            hook = self._model.register_forward_pre_hook(Hook(self._on_call, self), with_kwargs=True)
+            self._looking = hook
+            self._handles.append(hook)
+
+    def _on_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._looked:
+            self._look_again()
+            self._looked = True
+        timed = self.settings.layer_cost == "macs" or self.seconds is not None
+        if not timed and module.training and torch.is_grad_enabled():
+            mine = block_seconds(self._model, self.blocks, Call(args, kwargs))
+            everywhere = summed(mine, next(self._model.parameters()).device)
+            self._timed = self._all_macs, [seconds / processes() for seconds in everywhere]
+            self._look_again()
+            timed = True
+            self._offset = self._offset if self._steps else None
         if self._offset is None:
             self._offset = math.log(self._target / (1 - self._target))
+        if not timed:
+            return  # as long as nothing is trained, blocks cost their MACs
+        self._looking.remove()
+        self._handles.remove(self._looking)
+        self._looking = None
 
     def _look_again(self) -> None:
         """Find and count the blocks as they are now."""
         self.blocks = found_again(self.blocks, self._model, self._sample, self.settings.layer_blocks)
         self._gated = [block for block in self.blocks if block.skippable]
-        always = self._count()
+        self._count()
         if self._target < _LEAST:
             warnings.warn(
-                f"blocks that always run take {always:.3g} of the blocks' MACs by now: "
+                f"blocks that always run take {self._always:.3g} of the blocks' {self.settings.layer_cost} by now: "
                 f"layer_share = {self.settings.layer_share:g} cannot be met any more",
                 stacklevel=2,
             )
             self._target = _LEAST
 
     def _begin_step(self) -> None:
-        self._excess, self._possible = 0.0, 0.0  # MACs that were run above the target, and could have been run
+        self._excess, self._possible = 0.0, 0.0  # cost that was run above the target, and could have been run
         self._scores: list[tuple[int, Tensor, Tensor]] = []  # of each block and pass: number, scores and chances
 
     def _begin_record(self) -> None:
         self._ran, self._seen = [0.0] * len(self._gated), 0.0  # samples, by block, and of all
-        self._run_macs = [0.0, 0.0]  # MACs of the gated blocks, and what they would have been
+        self._run_cost = [0.0, 0.0]  # of the gated blocks, and what it would have been
 
     def _begin_pass(self, count: int, *, training: bool) -> None:
         # batch norms that train while all else evaluates have their statistics estimated: nobody looks at the outputs
@@ -396,8 +451,8 @@ class LayerGates:
 
     def _record(self, index: int, runs: Tensor, ran: int, probes: int, *, learns: bool) -> None:
         """Count a batch: samples that run a block, ``runs`` (N,) and how many that is, and probes."""
-        block, macs, count = self._gated[index], self._macs[index], len(runs)
-        gate = count * self._gate.macs(index) / macs  # in samples of the block
+        block, count, cost = self._gated[index], len(runs), self._spent[index]
+        gate = count * self._gate.macs(index) / self._macs[index]  # in samples of the block
         for ledger in self._passes.ledgers if self.settings.layer_execution == "gathered" else ():
             ledger.reroute(block.layers, count - ran, None, training=learns)
             ledger.reroute(block.layers, -probes, None, training=False)  # forward passes more
@@ -405,12 +460,12 @@ class LayerGates:
         if self._tells:
             self._executed[-1] += runs
         if learns:
-            self._excess += macs * (ran - self._target * count)
-            self._possible += macs * count
+            self._excess += cost * (ran - self._target * count)
+            self._possible += cost * count
             self._ran[index] += ran
             self._seen += count / len(self._gated)
-            self._run_macs[0] += macs * ran
-            self._run_macs[1] += macs * count
+            self._run_cost[0] += cost * ran
+            self._run_cost[1] += cost * count
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         return after_gradients(args, kwargs, self._on_gradients)
@@ -420,8 +475,8 @@ class LayerGates:
         if not self._gated:
             return
         device = next(self._model.parameters()).device
-        # by how much the mean falls with the price, in MACs
-        slopes = [self._macs[at] * self._costs[at] * (p * (1 - p)).sum() for at, _, p in self._scores]
+        # by how much the mean falls with the price
+        slopes = [self._spent[at] * self._costs[at] * (p * (1 - p)).sum() for at, _, p in self._scores]
         slope = float(torch.stack(slopes).sum()) if slopes else 0.0
         excess, possible, slope = summed([self._excess, self._possible, slope], device)
         if possible:
@@ -439,12 +494,12 @@ class LayerGates:
     def _follow_level(self, device: torch.device) -> None:
         """Let the level follow that at which the target share of this step's blocks would have been decided to run."""
         scores = torch.cat([scores / self._costs[at] for at, scores, _ in self._scores])
-        costs = torch.cat([torch.full_like(scores, self._macs[at]) for at, scores, _ in self._scores])
+        costs = torch.cat([torch.full_like(scores, self._spent[at]) for at, scores, _ in self._scores])
         seen = summed([level_for(scores, costs, self._target)], device)[0] / processes()
         self._level = seen if self._level is None else _MEMORY * self._level + (1 - _MEMORY) * seen
 
     def _add_to_history(self, device: torch.device) -> None:
-        run, possible, seen, *ran = summed([*self._run_macs, self._seen, *self._ran], device)
+        run, possible, seen, *ran = summed([*self._run_cost, self._seen, *self._ran], device)
         self._begin_record()
         if not seen:
             return
