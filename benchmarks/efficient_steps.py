@@ -49,8 +49,7 @@ TASKS = {
         "Bits: ResNet-20, half width, 10,000 images of CIFAR-10, 10 epochs", "resnet20-cifar10",
         {"width": 0.5, "epochs": 10, **_FEW},
         contestants=(
-            "dense", "eight", "six", "ladder", "even-ladder", "ladder-published", "reversed", "fractional",
-            "fractional-published", "random-bits",
+            "dense", "eight", "six", "ladder", "ladder-published", "reversed", "fractional", "random-bits",
         ),
     ),
     "signs": Task(
@@ -119,20 +118,20 @@ CONTESTANTS = {
     ),
     "ladder": Contestant("**progressive precision**", "ours", {"method": "progressive_precision"}),
     "ladder-published": Contestant(
-        "progressive precision, ranges of the batch", "ours",
-        {"method": "progressive_precision", "ladder_ranges": "batch"},
+        "progressive precision as published, but with a deadline", "ours",
+        {
+            "method": "progressive_precision", "ladder_ranges": "batch", "gradient_ladder": "6,6,8,8",
+            "first_rung_until": "none", "last_rung_by": "75%",
+        },
     ),
     "reversed": Contestant(
         "the ladder turned round", "speed-up",
         {
-            "method": "progressive_precision", "forward_ladder": "8,6,4,3", "gradient_ladder": "8,8,6,6",
+            "method": "progressive_precision", "forward_ladder": "8,6,4,3", "gradient_ladder": "8,6,6,6",
             "ladder_may_fall": True,
         },
     ),
     "fractional": Contestant("**fractional precision** (FracTrain)", "ours", _FRACTIONAL),
-    "fractional-published": Contestant(
-        "fractional precision, ranges of the batch", "ours", {**_FRACTIONAL, "fractional_ranges": "batch"}
-    ),
     "random-bits": Contestant(
         "random bits of the same mean", "speed-up", {**_FRACTIONAL, "fractional_choice": "random"}
     ),

@@ -96,7 +96,10 @@ def full(work: Path) -> list[Job]:
         ("speedrun_cifar10", ["--tasks", "speedrun"]),
         ("few_images", ["--tasks", "half,full", *together]),
         ("networks", ["--tasks", "resnet20,resnet18,preact_resnet29,mobilenet_v2", *together]),
-        ("efficient_steps", ["--tasks", "dropping,skipping,ladder,signs,operations,search,together", *together]),
+        (
+            "efficient_steps",
+            ["--tasks", "dropping,skipping,skipping-time,ladder,signs,e2,operations,search,together", *together],
+        ),
         ("tickets", ["--tasks", "imp-mnist,imp-fashion,dynamic,kd,elastic,structure,sanity,sanity-plain"]),
         ("early_bert", ["--tasks", "sst2,scratch,mlm"]),
         ("paper_figures", ["--work", str(work / "paper"), *together]),

@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 
@@ -25,10 +27,14 @@ def operands(shape, outputs, window, dtype=torch.float64, seed=0):
     return [torch.randn(one, generator=generator, dtype=dtype) for one in shapes]
 
 
-@pytest.fixture(params=["kernel", "pytorch"])
+@pytest.fixture(params=["kernel", "pytorch", "triton"])
 def way(request, monkeypatch):
-    """The compiled kernel, and what is done without one."""
-    if request.param == "pytorch":
+    """The compiled kernel, what is done without one, and the kernels for GPUs, here by Triton's interpreter."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="Triton has no build for this system")
+        kernels = importlib.import_module("earlybird.arithmetic.add_triton")
+        monkeypatch.setattr(add_kernel, "_triton", lambda device: kernels)
+    elif request.param == "pytorch":
         monkeypatch.setattr(add_kernel, "_kernel", lambda: None)
     elif add_kernel._kernel() is None:
         pytest.skip("the kernel cannot be compiled here")

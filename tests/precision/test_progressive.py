@@ -64,7 +64,9 @@ def test_off_a_real_rung_the_model_computes_as_before():
 
 
 def test_rungs_and_their_usual_gradients():
-    assert [str(rung) for rung in ProgressivePrecision().rungs] == ["3/6", "4/6", "6/8", "8/8"]
+    assert [str(rung) for rung in ProgressivePrecision().rungs] == ["3/6", "4/6", "6/6", "8/8"]
+    published = ProgressivePrecision(**ProgressivePrecision.PRESETS["published"])
+    assert [str(rung) for rung in published.rungs] == ["3/6", "4/6", "6/8", "8/8"]
     assert [str(rung) for rung in ProgressivePrecision(forward_ladder=(4, 12, "fp32")).rungs] == [
         "4/6",
         "12/16",
@@ -122,22 +124,48 @@ def test_turning_points_of_a_made_up_loss_raise_the_bits():
     losses = [3.0, 2.0, 2.0, 1.5, 1.5, 1.2, 1.2, 1.0]
     steps(model, optimizer, running, 8, told=lambda step: losses[step])
     assert moves(running) == [
-        (0, "3/6", "start"), (3, "4/6", "turning point"), (5, "6/8", "turning point"), (7, "8/8", "turning point"),
+        (0, "3/6", "start"), (3, "4/6", "turning point"), (5, "6/6", "turning point"), (7, "8/8", "turning point"),
     ]  # fmt: skip
     assert running.status() == {"bits": "8/8"}
 
 
 def test_a_loss_that_stands_still_in_the_warm_up_has_not_begun_to_fall():
-    model, optimizer, running = begin(turning_every="1it", turning_from="4it", turning_window=2)
+    model, optimizer, running = begin(turning_every="1it", turning_from="4it", turning_window=2, first_rung_until="8it")
     steps(model, optimizer, running, 7, told=lambda step: [2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0][step])
     assert moves(running) == [(0, "3/6", "start"), (7, "4/6", "turning point")]
     assert running.turning.early == [2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0]
 
 
-def test_the_deadline_forces_the_last_rung():
-    model, optimizer, running = begin(turning_every="1it", turning_window=3, turning_threshold=0.0, last_rung_by="50%")
+@pytest.mark.parametrize(
+    ("first", "moved"),
+    [
+        ("none", [(10, "8/8")]),
+        ("15%", [(3, "4/6"), (7, "6/6"), (10, "8/8")]),  # the middle of 3 and 10 is 6.5
+        ("60%", [(10, "8/8")]),
+    ],
+)
+def test_deadlines_force_the_rungs(first, moved):
+    model, optimizer, running = begin(
+        turning_every="1it", turning_window=3, turning_threshold=0.0, first_rung_until=first, last_rung_by="50%"
+    )
     steps(model, optimizer, running, 12, told=lambda step: 10.0 - step)
-    assert moves(running) == [(0, "3/6", "start"), (10, "8/8", "deadline")]
+    assert moves(running) == [(0, "3/6", "start"), *((step, bits, "deadline") for step, bits in moved)]
+
+
+def test_losses_from_before_a_deadline_make_no_turning_point_after_it():
+    model, optimizer, running = begin(
+        turning_every="1it", turning_from="0it", turning_window=4, first_rung_until="3it", last_rung_by="18it"
+    )
+    steps(model, optimizer, running, 8, told=lambda step: 1.0)
+    assert moves(running) == [(0, "3/6", "start"), (3, "4/6", "deadline"), (7, "6/6", "turning point")]
+
+
+def test_two_rungs_have_one_deadline():
+    model, optimizer, running = begin(
+        forward_ladder="4,8", turning_every="1it", turning_threshold=0.0, last_rung_by="50%"
+    )
+    steps(model, optimizer, running, 12, told=lambda step: 10.0 - step)
+    assert moves(running) == [(0, "4/6", "start"), (10, "8/8", "deadline")]
 
 
 def test_points_of_ones_own_need_no_loss():
@@ -146,7 +174,7 @@ def test_points_of_ones_own_need_no_loss():
         functional.cross_entropy(model(batch(step)[0]), batch(step)[1]).backward()
         optimizer.step()
     assert moves(running) == [(0, "3/6", "start")] + [
-        (step, bits, "schedule") for step, bits in ((2, "4/6"), (4, "6/8"), (6, "8/8"))
+        (step, bits, "schedule") for step, bits in ((2, "4/6"), (4, "6/6"), (6, "8/8"))
     ]
 
 

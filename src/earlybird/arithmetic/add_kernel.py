@@ -8,9 +8,10 @@ are thousands of times as large as the image; neither way below ever holds one:
 
 - On a CPU, ``add_kernel.cpp`` is compiled at its first use (`earlybird.kernels.compiled`). It works on the image as
   it lies there; beside images laid out (N, H, W, C), it needs as much memory as one copy of the filters.
+- On a GPU, the same is done in Triton (`earlybird.arithmetic.add_triton`), which comes with PyTorch's CUDA builds.
 - Otherwise PyTorch does it: `torch.cdist` and a loop over outputs, on as many unfolded patches at a time as fit into
-  `BUDGET_BYTES`. So it is on GPUs, for which there is no kernel of our own, and, several times slower and with a
-  warning, on CPUs without a compiler.
+  `BUDGET_BYTES`. So it is, several times slower and with a warning, on CPUs without a compiler, and on GPUs without
+  Triton.
 
 Both compute in float32, or in float64 where that is asked for. Their sums differ in the order of additions only.
 """
@@ -19,9 +20,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +53,9 @@ def distances(x: Tensor, filters: Tensor, window: Window) -> Tensor:
     Returns:
         (N, O, H', W') in the order of memory of ``x``.
     """
+    gpu = _triton(x.device)
+    if gpu is not None:
+        return gpu.distances(x, filters, window)  # type: ignore[no-any-return]
     kernel = _kernel() if x.device.type == "cpu" else None
     if kernel is None:
         return distances_by_pytorch(x, filters, window)
@@ -72,6 +79,9 @@ def input_gradient(x: Tensor, filters: Tensor, gradient: Tensor, window: Window)
     Returns:
         (N, C, H, W) in the order of memory of ``x``.
     """
+    gpu = _triton(x.device)
+    if gpu is not None:
+        return gpu.input_gradient(x, filters, gradient, window)  # type: ignore[no-any-return]
     kernel = _kernel() if x.device.type == "cpu" else None
     if kernel is None:
         return input_gradient_by_pytorch(x, filters, gradient, window)
@@ -177,6 +187,19 @@ class _Kernel:
             ctypes.c_int(x.dtype == torch.float64),
             ctypes.c_int(torch.get_num_threads()),
         )
+
+
+def _triton(device: torch.device) -> Any:
+    """Return the module of the kernels for a GPU, or None: it is another device, or there is no Triton."""
+    return _triton_kernels() if device.type == "cuda" else None
+
+
+@functools.cache
+def _triton_kernels() -> Any:
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn("add layers are slow on this GPU without Triton: pip install triton", stacklevel=4)
+        return None
+    return importlib.import_module("earlybird.arithmetic.add_triton")
 
 
 @functools.cache

@@ -19,9 +19,11 @@ switched inside of the model's call, in any loop; 'int8' is bf16 with the forwar
 The loss is a matter of the loop. It tells it by ``observe(loss)``, before each ``optimizer.step()``; the shipped loop
 does so. A ladder with points of its own (``rungs_at``) needs none.
 
-Deviations of the default, each with the published behaviour under ``PRESETS['published']``: looks and deadline are
-shares of the run instead of 400 steps and none, since turning points that never come would end the run in 3 bits; and a
-loss that has not yet begun to fall, as when the rate is still warming up, is no turning point.
+Deviations of the default, each with the published behaviour under ``PRESETS['published']``: looks are shares of the
+run instead of 400 steps; a loss that has not yet begun to fall, as when the rate is still warming up, is no turning
+point; each rung has a deadline, since turning points that never come would end the run in 3 bits, and the first one an
+early one, since 3 bits teach little after the warm-up; 6 bits have gradients of 6 bits (published: 8); and each sample
+has ranges of its own (``ladder_ranges``).
 Depthwise convolutions keep at least 8 bits of values and 16 of gradients, as published for MobileNetV2.
 """
 
@@ -43,7 +45,7 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.precision.int8 import ARITHMETIC, Int8Layer, check_device, wide
 from earlybird.precision.quantize import Bits, QuantisedLayer, check_bits, declare, quantisable, seed_of_step
-from earlybird.precision.turning_points import Stages, TurningPoints
+from earlybird.precision.turning_points import Stages, TurningPoints, deadlines
 from earlybird.settings import check_choice, check_count, check_number, option
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch, after, computing
@@ -102,7 +104,7 @@ class ProgressivePrecision:
         "Bits of activations and weights, rung by rung: 1 to 16 (simulated), 'int8', 'bf16' or 'fp32' (real).",
     )
     gradient_ladder: tuple[int | str, ...] | str | None = option(
-        None, "Bits of gradients, rung by rung; by default 6 for rungs of up to 4 bits, 8 up to 8, else 16."
+        None, "Bits of gradients, rung by rung; by default 6 for rungs of up to 6 bits, 8 up to 8, else 16."
     )
     rungs_at: tuple[Step, ...] | None = option(
         None, "When each rung but the first begins, such as '25%,50%,75%', instead of at turning points."
@@ -114,8 +116,11 @@ class ProgressivePrecision:
     turning_window: int = option(5, "Looks that are compared, the newest included.")
     turning_threshold: float = option(0.05, "Largest difference of losses that is a standstill, of the early loss.")
     turning_decay: float = option(0.3, "What each turning point multiplies the threshold by, in (0, 1].")
+    first_rung_until: Step | None = option(
+        Step.parse("15%"), "When the second rung begins, turning point or not; those up to the last follow evenly."
+    )
     last_rung_by: Step | None = option(
-        Step.parse("75%"), "When the last rung begins, turning points or not; 'none' waits for them."
+        Step.parse("85%"), "When the last rung begins, turning points or not; 'none' waits for them."
     )
     ladder_ranges: Literal["batch", "sample"] = option(
         "sample", "Ranges of activations and gradients: one for the batch, or one for each sample."
@@ -130,14 +135,16 @@ class ProgressivePrecision:
         "published": {
             "turning_every": Step.parse("400it"),
             "turning_from": Step(),
+            "first_rung_until": None,
             "last_rung_by": None,
+            "gradient_ladder": "6,6,8,8",
             "ladder_ranges": "batch",
         },
         "fast": {"forward_ladder": "bf16,fp32", "rungs_at": (Step.parse("80%"),)},
     }
 
     def __post_init__(self) -> None:
-        for name in ("turning_every", "turning_from", "last_rung_by"):
+        for name in ("turning_every", "turning_from", "first_rung_until", "last_rung_by"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value in (None, "none") else Step.parse(value))
         if self.turning_every in (None, Step()) or self.turning_from is None:
@@ -182,7 +189,7 @@ class ProgressivePrecision:
     def forecast(self, stretches: list[Stretch], plan: Plan) -> list[Stretch]:
         """Return the stretches of a run with fewer bits, for `earlybird.forecast`.
 
-        Turning points are taken to lie evenly up to the last rung's deadline, or to the end where there is none.
+        Rungs are taken to begin at their deadlines, or evenly up to the last one's, or to the end where it has none.
         """
         total = round(sum(stretch.steps for stretch in stretches))
         per_epoch = round(plan.steps_per_epoch * total / plan.total_steps)
@@ -190,8 +197,9 @@ class ProgressivePrecision:
         if self.rungs_at is not None:
             points = [0, *(point.in_iterations(per_epoch, total) for point in self.rungs_at)]
         else:
-            last = total if self.last_rung_by is None else self.last_rung_by.in_iterations(per_epoch, total)
-            points = [round(number * last / max(len(rungs) - 1, 1)) for number in range(len(rungs))]
+            due = deadlines(len(rungs), self.first_rung_until, self.last_rung_by, per_epoch, total) or [total]
+            evenly = [round(number * due[-1] / max(len(rungs) - 1, 1)) for number in range(len(rungs))]
+            points = evenly if self.first_rung_until is None or self.last_rung_by is None else [0, *map(round, due)]
         for rung, point in zip(rungs, points):
 
             def bits(model: nn.Module, rung: Rung = rung) -> dict[nn.Module, Arithmetic | None]:
@@ -261,8 +269,8 @@ class PrecisionLadder:
         self._rungs, self._steps, self._seed = settings.rungs, 0, seed
         self._stages = Stages(
             "rungs_at", len(self._rungs), points=settings.rungs_at or (), every=settings.turning_every,
-            warm_up=settings.turning_from, last_by=settings.last_rung_by, turning=self.turning,
-            steps_per_epoch=steps_per_epoch, total_steps=total_steps,
+            warm_up=settings.turning_from, first_until=settings.first_rung_until, last_by=settings.last_rung_by,
+            turning=self.turning, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
         )  # fmt: skip
         self._model = model = unwrapped(model)
         optimizers = given_optimizers(optimizer)
@@ -433,8 +441,8 @@ def _rung(forward: int | str, gradient: int | str) -> Rung:
 
 
 def _usual_gradient(forward: int) -> int:
-    """Return the published bits of gradients that go with those of values."""
-    return 6 if forward <= 4 else 8 if forward <= 8 else 16
+    """Return the bits of gradients that go with those of values where none are named."""
+    return 6 if forward <= 6 else 8 if forward <= 8 else 16
 
 
 def _check_rises(rungs: Sequence[Rung]) -> None:

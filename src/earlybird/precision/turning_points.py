@@ -102,8 +102,21 @@ class TurningPoints:
         self._threshold, self._sum, self._count = state["threshold"], state["sum"], state["count"]
 
 
+def deadlines(
+    count: int, first_until: Step | None, last_by: Step | None, steps_per_epoch: int | None, total_steps: int | None
+) -> list[float]:
+    """Return the step by which each stage but the first begins, of ``count``; see `Stages`. None is after the last."""
+    if last_by is None or count < 2:
+        return []
+    last = last_by.in_iterations(steps_per_epoch, total_steps)
+    if first_until is None or count == 2:
+        return [last] * (count - 1)
+    first = min(first_until.in_iterations(steps_per_epoch, total_steps), last)
+    return [first + (last - first) * number / (count - 2) for number in range(count - 1)]
+
+
 class Stages:
-    """When each of several stages of a run begins: at points, or at turning points, the last one by a deadline.
+    """When each of several stages of a run begins: at points, or at turning points, or by deadlines if none comes.
 
     Args:
         name: Of the setting that has the points.
@@ -111,6 +124,8 @@ class Stages:
         points: When all but the first begin; none for turning points.
         every: How often the loss is looked at.
         warm_up: Until when a loss that stands still has not begun to fall.
+        first_until: When the second stage begins, turning point or not; those between it and the last follow evenly.
+            None for the last one's deadline alone.
         last_by: When the last stage begins, turning points or not; None waits for them.
         turning: The indicator.
         steps_per_epoch: Optimizer steps in an epoch; needed when a point is given in epochs.
@@ -128,6 +143,7 @@ class Stages:
         points: Sequence[Step],
         every: Step,
         warm_up: Step,
+        first_until: Step | None = None,
         last_by: Step | None,
         turning: TurningPoints,
         steps_per_epoch: int | None,
@@ -139,7 +155,7 @@ class Stages:
         self._points = [point.in_iterations(*length) for point in points]
         self._look_every = max(every.in_iterations(*length), 1) if by_loss else 0
         self._warm_from = warm_up.in_iterations(*length) if by_loss else 0
-        self._deadline = last_by.in_iterations(*length) if by_loss and last_by is not None else None
+        self._deadlines = deadlines(count, first_until, last_by, *length) if by_loss else []
         end = [] if total_steps is None else [total_steps]
         if points and any(later <= earlier for earlier, later in pairwise((0, *self._points, *end))):
             raise InputError(
@@ -158,7 +174,9 @@ class Stages:
             return stage, ""
         if self._points:
             return sum(steps >= point for point in self._points), "schedule"
-        if self._deadline is not None and steps >= self._deadline:
-            return self._last, "deadline"
+        due = sum(steps >= deadline for deadline in self._deadlines)
+        if due > stage:
+            self._turning.losses = []  # as at a turning point
+            return due, "deadline"
         turned = steps % self._look_every == 0 and self._turning.look(warm=steps > self._warm_from)
         return stage + turned, "turning point"
