@@ -6,9 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from earlybird.skipping import gather
 from earlybird.skipping.gather import FEW, Choice, run_on
 from tests.tickets.topologies import BasicBlock, PreActBlock
 
+CLOSE = {
+    torch.bfloat16: {"rtol": 0.02, "atol": 0.05},  # PyTorch rounds the difference to bfloat16 before it multiplies
+    torch.float32: {"rtol": 1e-5, "atol": 1e-4},
+    torch.float64: {"rtol": 1e-5, "atol": 1e-4},  # sums are float32
+}
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
@@ -198,3 +204,48 @@ def test_a_block_that_no_sample_runs_is_not_called_and_its_weights_go_on_by_mome
     optimizer.step()
     assert torch.equal(x.grad, torch.ones_like(x))
     assert not torch.equal(one.conv1.weight, before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(3, 1, 1), (5, 7, 9), (64, 5, 5)])
+def test_the_kernel_does_what_pytorch_does(layout, dtype, size, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+
+    def images(count):
+        return torch.randn(count, *size, generator=generator).to(dtype).contiguous(memory_format=layout)
+
+    x, values, outputs, gradient = images(6), images(3), images(3), images(6)
+    rows = torch.tensor([0, 3, 5])
+    cases = [
+        lambda: gather._put(x, rows, values),
+        lambda: gather._put(x, rows[:0], values[:0]),
+        lambda: gather._put(x[1:4], torch.tensor([1]), values[2:]),
+        lambda: gather._worth(outputs, values, gradient, rows),
+        lambda: gather._worth(outputs, values, gradient[2:5], None),
+    ]
+    ours = [case() for case in cases]
+    monkeypatch.setattr(gather, "_kernel", lambda: None)
+    for mine, case in zip(ours, cases, strict=True):
+        theirs = case()
+        assert mine.stride() == theirs.stride()
+        torch.testing.assert_close(mine, theirs, **CLOSE[dtype])
+    assert torch.equal(ours[0], put_by_index(x, rows, values))
+
+
+def put_by_index(x, rows, values):
+    copy = x.clone()
+    copy[rows] = values
+    return copy
+
+
+def test_what_is_not_dense_or_of_another_order_is_left_to_pytorch():
+    x = torch.randn(4, 6, 5, 5).contiguous(memory_format=torch.channels_last)
+    values = torch.randn(2, 6, 5, 5)
+    rows = torch.tensor([1, 2])
+    assert gather._kernel_for(x, values) is None
+    assert gather._kernel_for(x[:, ::2], values[:, ::2]) is None
+    assert gather._kernel_for(x, values.to("meta")) is None
+    for image in (x, x[:, ::2], x.transpose(2, 3)[..., 1:]):
+        part = values[:, : image.shape[1], :, : image.shape[3]]
+        assert torch.equal(gather._put(image, rows, part), put_by_index(image, rows, part))

@@ -23,7 +23,7 @@ __all__ = ["library", "load"]
 _FLAGS = ("-O3", "-march=native", "-fopenmp")
 
 
-def load(source: Path, what: str) -> ctypes.CDLL | None:
+def load(source: Path, what: str, loss: str = "several times slower") -> ctypes.CDLL | None:
     """Return the library of a source, compiled if this machine has not done so before; None where that fails.
 
     Then a warning says why.
@@ -31,14 +31,14 @@ def load(source: Path, what: str) -> ctypes.CDLL | None:
     Args:
         source: C++.
         what: Runs slower without it, in the plural, for the warning.
+        loss: How much slower, for the warning.
     """
     try:
         return ctypes.CDLL(str(library(source)))
     except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
-            f"{what} run without their compiled kernel, several times slower ({reason}); it needs a C++ compiler "
-            "and ninja",
+            f"{what} run without their compiled kernel, {loss} ({reason}); it needs a C++ compiler and ninja",
             stacklevel=3,
         )
         return None

@@ -3,7 +3,8 @@
     out[i] = block(x)[i]  for the samples that run        out[i] = x[i]  for all others
 
 so that time falls with the samples that are left out, forward and backward. What it costs is copying: of N samples of
-which n run, some 2N + 4n are read or written in either pass.
+which n run, 2N + 2n are read or written in either pass. A compiled kernel (`gather.cpp`, see
+`earlybird.kernels.compiled`) does it on a CPU; where there is none, PyTorch, which reads and writes some of it twice.
 
 Batch norms see the samples that run and no others. With fewer than `FEW` of them the statistics of the batch would be
 noise (of one sample on one pixel, there are none): then the block's batch norms use their running statistics, as in
@@ -14,7 +15,10 @@ not none, so that momentum and weight decay go on as they do where outputs are m
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +28,13 @@ from torch.autograd.function import once_differentiable
 from earlybird.blocks import Block
 from earlybird.calls import processes
 from earlybird.errors import InputError
+from earlybird.kernels import compiled
+from earlybird.kernels.eager import is_eager
 from earlybird.tickets.layers import BatchNorm
 
 __all__ = ["FEW", "Choice", "check_norms", "run_on"]
+
+SOURCE = Path(__file__).with_suffix(".cpp")
 
 FEW = 4
 """Samples, below which the batch norms of a block that leaves others out use their running statistics."""
@@ -135,12 +143,58 @@ def _taken(x: Tensor, rows: Tensor) -> Tensor:
     return taken if ordered is x else taken.permute(0, 3, 1, 2)
 
 
+@functools.cache
+def _kernel() -> ctypes.CDLL | None:
+    library = compiled.load(SOURCE, "blocks that some samples skip", "a few percent slower")
+    if library is not None:
+        address, size = ctypes.c_void_p, ctypes.c_int64
+        library.earlybird_merge.argtypes = (address, address, address, size, size, size, address, ctypes.c_int)
+        library.earlybird_worth.argtypes = (
+            address, address, address, address, size, size, ctypes.c_int, address, ctypes.c_int,
+        )  # fmt: skip
+        library.earlybird_merge.restype = library.earlybird_worth.restype = None
+    return library
+
+
+def _kernel_for(*tensors: Tensor) -> ctypes.CDLL | None:
+    """Return the kernel, if it takes these: on a CPU, of one type, their samples dense and in one order of memory."""
+    first = tensors[0]
+    if not all(is_eager(x) and x.device.type == "cpu" and x.dtype == first.dtype for x in tensors):
+        return None
+    last = _by_memory(first) is not first
+    dense = all(_by_memory(x).is_contiguous() and (_by_memory(x) is not x) == last for x in tensors)
+    return _kernel() if dense else None
+
+
 def _put(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     """Return a copy of ``x`` with ``values`` in some of its rows."""
+    kernel = _kernel_for(x, values)
+    if kernel is not None:
+        merged = torch.empty_like(x)
+        kernel.earlybird_merge(
+            x.data_ptr(), values.data_ptr(), rows.data_ptr(), len(x), len(rows),
+            x[0].numel() * x.element_size(), merged.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return merged
     copy = x.clone()
     ordered = _by_memory(copy)
     ordered.index_copy_(0, rows, values if ordered is copy else values.permute(0, 2, 3, 1))
     return copy
+
+
+def _worth(outputs: Tensor, inputs: Tensor, gradient: Tensor, rows: Tensor | None) -> Tensor:
+    """Return <gradient, outputs - inputs> for each sample, float32 (n,); ``rows`` are its samples', None for all."""
+    kernel = _kernel_for(outputs, inputs, gradient) if outputs.dtype in (torch.float32, torch.bfloat16) else None
+    if kernel is not None:
+        worth = torch.empty(len(outputs), dtype=torch.float32)
+        kernel.earlybird_worth(
+            outputs.data_ptr(), inputs.data_ptr(), gradient.data_ptr(), None if rows is None else rows.data_ptr(),
+            len(outputs), inputs[0].numel(), outputs.dtype == torch.bfloat16, worth.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return worth
+    product = (outputs - inputs).mul_(gradient if rows is None else _taken(gradient, rows))
+    return product.sum(tuple(range(1, product.ndim)), dtype=torch.float32)
 
 
 class _Gather(torch.autograd.Function):
@@ -188,10 +242,7 @@ class _Credit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         rows, outputs, inputs, weight = ctx.saved_tensors
-        seen = gradient if rows is None else _taken(gradient, rows)
-        product = (outputs - inputs).mul_(seen)
-        worth = product.sum(tuple(range(1, product.ndim)), dtype=torch.float32)
-        return gradient, worth * weight, None, None, None, None
+        return gradient, _worth(outputs, inputs, gradient, rows) * weight, None, None, None, None
 
 
 class _Untouched(torch.autograd.Function):
