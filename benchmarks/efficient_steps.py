@@ -41,15 +41,16 @@ TASKS = {
         contestants=("dense", "skipping", "stochastic-depth", "shallower"),
     ),
     "skipping-time": Task(
-        "Layer skipping: ResNet-38, 10,000 images of CIFAR-10, 10 epochs", "resnet20-cifar10",
-        {"model": "resnet38", "epochs": 10, **_FEW},
-        contestants=("dense", "skipping", "skipping-seconds", "stochastic-depth", "shallower"),
+        "Layer skipping: ResNet-38, 10,000 images of CIFAR-10, 8 epochs", "resnet20-cifar10",
+        {"model": "resnet38", "epochs": 8, **_FEW},
+        contestants=("dense", "skipping", "skipping-seconds", "stochastic-depth"),
     ),
     "ladder": Task(
         "Bits: ResNet-20, half width, 10,000 images of CIFAR-10, 10 epochs", "resnet20-cifar10",
         {"width": 0.5, "epochs": 10, **_FEW},
         contestants=(
-            "dense", "eight", "six", "ladder", "ladder-published", "reversed", "fractional", "random-bits",
+            "dense", "eight", "six", "ladder", "ladder-points", "ladder-published", "reversed", "fractional",
+            "random-bits",
         ),
     ),
     "signs": Task(
@@ -58,9 +59,9 @@ TASKS = {
         contestants=("dense", "sign-sgd", "signs"),
     ),
     "e2": Task(
-        "E2-Train: ResNet-38, half width, 10,000 images of CIFAR-10, 10 epochs", "resnet20-cifar10",
-        {"model": "resnet38", "width": 0.5, "epochs": 10, **_FEW},
-        contestants=("full-precision", "dense", "e2", "e2-longer"),
+        "E2-Train: ResNet-38, half width, 10,000 images of CIFAR-10, 8 epochs", "resnet20-cifar10",
+        {"model": "resnet38", "width": 0.5, "epochs": 8, **_FEW},
+        contestants=("full-precision", "e2", "e2-longer"),
     ),
     "operations": Task(
         "Operations: small CNN, half width, Fashion-MNIST, 4 epochs", "digits",
@@ -73,9 +74,9 @@ TASKS = {
         contestants=("dense", "ticket", "ticket-8-bit"),
     ),
     "together": Task(
-        "Together: ResNet-38, 10,000 images of CIFAR-10, 10 epochs", "resnet20-cifar10",
-        {"model": "resnet38", "epochs": 10, **_FEW},
-        contestants=("dense", "wide-ticket", "wide-ticket-shorter", "ticket-dropping", "all"),
+        "Together: ResNet-20, 5,000 images of CIFAR-10, 20 epochs", "resnet20-cifar10",
+        {"epochs": 20, "train_images": 5_000, "evaluate_every": "10ep"},
+        contestants=("wide-ticket", "wide-ticket-shorter", "wide-ticket-resized", "ticket-dropping", "all"),
     ),
     "quick": Task(
         "Small CNN, digits, 2 epochs (shows that it runs, proves nothing)", "digits", {"epochs": 2, "width": 0.25},
@@ -117,6 +118,10 @@ CONTESTANTS = {
         {"method": "progressive_precision", "forward_ladder": "6", "gradient_ladder": "6"},
     ),
     "ladder": Contestant("**progressive precision**", "ours", {"method": "progressive_precision"}),
+    "ladder-points": Contestant(
+        "**progressive precision**, rungs at 15, 45 and 85 % of the run", "ours",
+        {"method": "progressive_precision", "rungs_at": "15%,45%,85%"},
+    ),
     "ladder-published": Contestant(
         "progressive precision as published, but with a deadline", "ours",
         {
@@ -152,13 +157,20 @@ CONTESTANTS = {
         {"keep": 0.5, "method": "early_bird,block_float"},
     ),
     "wide-ticket": Contestant("**early ticket**, 70 % of the channels", "ours", {"keep": 0.7}),
+    "wide-ticket-shorter": Contestant(
+        "**early ticket**, 60 % of the epochs", "ours", {"keep": 0.7}, longer=0.6
+    ),
+    "wide-ticket-resized": Contestant(
+        "**early ticket, resizing**", "ours", {"keep": 0.7, "method": "early_bird,progressive_resizing"}
+    ),
     "ticket-dropping": Contestant(
-        "**early ticket, batch dropping**", "ours", {"keep": 0.7, "method": "early_bird,batch_dropping", "drop": 0.33}
+        "**early ticket, batch dropping**, a third of the batches", "ours",
+        {"keep": 0.7, "method": "early_bird,batch_dropping", "drop": 0.33},
     ),
     "all": Contestant(
         "**early ticket, batch dropping, layer skipping, resizing**", "ours",
         {
-            "keep": 0.7, "drop": 0.33, "layer_share": _SHARE,
+            "keep": 0.7, "drop": 0.2, "layer_share": 0.8, "layer_cost": "seconds",
             "method": "early_bird,batch_dropping,layer_skipping,progressive_resizing",
         },
     ),
