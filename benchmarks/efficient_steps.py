@@ -109,7 +109,8 @@ CONTESTANTS = {
         {"method": "layer_skipping", "layer_share": _SHARE, "layer_cost": "seconds"},
     ),
     "stochastic-depth": Contestant(
-        "stochastic depth, 60 % of the blocks", "speed-up", {"method": "stochastic_depth", "depth_share": _SHARE}
+        "stochastic depth, 60 % of the blocks", "speed-up",
+        {"method": "stochastic_depth", "depth_share": _SHARE, "depth_scale": "evaluation"},
     ),
     "shallower": Contestant("ResNet-20: fewer blocks", "dense", {"dense": True, "model": "resnet20"}),
     "eight": Contestant("8 bits throughout", "speed-up", _EIGHT),
