@@ -91,6 +91,7 @@ _FRACTIONAL = {"method": "fractional_precision", "fractional_target": "0.018,0.0
 _SIGNS = {"method": "predictive_sign", "lr": 0.03}
 _E2 = {
     "method": "batch_dropping,layer_skipping,predictive_sign", "drop": 0.5, "layer_share": _SHARE, "lr": _SIGNS["lr"],
+    "ema": 0.99,  # the paper ends with an average of the weights
 }  # fmt: skip
 
 CONTESTANTS = {
