@@ -12,9 +12,12 @@ from earlybird import export
 from earlybird.arithmetic.add import AddConv2d
 from earlybird.arithmetic.shift import ShiftConv2d
 from earlybird.arithmetic.shift_add import ShiftAdd
+from earlybird.cost.count import count
+from earlybird.cost.energy import ASIC, FPGA, joules
 from earlybird.errors import InputError
 from earlybird.files import write_tensors
 from earlybird.ledger import Ledger
+from earlybird.models import build
 from earlybird.models.blueprint import Blueprint
 from earlybird.optimizers.muon import Muon, by_role
 from tests.tickets.test_early_bird import sgd, train
@@ -357,3 +360,21 @@ class TestWithTheEarlyTicket:
         train(model, optimizer, 2)
         with pytest.raises(InputError, match="the search has begun"):
             search.retrace()
+
+
+def test_inference_in_fixed_point_costs_a_fraction_of_floats_and_more_than_whole_numbers():
+    """The figures of docs/results.md: modelled energy of the operations of ResNet-20, by both tables."""
+    model = build("resnet20", classes=10, in_channels=3, image_size=32)
+    image = torch.zeros(1, 3, 32, 32)
+    macs = count(model, image).macs
+    running = ShiftAdd(fixed_point=8).attach(model, sgd(model), example_inputs=image)
+    with torch.no_grad():
+        model.eval()(image)
+    spent = running.bill().total.operations
+    saved = {}
+    for table in (ASIC, FPGA):
+        ours = joules(spent, 0, table).compute_joules
+        floats = joules({"mult fp32": macs, "add fp32": macs}, 0, table).compute_joules
+        whole = joules({"mult 8x8": macs, "add 8": macs}, 0, table).compute_joules
+        saved[table] = (round(1 - ours / floats, 2), round(1 - whole / ours, 2))
+    assert saved == {ASIC: (0.93, 0.29), FPGA: (0.98, 0.22)}
