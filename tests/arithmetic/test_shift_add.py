@@ -366,7 +366,7 @@ def test_inference_in_fixed_point_costs_a_fraction_of_floats_and_more_than_whole
     """The figures of docs/results.md: modelled energy of the operations of ResNet-20, by both tables."""
     model = build("resnet20", classes=10, in_channels=3, image_size=32)
     image = torch.zeros(1, 3, 32, 32)
-    macs = count(model, image).macs
+    macs = count(model, image).total.macs
     running = ShiftAdd(fixed_point=8).attach(model, sgd(model), example_inputs=image)
     with torch.no_grad():
         model.eval()(image)
