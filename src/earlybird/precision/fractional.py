@@ -63,6 +63,7 @@ from earlybird.cost.arithmetic import PASSES, Arithmetic
 from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for
 from earlybird.precision.quantize import (
+    MOST_BITS,
     Bits,
     QuantisedLayer,
     Range,
@@ -169,7 +170,12 @@ class FractionalPrecision:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_bits("fractional_weight_bits", self.fractional_weight_bits)
         if self.fractional_outside_bits != 32:
-            check_bits("fractional_outside_bits", self.fractional_outside_bits)
+            outside = self.fractional_outside_bits
+            if isinstance(outside, bool) or not isinstance(outside, int) or not 1 <= outside <= MOST_BITS:
+                raise InputError(
+                    f"fractional_outside_bits is {outside!r}",
+                    needed=f"bits from 1 to {MOST_BITS}, or 32 for layers that stay as they are",
+                )
         if len(self.fractional_bits) != len(self.fractional_gradient_bits) or len(self.fractional_bits) < 2:
             raise InputError(
                 f"fractional_bits names {len(self.fractional_bits)} candidates, fractional_gradient_bits "
