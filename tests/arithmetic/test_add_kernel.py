@@ -1,4 +1,4 @@
-import importlib
+import importlib.util
 
 import pytest
 import torch
@@ -116,3 +116,12 @@ def test_without_a_kernel_patches_stay_within_the_budget(budget, monkeypatch):
     a_line = 5 * 6 * window.map_of((9, 8))[1] * 8
     assert all(4 * taken <= max(budget, 4 * a_line) for taken, _ in sizes[-3:])
     assert len(sizes) > 2
+
+
+def test_a_gpu_without_triton_is_told_and_left_to_pytorch(monkeypatch):
+    assert add_kernel._triton(torch.device("cpu")) is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    add_kernel._triton_kernels.cache_clear()
+    with pytest.warns(UserWarning, match="slow on this GPU without Triton"):
+        assert add_kernel._triton(torch.device("cuda")) is None
+    add_kernel._triton_kernels.cache_clear()
