@@ -47,6 +47,7 @@ class Task:
         seeds: How many a full contest has.
         budget_s: A run that takes longer is stopped.
         contestants: Who takes part; all of the script's where none is named.
+        baseline: The contestant that tables compare the others with.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Task:
     seeds: int = 3
     budget_s: float = 3600.0
     contestants: tuple[str, ...] = ()
+    baseline: str = "dense"
 
     @property
     def path(self) -> Path:

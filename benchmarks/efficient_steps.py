@@ -52,16 +52,17 @@ TASKS = {
             "dense", "eight", "six", "ladder", "ladder-points", "ladder-published", "reversed", "fractional",
             "random-bits",
         ),
+        baseline="eight",
     ),
     "signs": Task(
         "Signs: ResNet-20, half width, 10,000 images of CIFAR-10, 10 epochs", "resnet20-cifar10",
         {"width": 0.5, "epochs": 10, "train_images": 10_000},
-        contestants=("dense", "sign-sgd", "signs"),
+        contestants=("dense", "sign-sgd", "signs"), baseline="sign-sgd",
     ),
     "e2": Task(
         "E2-Train: ResNet-38, half width, 10,000 images of CIFAR-10, 8 epochs", "resnet20-cifar10",
         {"model": "resnet38", "width": 0.5, "epochs": 8, **_FEW},
-        contestants=("full-precision", "e2", "e2-longer"),
+        contestants=("full-precision", "e2", "e2-longer"), baseline="full-precision",
     ),
     "operations": Task(
         "Operations: small CNN, half width, Fashion-MNIST, 4 epochs", "digits",
@@ -77,6 +78,7 @@ TASKS = {
         "Together: ResNet-20, 5,000 images of CIFAR-10, 20 epochs", "resnet20-cifar10",
         {"epochs": 20, "train_images": 5_000, "evaluate_every": "10ep"},
         contestants=("wide-ticket", "wide-ticket-shorter", "wide-ticket-resized", "ticket-dropping", "all"),
+        baseline="wide-ticket",
     ),
     "quick": Task(
         "Small CNN, digits, 2 epochs (shows that it runs, proves nothing)", "digits", {"epochs": 2, "width": 0.25},

@@ -64,10 +64,14 @@ def contest_table(task: Task, newest: Newest, contestants: Mapping[str, Contesta
         contestants: In the order of the table.
     """
     done = _done(newest)
-    ratios = dict(_RATIOS)
+    base = task.baseline
+    called = base if base == "dense" else contestants[base].label.replace("**", "")
+    ratios = {"plain / this": ("plain", "seconds"), **{title.format(called): (base, key) for title, key in _RATIOS}}
     if not any(_counts_bits(row) for row in done.values()):
-        del ratios["bit-MACs, dense / this"]
-    columns = ["network", "seeds", "test accuracy", "points against dense", "seconds", *ratios, "modelled J", "weights"]
+        ratios = {title: ratio for title, ratio in ratios.items() if ratio[1] != "bit_macs"}
+    columns = [
+        "network", "seeds", "test accuracy", f"points against {called}", "seconds", *ratios, "modelled J", "weights"
+    ]  # fmt: skip
     lines = [
         f"### {task.title}",
         "",
@@ -81,7 +85,7 @@ def contest_table(task: Task, newest: Newest, contestants: Mapping[str, Contesta
         mine = [row for (who, _), row in done.items() if who == contestant_name]
         if mine:
             older = any(row.get("definition") != definition(task, contestant) for row in mine)
-            lines.append(_line(contestant_name, contestant, mine, done, older, marks, ratios))
+            lines.append(_line(contestant_name, contestant, mine, done, older, marks, base, ratios))
     lines += [
         f"| {contestants[who].label} | seed {seed} | {row['status']} |" + " |" * (len(columns) - 3)
         for (who, seed), row in newest.items()
@@ -103,13 +107,8 @@ _MARKS = {
 }
 
 
-# column to the contestant that is divided by this one, and by what
-_RATIOS = {
-    "plain / this": ("plain", "seconds"),
-    "dense / this": ("dense", "seconds"),
-    "MACs of the run, dense / this": ("dense", "macs"),
-    "bit-MACs, dense / this": ("dense", "bit_macs"),
-}
+# columns in which the baseline is divided by this one, and by what
+_RATIOS = (("{} / this", "seconds"), ("MACs of the run, {} / this", "macs"), ("bit-MACs, {} / this", "bit_macs"))
 
 
 def _counts_bits(row: Row) -> bool:
@@ -119,11 +118,11 @@ def _counts_bits(row: Row) -> bool:
 
 
 def _line(
-    name: str, contestant: Contestant, mine: list[Row], done: Newest, older: bool, marks: set[str],
+    name: str, contestant: Contestant, mine: list[Row], done: Newest, older: bool, marks: set[str], base: str,
     ratios: Mapping[str, tuple[str, str]],
 ) -> str:  # fmt: skip
     accuracies = [100 * row["accuracy"] for row in mine if row["accuracy"] is not None]
-    points = [100 * (row["accuracy"] - dense["accuracy"]) for row, dense in paired(mine, done, "dense", "accuracy")]
+    points = [100 * (row["accuracy"] - other["accuracy"]) for row, other in paired(mine, done, base, "accuracy")]
     cells = []
     for other, key in ratios.values():
         pairs = paired(mine, done, other, key) if name not in ("plain", other) else []
@@ -141,7 +140,7 @@ def _line(
         f"{contestant.label}{'†' if older else ''}",
         str(len(mine)),
         f"{spread(accuracies)} %" if accuracies else "not measured",
-        spread(points) if points and name != "dense" else "",
+        spread(points) if points and name != base else "",
         spread([row["seconds"] for row in mine], 0) + extrapolated,
         *cells,
         spread(joules, 0) if joules else "",
