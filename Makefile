@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 demo: .venv/installed
 	rm -rf runs/demo
-	$(BIN)/earlybird compare recipes/digits.toml --epochs 15 --seeds 1 --out runs/demo
+	$(BIN)/earlybird compare recipes/digits.toml --epochs 15 --seeds 1 --precision fp32 --out runs/demo
 	$(BIN)/earlybird report runs/demo
 
 # a process a core: one thread each is faster than two that wait for each other in networks as small as the tests'
