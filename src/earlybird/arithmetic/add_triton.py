@@ -87,8 +87,9 @@ def _input_gradient(
         for output in range(outputs):
             factor = tl.load(upstream + output * g_output, mask=seen, other=0.0)
             weight = tl.load(weights + output * channels, mask=channel < channels, other=0.0)
-            # a difference that is not a number stays none
-            clipped = tl.clamp(weight[None, :] - value, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+            difference = weight[None, :] - value
+            # not tl.clamp, which has no float64 on some GPUs; a difference that is not a number stays none
+            clipped = tl.where(difference > 1.0, 1.0, tl.where(difference < -1.0, -1.0, difference))
             total += clipped * factor[:, None]
     tl.store(result + place, total, mask=there)
 

@@ -255,7 +255,9 @@ class FractionalPrecision:
             blocks = find_blocks(model, plan.images(), self.fractional_blocks)
             inside = {name for block in blocks for name in block.layers}
             return {
-                layer: self.outside.arithmetic() for name, layer in quantisable(model).items() if name not in inside
+                layer: (_DEPTHWISE if is_depthwise(layer) else self.outside).arithmetic()
+                for name, layer in quantisable(model).items()
+                if name not in inside and self.outside != Bits()
             }
 
         if targets[-1] < 1:
@@ -549,9 +551,10 @@ class FractionalBits:
         in_blocks = {name for names in inside for name in names}
         for name, module in found.items() if settings.outside != Bits() else ():
             if name not in in_blocks:
-                declare(module, settings.outside.arithmetic())
+                bits = _DEPTHWISE if is_depthwise(module) else settings.outside
+                declare(module, bits.arithmetic())
                 self._outside[name] = QuantisedLayer(
-                    module, settings.outside, generator=self.generator, memory=settings.fractional_range_memory,
+                    module, bits, generator=self.generator, memory=settings.fractional_range_memory,
                     ranges=settings.fractional_ranges,
                 )  # fmt: skip
 

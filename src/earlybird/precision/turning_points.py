@@ -89,6 +89,10 @@ class TurningPoints:
             self._threshold *= self._decay
         return turned
 
+    def begin_anew(self) -> None:
+        """Forget the losses since the last turning point: another precision has begun."""
+        self.losses, self._sum, self._count = [], 0.0, 0
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers and lists."""
         return {
@@ -176,7 +180,7 @@ class Stages:
             return sum(steps >= point for point in self._points), "schedule"
         due = sum(steps >= deadline for deadline in self._deadlines)
         if due > stage:
-            self._turning.losses = []  # as at a turning point
+            self._turning.begin_anew()
             return due, "deadline"
         turned = steps % self._look_every == 0 and self._turning.look(warm=steps > self._warm_from)
         return stage + turned, "turning point"
