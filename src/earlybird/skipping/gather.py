@@ -158,12 +158,11 @@ def _kernel() -> ctypes.CDLL | None:
 
 def _kernel_for(*tensors: Tensor) -> ctypes.CDLL | None:
     """Return the kernel, if it takes these: on a CPU, of one type, their samples dense and in one order of memory."""
-    first = tensors[0]
-    if not all(is_eager(x) and x.device.type == "cpu" and x.dtype == first.dtype for x in tensors):
+    if not all(is_eager(x) and x.dtype == tensors[0].dtype for x in tensors):
         return None
-    last = _by_memory(first) is not first
-    dense = all(_by_memory(x).is_contiguous() and (_by_memory(x) is not x) == last for x in tensors)
-    return _kernel() if dense else None
+    ordered = [_by_memory(x) for x in tensors]
+    alike = len({inside is x for inside, x in zip(ordered, tensors)}) == 1
+    return _kernel() if alike and all(inside.is_contiguous() for inside in ordered) else None
 
 
 def _put(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:

@@ -369,7 +369,8 @@ class LayerGates:
             self._timed = self._all_macs, [seconds / processes() for seconds in everywhere]
             self._look_again()
             timed = True
-            self._offset = self._offset if self._steps else None
+            if not self._steps:
+                self._offset = None
         if self._offset is None:
             self._offset = math.log(self._target / (1 - self._target))
         if not timed:
