@@ -127,7 +127,7 @@ CONTESTANTS = {
         {"method": "progressive_precision", "rungs_at": "15%,45%,85%"},
     ),
     "ladder-published": Contestant(
-        "progressive precision as published, but with a deadline", "ours",
+        "progressive precision as published, but with looks by shares of the run and a deadline", "ours",
         {
             "method": "progressive_precision", "ladder_ranges": "batch", "gradient_ladder": "6,6,8,8",
             "first_rung_until": "none", "last_rung_by": "75%",

@@ -58,6 +58,9 @@ def test_blocks_are_timed_by_themselves_and_the_model_is_left_as_found():
     slow.forward = lambda x: plain(Slow.apply(x))
     seen = []
     model.conv.register_forward_hook(lambda *_: seen.append(1))  # somebody else's
+    blocks[1].module.register_full_backward_hook(lambda *_: seen.append(1))
+    blocks[1].module.register_full_backward_pre_hook(lambda *_: seen.append(1))
+    next(blocks[1].module.parameters()).register_hook(lambda _: seen.append(1))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -29,11 +29,12 @@ from earlybird.errors import InputError
 from earlybird.tickets.layers import layer_of
 
 __all__ = [
-    "Block", "block_seconds", "channels_of", "check_free", "counted", "find_blocks", "forward_macs", "found_again",
-    "patterns_from",
+    "TIMED_PASSES", "Block", "block_seconds", "channels_of", "check_free", "counted", "find_blocks", "forward_macs",
+    "found_again", "patterns_from",
 ]  # fmt: skip
 
-_ROUNDS = 3  # of timing
+TIMED_PASSES = 4
+"""Of each block in `block_seconds`, forward and backward; the first one warms up."""
 
 # names of autograd's nodes: what may stand between a block's sum and its output
 _ACTIVATIONS = (
@@ -148,12 +149,13 @@ def block_seconds(model: nn.Module, blocks: Sequence[Block], call: Call) -> list
     """Return the seconds that each block takes for one sample of a batch, forward and backward.
 
     Blocks run in turns, on what they get in this call, in the mode and under the autocast of the caller, each by
-    itself; the fastest of `_ROUNDS` rounds counts, after one that warms up. The model is left as found.
+    itself, `TIMED_PASSES` times; the fastest pass but the first counts. The model is left as found, and hooks on it, on
+    its modules and on its parameters do not run.
 
     Args:
         model: Of the blocks, without wrappers.
         blocks: In the order in which they run.
-        call: A batch that the model runs on.
+        call: A batch that the model runs on, of one sample or more.
     """
     first = next(model.parameters())
     device = first.device
@@ -161,20 +163,25 @@ def block_seconds(model: nn.Module, blocks: Sequence[Block], call: Call) -> list
     modes = [(module, module.training) for module in model.modules()]
     inputs: dict[int, Tensor] = {}
     taken: list[list[float]] = [[] for _ in blocks]
-    with undisturbed(model), torch.autocast(device.type, autocast[1], enabled=autocast[0]):
+    # without the cache, which would hold on to weights that are made here until the caller's own autocast ends
+    with undisturbed(model), torch.autocast(device.type, autocast[1], enabled=autocast[0], cache_enabled=False):
         for module, training in modes:
             module.training = training
         for index, block in enumerate(blocks):
             block.module.register_forward_pre_hook(lambda _, args, index=index: inputs.update({index: args[0]}))
         with torch.no_grad():
             model(*call.args, **call.kwargs)
-        for _ in range(1 + _ROUNDS):
+        for _ in range(TIMED_PASSES):
             for index, block in enumerate(blocks):
                 x = inputs[index].detach().requires_grad_()
-                learning = [parameter for parameter in block.module.parameters() if parameter.requires_grad]
+                weights = {  # others than the user's, which may have hooks
+                    name: parameter.detach().requires_grad_(parameter.requires_grad)
+                    for name, parameter in block.module.named_parameters()
+                }
+                learning = [weight for weight in weights.values() if weight.requires_grad]
                 _wait(device)
                 begun = time.perf_counter()
-                out = block.module(x)
+                out = torch.func.functional_call(block.module, weights, (x,))
                 torch.autograd.grad(out, [x, *learning], torch.ones_like(out), allow_unused=True)
                 _wait(device)
                 taken[index].append((time.perf_counter() - begun) / len(x))

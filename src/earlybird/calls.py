@@ -228,10 +228,10 @@ def plain_execution(model: nn.Module) -> Iterator[None]:
         yield
 
 
-# where a module keeps its forward hooks, and which of them want keyword arguments or to be called in any case
+# where a module keeps its hooks, and which of those of the forward pass want keyword arguments or to be called always
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
 
 
@@ -247,7 +247,7 @@ def _of_the_model(module: nn.Module) -> set[int]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """`left_as_found`, in `plain_execution`, and below everybody's forward hooks: they belong to the user's loop.
+    """`left_as_found`, in `plain_execution`, and below everybody's hooks on modules: they belong to the user's loop.
 
     Our own do nothing, those of `around` among them: each module runs its own ``forward``. Hooks that models hang on
     themselves stay. Sharded parameters are gathered for the while, which is a collective operation.

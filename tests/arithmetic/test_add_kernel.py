@@ -29,37 +29,40 @@ def operands(shape, outputs, window, dtype=torch.float64, seed=0):
 
 @pytest.fixture(params=["kernel", "pytorch", "triton"])
 def way(request, monkeypatch):
-    """The compiled kernel, what is done without one, and the kernels for GPUs, here by Triton's interpreter."""
+    """The device of the compiled kernel, of what is done without one, and of the kernels for GPUs.
+
+    Where there is no GPU, Triton's interpreter runs these.
+    """
     if request.param == "triton":
         pytest.importorskip("triton", reason="Triton has no build for this system")
         kernels = importlib.import_module("earlybird.arithmetic.add_triton")
         monkeypatch.setattr(add_kernel, "_triton", lambda device: kernels)
-    elif request.param == "pytorch":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if request.param == "pytorch":
         monkeypatch.setattr(add_kernel, "_kernel", lambda: None)
     elif add_kernel._kernel() is None:
         pytest.skip("the kernel cannot be compiled here")
+    return "cpu"
 
 
 @pytest.mark.parametrize(("shape", "outputs", "window"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.usefixtures("way")
-def test_it_is_what_the_definition_says(shape, outputs, window, dtype):
+def test_it_is_what_the_definition_says(shape, outputs, window, dtype, way):
     x, filters, gradient = operands(shape, outputs, window)
     close = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
     for layout in (torch.contiguous_format, torch.channels_last):
-        image = x.to(dtype).contiguous(memory_format=layout)
-        found = add_kernel.distances(image, filters.to(dtype), window)
-        torch.testing.assert_close(found.double(), naive.distances(x, filters, window), **close)
+        image = x.to(way, dtype).contiguous(memory_format=layout)
+        found = add_kernel.distances(image, filters.to(way, dtype), window)
+        torch.testing.assert_close(found.cpu().double(), naive.distances(x, filters, window), **close)
         assert found.is_contiguous(memory_format=add_kernel.layout(image))
-        found = add_kernel.input_gradient(image, filters.to(dtype), gradient.to(dtype), window)
-        torch.testing.assert_close(found.double(), naive.gradients(x, filters, gradient, window)[0], **close)
+        found = add_kernel.input_gradient(image, filters.to(way, dtype), gradient.to(way, dtype), window)
+        torch.testing.assert_close(found.cpu().double(), naive.gradients(x, filters, gradient, window)[0], **close)
         assert found.is_contiguous(memory_format=add_kernel.layout(image))
 
 
-@pytest.mark.usefixtures("way")
-def test_operands_need_not_be_contiguous():
+def test_operands_need_not_be_contiguous(way):
     window = Window((3, 3), (1, 1), (1, 1), (1, 1))
-    x, filters, gradient = operands((2, 6, 5, 7), 4, window)
+    x, filters, gradient = (one.to(way) for one in operands((2, 6, 5, 7), 4, window))
     strided, flipped, turned = x[:, ::2, 1:, ::2], filters[:, 1::2].flip(2), gradient[:, :, 1:, ::2].mT.contiguous().mT
     found = add_kernel.distances(strided, flipped, window)
     torch.testing.assert_close(found, naive.distances(strided, flipped, window))
@@ -67,11 +70,10 @@ def test_operands_need_not_be_contiguous():
     torch.testing.assert_close(found, naive.gradients(strided, flipped, turned, window)[0])
 
 
-@pytest.mark.usefixtures("way")
-def test_what_is_no_number_stays_none():
+def test_what_is_no_number_stays_none(way):
     """A training that has diverged must be seen."""
     window = Window((1, 1), (1, 1), (0, 0), (1, 1))
-    x, filters, gradient = operands((2, 3, 2, 2), 4, window)
+    x, filters, gradient = (one.to(way) for one in operands((2, 3, 2, 2), 4, window))
     x[0, 0, 0, 0] = torch.nan
     found = add_kernel.distances(x, filters, window)
     assert found[0, :, 0, 0].isnan().all()

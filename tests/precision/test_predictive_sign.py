@@ -145,10 +145,10 @@ def test_evaluation_uses_the_running_range():
     layer = running._layers["0"]
     train(model, optimizer, 2)
     means = [over_batch(range_of(batch(step)[0], 0), "mean") for step in range(2)]
-    assert torch.equal(layer.running.high, means[0].high.lerp(means[1].high, 0.5))
-    before = layer.running
+    assert torch.equal(layer.ranges.running.high, means[0].high.lerp(means[1].high, 0.5))
+    before = layer.ranges.running
     model.eval()(images())
-    assert layer.running is before
+    assert layer.ranges.running is before
 
 
 # ---- what is known about it ----

@@ -12,6 +12,8 @@ from earlybird.cost.count import count
 from earlybird.errors import InputError
 from earlybird.precision.progressive import ProgressivePrecision
 from earlybird.precision.quantize import Bits, QuantisedLayer
+from earlybird.precision.turning_points import deadlines, foreseen
+from earlybird.step import Step
 from tests.tickets.test_early_bird import batch, sgd
 from tests.tickets.topologies import images, make
 
@@ -118,8 +120,9 @@ def test_a_falling_ladder_is_a_control_experiment():
 
 def test_turning_points_of_a_made_up_loss_raise_the_bits():
     model, optimizer, running = begin(
-        turning_every="1it", turning_from="0it", turning_window=2, turning_threshold=0.05, last_rung_by="none"
-    )
+        turning_every="1it", turning_from="0it", turning_window=2, turning_threshold=0.05, first_rung_until="none",
+        last_rung_by="none",
+    )  # fmt: skip
     # looks are at the mean since the last: every step. equal neighbours at 2, 4 and 6
     losses = [3.0, 2.0, 2.0, 1.5, 1.5, 1.2, 1.2, 1.0]
     steps(model, optimizer, running, 8, told=lambda step: losses[step])
@@ -158,6 +161,35 @@ def test_losses_from_before_a_deadline_make_no_turning_point_after_it():
     )
     steps(model, optimizer, running, 8, told=lambda step: 1.0)
     assert moves(running) == [(0, "3/6", "start"), (3, "4/6", "deadline"), (7, "6/6", "turning point")]
+
+
+def test_the_second_rung_has_its_deadline_where_the_last_one_has_none():
+    model, optimizer, running = begin(
+        turning_every="1it", turning_threshold=0.0, first_rung_until="15%", last_rung_by="none"
+    )
+    steps(model, optimizer, running, 12, told=lambda step: 10.0 - step)
+    assert moves(running) == [(0, "3/6", "start"), (3, "4/6", "deadline")]
+
+
+def test_the_forecast_has_rungs_begin_where_the_run_would():
+    settings = ProgressivePrecision(last_rung_by="50%")
+    length = (10, 20)
+    due = deadlines(4, settings.first_rung_until, settings.last_rung_by, *length)
+    assert due == [3, 7, 10]
+    assert foreseen(4, (), settings.first_rung_until, settings.last_rung_by, *length) == [0, *due]
+    assert foreseen(4, (), None, settings.last_rung_by, *length) == [0, 3, 7, 10]  # evenly up to the deadline
+    assert foreseen(3, (), None, None, *length) == [0, 10, 20]
+    assert foreseen(2, (Step.parse("25%"),), settings.first_rung_until, settings.last_rung_by, *length) == [0, 5]
+    assert foreseen(1, (), settings.first_rung_until, settings.last_rung_by, *length) == [0]
+
+
+@pytest.mark.parametrize(
+    ("ladder", "rungs"),
+    [("3,4,6,8", ["3/6", "4/6", "6/8", "8/8"]), ("4,16", ["4/6", "16/16"]), ("6,bf16,fp32", ["6/8", "bf16", "fp32"])],
+)
+def test_published_gradients_go_with_any_ladder(ladder, rungs):
+    settings = ProgressivePrecision(**{**ProgressivePrecision.PRESETS["published"], "forward_ladder": ladder})
+    assert [str(rung) for rung in settings.rungs] == rungs
 
 
 def test_two_rungs_have_one_deadline():

@@ -13,6 +13,7 @@ from earlybird.cost.arithmetic import PASSES
 from earlybird.errors import InputError
 from earlybird.precision.quantize import (
     Bits,
+    LayerRanges,
     QuantisedLayer,
     Range,
     averaged,
@@ -297,16 +298,24 @@ def test_evaluation_uses_the_running_range_of_training():
     quantised = QuantisedLayer(layer, Bits(activation=4), generator=seeded(), memory=0.5)
     outlier = torch.tensor([[0.0, 100.0]])
     layer.eval()(outlier)
-    assert quantised.running is None  # before training there is none: the batch's own serves
+    assert quantised.ranges.running is None  # before training there is none: the batch's own serves
     layer.train()(torch.tensor([[0.0, 15.0]]))
     layer(torch.tensor([[0.0, 45.0]]))
-    assert quantised.running == (0, 30)
+    assert quantised.ranges.running == (0, 30)
     with torch.no_grad():
         layer(outlier)
     layer.eval()
     expected = functional.linear(torch.tensor([[0.0, 30.0]]), layer.weight, layer.bias)
     torch.testing.assert_close(layer(outlier), expected)
-    assert quantised.running == (0, 30)
+    assert quantised.ranges.running == (0, 30)
+
+
+def test_a_vector_has_one_range_where_each_sample_of_a_batch_has_its_own():
+    ranges = LayerRanges(nn.Linear(3, 2), "sample", 0.9)
+    vector = torch.tensor([1.0, -2.0, 4.0])
+    assert ranges.of(vector) == (-2, 4)
+    assert ranges.of(torch.stack([vector, 2 * vector])).high.tolist() == [[4], [8]]
+    assert LayerRanges(nn.Linear(3, 2), "mean", 0.9).of(torch.stack([vector, 2 * vector])) == (-3, 6)
 
 
 def test_ranges_by_sample_are_the_samples_own_in_training_and_evaluation():

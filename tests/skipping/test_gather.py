@@ -16,6 +16,7 @@ CLOSE = {
     torch.float64: {"rtol": 1e-5, "atol": 1e-4},  # sums are float32
 }
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
+needs_kernel = pytest.mark.skipif(gather._kernel() is None, reason="the kernel cannot be compiled here")
 
 
 def block(kind=BasicBlock, seed=0):
@@ -209,6 +210,7 @@ def test_a_block_that_no_sample_runs_is_not_called_and_its_weights_go_on_by_mome
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [(3, 1, 1), (5, 7, 9), (64, 5, 5)])
+@needs_kernel
 def test_the_kernel_does_what_pytorch_does(layout, dtype, size, monkeypatch):
     generator = torch.Generator().manual_seed(0)
 
@@ -224,6 +226,7 @@ def test_the_kernel_does_what_pytorch_does(layout, dtype, size, monkeypatch):
         lambda: gather._worth(outputs, values, gradient, rows),
         lambda: gather._worth(outputs, values, gradient[2:5], None),
     ]
+    assert gather._kernel_for(x, values) is not None
     ours = [case() for case in cases]
     monkeypatch.setattr(gather, "_kernel", lambda: None)
     for mine, case in zip(ours, cases, strict=True):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import earlybird as eb
+from earlybird.blocks import TIMED_PASSES
 from earlybird.calls import Around
 from earlybird.cost.count import count
 from earlybird.errors import InputError
@@ -172,6 +173,44 @@ def test_seconds_are_measured_again_after_a_cut_and_not_after_resuming(monkeypat
     assert running.seconds is None
     train(model, optimizer, 1, 2)
     assert (again, running.seconds) == ([16], [4, 2])
+
+
+def test_larger_samples_have_their_blocks_timed_again_and_smaller_ones_have_not(monkeypatch):
+    calls = timed(monkeypatch, 3, 1, 1, 1)
+    model, _, running = start(deep(), layer_share=0.5, layer_cost="seconds")
+    for size, times in ((8, 1), (8, 1), (6, 1), (10, 2), (8, 2), (10, 2)):
+        model.train()(torch.randn(4, 3, size, size))
+        assert len(calls) == times
+    with torch.no_grad():
+        model.train()(torch.randn(4, 3, 12, 12))
+    model.eval()(torch.randn(4, 3, 12, 12))
+    assert len(calls) == 2
+    saved = running.state_dict()["timing"]
+    assert saved == [running._all_macs, 3 * 10 * 10, [3, 1, 1, 1]]
+
+
+def test_an_empty_batch_is_not_timed(monkeypatch):
+    calls = timed(monkeypatch, 3, 1, 1, 1)
+    model, _, running = start(deep(), layer_share=0.5, layer_cost="seconds")
+    model.train()(torch.randn(0, 3, 8, 8))
+    assert not calls
+    assert running.seconds is None
+
+
+def test_passes_for_timing_are_on_the_bill():
+    model, optimizer, running = start(deep(), layer_share=0.999, layer_cost="seconds", layer_probe=0.0)
+    plain, plain_optimizer, counted = start(deep(), layer_share=0.999, layer_probe=0.0)
+    train(model, optimizer, 1)
+    train(plain, plain_optimizer, 1)
+    more = running._ledger.phases["train"].macs - counted._ledger.phases["train"].macs
+    assert more == pytest.approx(TIMED_PASSES * 16 * 3 * sum(running._all_macs), rel=0.01)
+
+
+def test_a_share_of_the_time_below_what_always_runs_is_refused_before_anything_is_trained(monkeypatch):
+    model, _, running = start(layer_share=0.6, layer_cost="seconds")
+    timed(monkeypatch, *(1 if block.skippable else 99 for block in running.blocks))
+    with pytest.raises(InputError, match=r"layer_share is 0.6, but 1 of 2 (.|\n)*of the blocks' time"):
+        model.train()(images(4))
 
 
 def test_a_share_of_the_time_has_no_bill_on_paper():
@@ -409,10 +448,9 @@ def test_a_cut_that_leaves_too_little_to_skip_is_said():
     model, optimizer, _ = start(layer_share=0.34)
     inner = torch.tensor([True] + [False] * 7)
     ticket = eb.Ticket({"3.norm1": inner})
-    with pytest.warns(UserWarning, match="layer_share = 0.34 cannot be met any more"):
+    with pytest.warns(UserWarning, match="layer_share = 0.34 leaves less than 2% of the others"):
         eb.shrink(model, ticket, images(2), optimizer=optimizer)
-    with pytest.warns(UserWarning, match="blocks that always run take"):  # as they are found at the first call
-        train(model, optimizer, 2)
+    train(model, optimizer, 2)
 
 
 def test_a_model_that_changed_behind_the_gates_is_refused_by_name():

@@ -65,9 +65,9 @@ from earlybird.ledger import Ledger, ledger_for
 from earlybird.precision.quantize import (
     MOST_BITS,
     Bits,
+    LayerRanges,
     QuantisedLayer,
     Range,
-    averaged,
     check_bits,
     declare,
     forward_with,
@@ -78,7 +78,7 @@ from earlybird.precision.quantize import (
     round_,
     seed_of_step,
 )
-from earlybird.precision.turning_points import Stages, TurningPoints
+from earlybird.precision.turning_points import Stages, TurningPoints, foreseen
 from earlybird.settings import check_choice, check_count, check_number, option
 from earlybird.skipping.gates import LearnedGate, Multiplier, Price, charge, summed
 from earlybird.skipping.gather import Choice, check_norms, run_on
@@ -244,12 +244,7 @@ class FractionalPrecision:
         total = round(sum(stretch.steps for stretch in stretches))
         per_epoch = round(plan.steps_per_epoch * total / plan.total_steps)
         targets = self.targets
-        if self.fractional_at:
-            points = [0, *(point.in_iterations(per_epoch, total) for point in self.fractional_at)]
-        else:
-            by = self.fractional_last_by
-            last = total if by is None else by.in_iterations(per_epoch, total)
-            points = [round(number * last / max(len(targets) - 1, 1)) for number in range(len(targets))]
+        points = foreseen(len(targets), self.fractional_at, None, self.fractional_last_by, per_epoch, total)
 
         def outside(model: nn.Module) -> dict[nn.Module, Arithmetic | None]:
             blocks = find_blocks(model, plan.images(), self.fractional_blocks)
@@ -407,14 +402,15 @@ class _Layer:
 
     Attributes:
         choice: For the pass that is under way, or None outside of its block.
-        running: Running range of the inputs (scalars), or None before the first training pass.
+        ranges: Of inputs and gradients.
     """
 
     def __init__(self, name: str, module: nn.Module, run: FractionalBits) -> None:
         self.module, self.name = module, name
         self.choice: _Chosen | None = None
-        self.running: Range | None = None
-        self._settings, self._generator = run.settings, run.generator
+        settings = run.settings
+        self.ranges = LayerRanges(module, settings.fractional_ranges, settings.fractional_range_memory)
+        self._settings, self._generator = settings, run.generator
         self._per = 1 if isinstance(module, TransposedConv) else 0  # dimension of the weight's output channels
         self._around = around(module, self._run, run)
 
@@ -433,27 +429,15 @@ class _Layer:
             )
         if is_depthwise(self.module):
             weight_bits, gradient_bits = _DEPTHWISE.weight, torch.full_like(choice.gradient, _DEPTHWISE.gradient)
-            x = quantise(x, _DEPTHWISE.activation, self._bounds(x))
+            x = quantise(x, _DEPTHWISE.activation, self.ranges.of_inputs(x))
         else:
             weight_bits, gradient_bits = settings.fractional_weight_bits, choice.gradient
-            x = _Choose.apply(x, choice.weights, choice.bits, self._bounds(x), settings.fractional_bits)
+            bounds = self.ranges.of_inputs(x)
+            x = _Choose.apply(x, choice.weights, choice.bits, bounds, settings.fractional_bits)
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         weight = quantise(weight, weight_bits, range_of(weight, self._per))
         output = forward_with(self.module, weight, forward, x, *args, **kwargs)
-        return gradient_through(output, lambda g: rounded(g, gradient_bits, self._range_of(g), self._generator))
-
-    def _range_of(self, x: Tensor) -> Range:
-        return range_of(x, None if self._settings.fractional_ranges == "batch" else 0)
-
-    def _bounds(self, x: Tensor) -> Range:
-        if self._settings.fractional_ranges == "sample":
-            return self._range_of(x)
-        if not self.module.training and self.running is not None:
-            return self.running
-        seen = self._range_of(x)
-        if self.module.training and torch.is_grad_enabled():
-            self.running = averaged(self.running, seen, self._settings.fractional_range_memory)
-        return seen
+        return gradient_through(output, lambda g: rounded(g, gradient_bits, self.ranges.of(g), self._generator))
 
 
 # ---- the running method ----
@@ -622,7 +606,6 @@ class FractionalBits:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a nested dict of tensors, numbers, strings and lists."""
-        running = {layer.name: layer.running for layers in self._layers for layer in layers}
         return {
             "steps": self._steps,
             "rung": self.rung,
@@ -630,7 +613,7 @@ class FractionalBits:
             "price": self._price.value,
             "multiplier": self._multiplier.state_dict(),
             "gate": self._gate.state_dict() if self.blocks else {},
-            "ranges": {name: None if found is None else torch.stack(found) for name, found in running.items()},
+            "ranges": {layer.name: layer.ranges.state() for layers in self._layers for layer in layers},
             "outside": {name: layer.state_dict() for name, layer in self._outside.items()},
             "history": [dict(entry) for entry in self.history],
             "record": [list(self._record), [list(counts) for counts in self._counts]],
@@ -648,8 +631,7 @@ class FractionalBits:
             self._gate.load_state_dict(state["gate"])
         self._passes.after_step(self._steps)
         for layer in (layer for layers in self._layers for layer in layers):
-            saved = state["ranges"][layer.name]
-            layer.running = None if saved is None else Range(*saved.to(self.generator.device))
+            layer.ranges.load(state["ranges"][layer.name])
         for name, outside in self._outside.items():
             outside.load_state_dict(state["outside"][name])
         self.history = [dict(entry) for entry in state["history"]]

@@ -41,13 +41,12 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.precision.quantize import (
     Encoded,
+    LayerRanges,
     Range,
-    averaged,
     check_bits,
     declare,
     encode,
     most_significant,
-    over_batch,
     quantisable,
     range_of,
 )
@@ -214,7 +213,7 @@ class _SignedLayer:
         self, module: nn.Module, settings: PredictiveSign, seen: list[tuple[_SignedLayer, int, Tensor]]
     ) -> None:
         self.module, self.settings, self.active = module, settings, False
-        self.running: Range | None = None
+        self.ranges = LayerRanges(module, "mean", settings.sign_range_memory)
         self.sums = [0.0] * 4  # of gradients: how many, and of their entries the shares predicted, so and right, right
         self._seen = seen
         self._around = around(module, self._run, self)
@@ -228,15 +227,6 @@ class _SignedLayer:
 
     def remove(self) -> None:
         self._around.remove()
-
-    def _bounds(self, x: Tensor) -> Range:
-        """Return the range of inputs: the mean of the samples' own, a running mean in evaluation."""
-        if not self.module.training and self.running is not None:
-            return self.running
-        seen = over_batch(range_of(x, 0), "mean")
-        if self.module.training and torch.is_grad_enabled():
-            self.running = averaged(self.running, seen, self.settings.sign_range_memory)
-        return seen
 
     def mix(self, first: Tensor, full: Tensor, images: int) -> Tensor:
         """Return the mixed gradient, and note how many signs were predicted and how many of them are right."""
@@ -253,7 +243,8 @@ class _SignedLayer:
         if self.padding != module.padding:
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
             x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)  # type: ignore[arg-type]
-        output: Tensor = _SignedConvolution.apply(x, module.weight, module.bias, self._bounds(x), self)
+        bounds = self.ranges.of_inputs(x)
+        output: Tensor = _SignedConvolution.apply(x, module.weight, module.bias, bounds, self)
         return output
 
 
@@ -342,10 +333,7 @@ class SignPrediction:
             "steps": self._steps,
             "history": [dict(entry) for entry in self.history],
             "sums": {name: list(layer.sums) for name, layer in self._layers.items()},
-            "ranges": {
-                name: None if layer.running is None else torch.stack(layer.running)
-                for name, layer in self._layers.items()
-            },
+            "ranges": {name: layer.ranges.state() for name, layer in self._layers.items()},
             "ledger": self._ledger.state_dict() if self._own_ledger else {},
         }
 
@@ -360,8 +348,7 @@ class SignPrediction:
         self._steps = int(state["steps"])
         self.history = [dict(entry) for entry in state["history"]]
         for name, layer in self._layers.items():
-            saved = state["ranges"][name]
-            layer.running = None if saved is None else Range(*saved.to(layer.module.weight.device))
+            layer.ranges.load(state["ranges"][name])
             layer.sums = [*state["sums"][name]]
         self._begin_if_due()
         if state["ledger"] and self._own_ledger:

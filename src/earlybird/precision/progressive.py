@@ -45,7 +45,7 @@ from earlybird.errors import InputError
 from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.precision.int8 import ARITHMETIC, Int8Layer, check_device, wide
 from earlybird.precision.quantize import Bits, QuantisedLayer, check_bits, declare, quantisable, seed_of_step
-from earlybird.precision.turning_points import Stages, TurningPoints, deadlines
+from earlybird.precision.turning_points import Stages, TurningPoints, foreseen
 from earlybird.settings import check_choice, check_count, check_number, option
 from earlybird.step import Step
 from earlybird.stretches import Plan, Stretch, after, computing
@@ -104,7 +104,9 @@ class ProgressivePrecision:
         "Bits of activations and weights, rung by rung: 1 to 16 (simulated), 'int8', 'bf16' or 'fp32' (real).",
     )
     gradient_ladder: tuple[int | str, ...] | str | None = option(
-        None, "Bits of gradients, rung by rung; by default 6 for rungs of up to 6 bits, 8 up to 8, else 16."
+        None,
+        "Bits of gradients, rung by rung; by default 6 for rungs of up to 6 bits, 8 up to 8, else 16; 'published': 6 "
+        "up to 4 bits.",
     )
     rungs_at: tuple[Step, ...] | None = option(
         None, "When each rung but the first begins, such as '25%,50%,75%', instead of at turning points."
@@ -117,10 +119,11 @@ class ProgressivePrecision:
     turning_threshold: float = option(0.05, "Largest difference of losses that is a standstill, of the early loss.")
     turning_decay: float = option(0.3, "What each turning point multiplies the threshold by, in (0, 1].")
     first_rung_until: Step | None = option(
-        Step.parse("15%"), "When the second rung begins, turning point or not; those up to the last follow evenly."
+        Step.parse("15%"),
+        "When the second of more than two rungs begins, turning point or not; those up to the last follow evenly.",
     )
     last_rung_by: Step | None = option(
-        Step.parse("85%"), "When the last rung begins, turning points or not; 'none' waits for them."
+        Step.parse("85%"), "When the last rung begins, turning points or not; 'none': all after the second wait."
     )
     ladder_ranges: Literal["batch", "sample"] = option(
         "sample", "Ranges of activations and gradients: one for the batch, or one for each sample."
@@ -137,7 +140,7 @@ class ProgressivePrecision:
             "turning_from": Step(),
             "first_rung_until": None,
             "last_rung_by": None,
-            "gradient_ladder": "6,6,8,8",
+            "gradient_ladder": "published",
             "ladder_ranges": "batch",
         },
         "fast": {"forward_ladder": "bf16,fp32", "rungs_at": (Step.parse("80%"),)},
@@ -177,8 +180,9 @@ class ProgressivePrecision:
     def rungs(self) -> tuple[Rung, ...]:
         """The ladder, from the first stage to the last."""
         forward = _read("forward_ladder", self.forward_ladder)
-        if self.gradient_ladder is None:
-            return tuple(_rung(bits, bits if bits in REAL else _usual_gradient(int(bits))) for bits in forward)
+        if self.gradient_ladder in (None, "published"):
+            least = 6 if self.gradient_ladder is None else 4
+            return tuple(_rung(bits, bits if bits in REAL else _usual_gradient(int(bits), least)) for bits in forward)
         gradient = _read("gradient_ladder", self.gradient_ladder)
         if len(gradient) != len(forward):
             raise InputError(
@@ -194,12 +198,9 @@ class ProgressivePrecision:
         total = round(sum(stretch.steps for stretch in stretches))
         per_epoch = round(plan.steps_per_epoch * total / plan.total_steps)
         rungs = self.rungs
-        if self.rungs_at is not None:
-            points = [0, *(point.in_iterations(per_epoch, total) for point in self.rungs_at)]
-        else:
-            due = deadlines(len(rungs), self.first_rung_until, self.last_rung_by, per_epoch, total) or [total]
-            evenly = [round(number * due[-1] / max(len(rungs) - 1, 1)) for number in range(len(rungs))]
-            points = evenly if self.first_rung_until is None or self.last_rung_by is None else [0, *map(round, due)]
+        points = foreseen(
+            len(rungs), self.rungs_at or (), self.first_rung_until, self.last_rung_by, per_epoch, total
+        )  # fmt: skip
         for rung, point in zip(rungs, points):
 
             def bits(model: nn.Module, rung: Rung = rung) -> dict[nn.Module, Arithmetic | None]:
@@ -440,9 +441,9 @@ def _rung(forward: int | str, gradient: int | str) -> Rung:
     return Rung(forward, 32 if isinstance(gradient, str) else gradient)
 
 
-def _usual_gradient(forward: int) -> int:
-    """Return the bits of gradients that go with those of values where none are named."""
-    return 6 if forward <= 6 else 8 if forward <= 8 else 16
+def _usual_gradient(forward: int, least: int) -> int:
+    """Return the bits of gradients that go with those of values: 6 with up to ``least`` of them, then 8 and 16."""
+    return 6 if forward <= least else 8 if forward <= 8 else 16
 
 
 def _check_rises(rungs: Sequence[Rung]) -> None:

@@ -38,9 +38,9 @@ from earlybird.errors import InputError
 from earlybird.tickets.layers import Conv, TransposedConv
 
 __all__ = [
-    "Bits", "Encoded", "QuantisedLayer", "Range", "averaged", "check_bits", "check_free", "declare", "encode",
-    "forward_with", "gradient_through", "most_significant", "over_batch", "quantisable", "quantise", "range_of",
-    "round_", "seed_of_step", "straight_through",
+    "Bits", "Encoded", "LayerRanges", "QuantisedLayer", "Range", "averaged", "check_bits", "check_free", "declare",
+    "encode", "forward_with", "gradient_through", "most_significant", "over_batch", "quantisable", "quantise",
+    "range_of", "round_", "seed_of_step", "straight_through",
 ]  # fmt: skip
 
 MOST_BITS = 16
@@ -351,24 +351,70 @@ def forward_with(module: nn.Module, weight: Tensor, forward: Callable[..., Any],
         module._parameters["weight"] = own
 
 
+class LayerRanges:
+    """Ranges of what one layer gets and of the gradients that it is given: one for a batch, or one for each sample.
+
+    Where one serves all samples, evaluation has a running one of inputs. Where each has its own, it has it in
+    evaluation, too: one with large values does not make those of all others coarse.
+
+    Args:
+        module: The layer.
+        how: The range of the 'batch', the 'mean' of its samples' ranges, which cuts off the largest, or one for each
+            'sample'.
+        memory: Share of the running range that stays at each training pass, 0 to 1.
+
+    Attributes:
+        running: Running range of the inputs (scalars), or None before the first training pass.
+    """
+
+    def __init__(self, module: nn.Module, how: Literal["batch", "mean", "sample"], memory: float) -> None:
+        self.running: Range | None = None
+        self._module, self._how, self._memory = module, how, memory
+
+    def of(self, x: Tensor) -> Range:
+        """Return the range of a batch (N, ...), or those of its samples; of a vector, which has none, the whole's."""
+        if self._how == "batch" or x.ndim < 2:
+            return range_of(x)
+        each = range_of(x, 0)
+        return each if self._how == "sample" else over_batch(each, "mean")
+
+    def of_inputs(self, x: Tensor) -> Range:
+        """Return in what range inputs (N, ...) are to be quantised, and take note of theirs where they train."""
+        if self._how == "sample":
+            return self.of(x)
+        if not self._module.training and self.running is not None:
+            return self.running
+        seen = self.of(x)
+        if self._module.training and torch.is_grad_enabled():
+            self.running = averaged(self.running, seen, self._memory)
+        return seen
+
+    def state(self) -> Tensor | None:
+        """Return the running range, low and high, shape (2,), or None."""
+        return None if self.running is None else torch.stack(self.running)
+
+    def load(self, state: Tensor | None) -> None:
+        """Take over what `state` returned."""
+        device = next(self._module.parameters()).device
+        self.running = None if state is None else Range(*state.to(device))
+
+
 class QuantisedLayer:
     """A convolution or linear layer that computes with quantised operands, as FracTrain does, until `remove`.
 
     Input: affine, to the nearest. Weight: affine, one range an output channel, to the nearest. Gradient of the output:
-    affine, stochastic. The ranges of input and gradient are those of the batch, and a running one of inputs serves
-    evaluation, or those of each sample, in evaluation, too: one sample with large values does not make those of all
-    others coarse.
+    affine, stochastic.
 
     Args:
         module: Of `quantisable`. Its parameters stay the same objects in float32.
         bits: To begin with.
         generator: Of stochastic rounding, on the module's device.
-        memory: Share of the running range that stays at each training pass, 0 to 1.
+        memory: Of a running range; see `LayerRanges`.
         ranges: Of inputs and gradients: one for the 'batch', or one for each 'sample'.
 
     Attributes:
         bits: Of what is computed from now on; a pass that is under way ends with those it began with.
-        running: Running range of the inputs (scalars), or None before the first training pass.
+        ranges: Of inputs and gradients.
     """
 
     def __init__(
@@ -381,19 +427,18 @@ class QuantisedLayer:
         ranges: Literal["batch", "sample"] = "batch",
     ) -> None:
         self.module, self.bits = module, bits
-        self.running: Range | None = None
-        self._generator, self._memory, self._ranges = generator, memory, ranges
+        self.ranges = LayerRanges(module, ranges, memory)
+        self._generator = generator
         self._per = 1 if isinstance(module, TransposedConv) else 0  # dimension of the weight's output channels
         self._around = around(module, self._run, self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running range, low and high, shape (2,), or None."""
-        return {"running": None if self.running is None else torch.stack(self.running)}
+        return {"running": self.ranges.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        saved = state["running"]
-        self.running = None if saved is None else Range(*saved.to(self.module.weight.device))
+        self.ranges.load(state["running"])
 
     def remove(self) -> None:
         """Give the module its plain forward back."""
@@ -405,7 +450,7 @@ class QuantisedLayer:
         if bits == Bits() or not x.numel():
             return forward(x, *args, **kwargs)
         if bits.activation != 32:
-            x = quantise(x, bits.activation, self._bounds(x))
+            x = quantise(x, bits.activation, self.ranges.of_inputs(x))
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         if bits.weight != 32:
             weight = quantise(weight, bits.weight, range_of(weight, self._per))
@@ -413,18 +458,5 @@ class QuantisedLayer:
         if bits.gradient == 32:
             return output
         return gradient_through(output, lambda gradient: quantise(
-            gradient, bits.gradient, self._range_of(gradient), generator=self._generator
+            gradient, bits.gradient, self.ranges.of(gradient), generator=self._generator
         ))  # fmt: skip
-
-    def _range_of(self, x: Tensor) -> Range:
-        return range_of(x, None if self._ranges == "batch" else 0)
-
-    def _bounds(self, x: Tensor) -> Range:
-        if self._ranges == "sample":
-            return self._range_of(x)
-        if not self.module.training and self.running is not None:
-            return self.running
-        seen = self._range_of(x)
-        if self.module.training and torch.is_grad_enabled():
-            self.running = averaged(self.running, seen, self._memory)
-        return seen

@@ -13,6 +13,7 @@ point.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -108,15 +109,41 @@ class TurningPoints:
 
 def deadlines(
     count: int, first_until: Step | None, last_by: Step | None, steps_per_epoch: int | None, total_steps: int | None
-) -> list[float]:
-    """Return the step by which each stage but the first begins, of ``count``; see `Stages`. None is after the last."""
-    if last_by is None or count < 2:
-        return []
-    last = last_by.in_iterations(steps_per_epoch, total_steps)
-    if first_until is None or count == 2:
+) -> list[int]:
+    """Return the step by which each stage of ``count`` but the first begins in any case, as far as that is sure.
+
+    Args:
+        count: Stages.
+        first_until: When the second one begins at the latest, if there is a third; None: when the last one does.
+        last_by: When the last one begins at the latest, those between evenly before it; None: none but the second has
+            a deadline.
+        steps_per_epoch: Optimizer steps in an epoch; needed when a point is given in epochs.
+        total_steps: Optimizer steps of the training; needed when a point is a share of it.
+    """
+    length = (steps_per_epoch, total_steps)
+    first = None if first_until is None else first_until.in_iterations(*length)
+    if count < 2 or last_by is None:
+        return [first] if first is not None and count > 1 else []
+    last = last_by.in_iterations(*length)
+    if first is None or count == 2:
         return [last] * (count - 1)
-    first = min(first_until.in_iterations(steps_per_epoch, total_steps), last)
-    return [first + (last - first) * number / (count - 2) for number in range(count - 1)]
+    first = min(first, last)
+    return [math.ceil(first + (last - first) * number / (count - 2)) for number in range(count - 1)]
+
+
+def foreseen(
+    count: int, points: Sequence[Step], first_until: Step | None, last_by: Step | None, steps_per_epoch: int, total: int
+) -> list[int]:
+    """Return when each of ``count`` stages is taken to begin in a run that nobody has made, the first one at 0.
+
+    That is at ``points``, or where all have deadlines at these; else evenly up to the last one's, or the end.
+    """
+    if points:
+        return [0, *(point.in_iterations(steps_per_epoch, total) for point in points)]
+    if first_until is not None and last_by is not None:
+        return [0, *deadlines(count, first_until, last_by, steps_per_epoch, total)]
+    last = total if last_by is None else last_by.in_iterations(steps_per_epoch, total)
+    return [round(number * last / max(count - 1, 1)) for number in range(count)]
 
 
 class Stages:
@@ -128,9 +155,8 @@ class Stages:
         points: When all but the first begin; none for turning points.
         every: How often the loss is looked at.
         warm_up: Until when a loss that stands still has not begun to fall.
-        first_until: When the second stage begins, turning point or not; those between it and the last follow evenly.
-            None for the last one's deadline alone.
-        last_by: When the last stage begins, turning points or not; None waits for them.
+        first_until: See `deadlines`.
+        last_by: See `deadlines`.
         turning: The indicator.
         steps_per_epoch: Optimizer steps in an epoch; needed when a point is given in epochs.
         total_steps: Optimizer steps of the training; needed when a point is a share of it.
@@ -148,7 +174,7 @@ class Stages:
         every: Step,
         warm_up: Step,
         first_until: Step | None = None,
-        last_by: Step | None,
+        last_by: Step | None = None,
         turning: TurningPoints,
         steps_per_epoch: int | None,
         total_steps: int | None,

@@ -11,7 +11,8 @@ where cost_l is the block's MACs, relative to the mean block's. The price is mov
 the residual blocks' MACs that is run comes to ``layer_share``; where they are worth the most is what the gates learn
 (`Multiplier`). With ``layer_cost='seconds'``, both are measured seconds in the place of MACs: all blocks of a ResNet
 for small images have as many MACs, and the first ones take four times as long as the last on a CPU, so that gates
-which spare MACs need not spare time.
+which spare MACs need not spare time. They are taken in the first training pass, again whenever a batch of larger
+samples comes (progressive resizing), and after a cut.
 
 What it saves: measured seconds, counted MACs and modelled joules of the samples that pass by a block, in both passes of
 training and in inference, since samples are gathered (`earlybird.skipping.gather`). It does *not* pay in shallow
@@ -42,12 +43,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from earlybird.blocks import (
+    TIMED_PASSES,
     Block,
     block_seconds,
     check_free,
@@ -57,10 +59,21 @@ from earlybird.blocks import (
     found_again,
     patterns_from,
 )
-from earlybird.calls import Call, Hook, after_gradients, around, first_sample, given_optimizers, processes, unwrapped
+from earlybird.calls import (
+    Call,
+    Hook,
+    after_gradients,
+    around,
+    batch_size,
+    first_sample,
+    given_optimizers,
+    processes,
+    tensors_in,
+    unwrapped,
+)
 from earlybird.cost.count import count
 from earlybird.errors import InputError
-from earlybird.ledger import Ledger, ledger_for
+from earlybird.ledger import Ledger, ledger_for, ledgers_on
 from earlybird.settings import check_choice, check_count, check_number, check_share, option
 from earlybird.skipping.gates import LearnedGate, Multiplier, Price, charge, level_for, summed
 from earlybird.skipping.gather import Choice, check_norms, run_on
@@ -75,7 +88,7 @@ _WIDTHS = (10,)  # of the gate: its projection and LSTM, as published
 _RECORDS = 100  # entries of the history in a run whose length is known
 _RECORD_EVERY = 50  # steps, where it is not
 _MEMORY = 0.9  # share of the level that stays at each step
-_LEAST = 0.02  # share that the gated blocks are aimed at where a cut has left less than the others take
+_LEAST = 0.02  # share of the gated blocks that is aimed at where the others leave less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +101,7 @@ class LayerSkipping:
 
     layer_share: float = option(0.6, "Share of the residual blocks' cost to run, on average, in (0, 1].")
     layer_cost: Literal["macs", "seconds"] = option(
-        "macs", "What a block costs, for share and gates: its MACs, or its seconds here, timed as training begins."
+        "macs", "What a block costs, for share and gates: its MACs, or its seconds here, timed in training."
     )
     layer_blocks: tuple[str, ...] = option((), "Names of the blocks, such as 'layers.*.blocks.*'; default: found.")
     layer_control: Literal["price", "penalty"] = option(
@@ -172,6 +185,14 @@ class LayerSkipping:
         return LayerGates(self, model, optimizer, example_inputs, total_steps, ledger, seed)
 
 
+class _Timing(NamedTuple):
+    """What blocks took, and of what blocks and inputs that is."""
+
+    macs: list[int]  # of each block
+    size: float  # numbers in a sample of the model's inputs
+    seconds: list[float]  # of each block, for one sample
+
+
 class LayerGates:
     """Running layer skipping, made by `LayerSkipping.attach`; all its state is in `state_dict`.
 
@@ -208,7 +229,7 @@ class LayerGates:
         self.blocks: list[Block] = []
         self._gated: list[Block] = []
         self._all_macs: list[int] = []  # of all blocks, for one sample
-        self._timed: tuple[list[int], list[float]] = ([], [])  # MACs of all blocks, and the seconds they took then
+        self._timing = _Timing([], 0.0, [])
         if settings.layer_share < 1:
             self._find(example_inputs, seed)
         self._begin_step()
@@ -220,9 +241,10 @@ class LayerGates:
         # shall find the same gates in whatever order methods were attached
         before = optimizers[0].register_step_pre_hook(Hook(self._before_step, self))
         self._handles: list[Any] = [before, self._passes]
-        self._looking: Any = None  # the hook that waits for the next call of the model
+        self._looked = False  # at the blocks: all methods are attached by the next call, whatever their order
         if self._gated:
-            self._look_at_next_call()
+            on_call = Hook(self._on_call, self)
+            self._handles.append(model.register_forward_pre_hook(on_call, with_kwargs=True))
         for index, block in enumerate(self._gated):
             call = lambda forward, x, index=index: self._run(index, forward, x)  # noqa: E731
             self._handles.append(around(block.module, call, self))
@@ -236,14 +258,7 @@ class LayerGates:
         check_free(self._gated)
         check_norms(self._gated)
         self._count()
-        floor = self._always
-        target = self.settings.layer_share
-        if target <= floor:
-            raise InputError(
-                f"layer_share is {target:g}, but {len(self.blocks) - len(self._gated)} of {len(self.blocks)} residual "
-                f"blocks change the shape and always run: {floor:.3g} of the blocks' MACs",
-                needed=f"a share above {floor:.3g}, and at most 1",
-            )
+        self._check_target()
         device = next(self._model.parameters()).device
         self._gate = LearnedGate(
             self._gated, _WIDTHS, 1, rate=self.settings.layer_gate_rate, seed=seed, device=device,
@@ -260,8 +275,19 @@ class LayerGates:
         mean = sum(self._spent) / len(self._spent)
         self._costs = [amount / mean for amount in self._spent]
         self._gated_share = sum(self._spent) / sum(spent)
-        self._always = 1 - self._gated_share
+        self._always = (sum(spent) - sum(self._spent)) / sum(spent)
         self._target = (self.settings.layer_share - self._always) / self._gated_share
+
+    def _check_target(self) -> None:
+        """Raise an `InputError` where the blocks that always run leave nothing to choose."""
+        floor, target = self._always, self.settings.layer_share
+        if target <= floor:
+            timed = self.settings.layer_cost == "seconds" and self.seconds is not None
+            raise InputError(
+                f"layer_share is {target:g}, but {len(self.blocks) - len(self._gated)} of {len(self.blocks)} residual "
+                f"blocks change the shape and always run: {floor:.3g} of the blocks' {'time' if timed else 'MACs'}",
+                needed=f"a share above {floor:.3g}, and at most 1",
+            )
 
     # ---- what users ask ----
 
@@ -277,10 +303,10 @@ class LayerGates:
     def seconds(self) -> list[float] | None:
         """What each block takes for one sample of a batch, forward and backward, with ``layer_cost='seconds'``.
 
-        Measured in the first training pass, and again after a cut; None before.
+        Measured in the first training pass, and again for larger samples and after a cut; None before.
         """
-        macs, seconds = self._timed
-        return seconds if seconds and macs == self._all_macs else None
+        timing = self._timing
+        return timing.seconds if timing.seconds and timing.macs == self._all_macs else None
 
     def executed_per_input(self) -> Tensor | None:
         """Return how many residual blocks each input of the last evaluation ran, in its order, shape (N,), int64.
@@ -309,7 +335,7 @@ class LayerGates:
             "level": self._level,
             "gate": self._gate.state_dict() if self._gated else {},
             "history": [dict(entry) for entry in self.history],
-            "timed": [list(part) for part in self._timed],
+            "timing": [list(self._timing.macs), self._timing.size, list(self._timing.seconds)],
             "record": [list(self._run_cost), list(self._ran), self._seen],
             "ledger": self._ledger.state_dict() if self._own_ledger else {},
         }
@@ -325,10 +351,9 @@ class LayerGates:
         self.history = [dict(entry) for entry in state["history"]]
         cost, ran, self._seen = state["record"]
         self._run_cost, self._ran = list(cost), list(ran)
-        macs, seconds = state["timed"]
-        self._timed = list(macs), list(seconds)
-        if self._gated:
-            self._look_at_next_call()
+        macs, size, seconds = state["timing"]
+        self._timing = _Timing(list(macs), size, list(seconds))
+        self._looked = False
         if state["ledger"] and self._own_ledger:
             self._ledger.load_state_dict(state["ledger"])
 
@@ -345,49 +370,58 @@ class LayerGates:
         for index, block in enumerate(self._gated):
             if block.reader in change.read:
                 self._gate.follow(index, change.read[block.reader])
-        self._look_again()
-        self._look_at_next_call()
+        if self._gated:
+            self._look_again()
 
     # ---- what hooks call ----
-
-    def _look_at_next_call(self) -> None:
-        """Look at the blocks when the model is called next: all methods are attached by then, whatever their order."""
-        self._looked = False
-        if self._looking is None:
-            hook = self._model.register_forward_pre_hook(Hook(self._on_call, self), with_kwargs=True)
-            self._looking = hook
-            self._handles.append(hook)
 
     def _on_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._looked:
             self._look_again()
-            self._looked = True
-        timed = self.settings.layer_cost == "macs" or self.seconds is not None
-        if not timed and module.training and torch.is_grad_enabled():
-            mine = block_seconds(self._model, self.blocks, Call(args, kwargs))
-            everywhere = summed(mine, next(self._model.parameters()).device)
-            self._timed = self._all_macs, [seconds / processes() for seconds in everywhere]
-            self._look_again()
-            timed = True
-            if not self._steps:
-                self._offset = None
+        if self.settings.layer_cost == "seconds" and module.training and torch.is_grad_enabled():
+            self._time_if_due(Call(args, kwargs))
         if self._offset is None:
             self._offset = math.log(self._target / (1 - self._target))
-        if not timed:
-            return  # as long as nothing is trained, blocks cost their MACs
-        self._looking.remove()
-        self._handles.remove(self._looking)
-        self._looking = None
+
+    def _time_if_due(self, call: Call) -> None:
+        """Time the blocks on this batch if they, or blocks on samples as large as these, have not been timed yet."""
+        device = next(self._model.parameters()).device
+        count = batch_size(call)
+        first = next(iter(tensors_in(call)), None)
+        size = 0.0 if first is None or not count else first.numel() / count
+        due = bool(count) and (self.seconds is None or size > self._timing.size)
+        # one for all: several processes time together, of which those with an empty batch have no say
+        anyone = summed([float(due), float(bool(count))], device)
+        if not anyone[0]:
+            return
+        mine = block_seconds(self._model, self.blocks, call) if count else [0.0] * len(self.blocks)
+        seconds = [taken / anyone[1] for taken in summed(mine, device)]
+        largest = size if self.seconds is None else max(size, self._timing.size)
+        self._timing = _Timing(self._all_macs, largest, seconds)
+        for ledger in ledgers_on(self._model, self._ledger):
+            for block in self.blocks:
+                ledger.reroute(block.layers, -TIMED_PASSES * count, None, training=True)  # passes more
+        self._count()
+        if not self._steps:
+            self._check_target()
+            self._offset = None
+        self._aim()
 
     def _look_again(self) -> None:
         """Find and count the blocks as they are now."""
         self.blocks = found_again(self.blocks, self._model, self._sample, self.settings.layer_blocks)
         self._gated = [block for block in self.blocks if block.skippable]
         self._count()
+        self._aim()
+        self._looked = True
+
+    def _aim(self) -> None:
+        """Aim at a little where blocks that always run have come to take nearly all, or more than all, of the share."""
         if self._target < _LEAST:
             warnings.warn(
                 f"blocks that always run take {self._always:.3g} of the blocks' {self.settings.layer_cost} by now: "
-                f"layer_share = {self.settings.layer_share:g} cannot be met any more",
+                f"layer_share = {self.settings.layer_share:g} leaves less than {_LEAST:.0%} of the others, which is "
+                "aimed at",
                 stacklevel=2,
             )
             self._target = _LEAST
